@@ -1,0 +1,42 @@
+"""Make a diffusion model stop producing one picture, and prove it.
+
+The commands of the `unforget` tool as functions: `edit_surrogate`, `unlearn`, `verify`, `export`, each with its
+configuration. They are imported when first asked for, so that `import unforget` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unforget.commands import edit_surrogate, export, unlearn, verify
+    from unforget.config import EditConfig, ExportConfig, Recipe, UnlearnConfig, VerifyConfig, recipe
+    from unforget.errors import UnforgetError
+
+__version__ = "0.1.0"
+__all__ = [
+    "EditConfig",
+    "ExportConfig",
+    "Recipe",
+    "UnforgetError",
+    "UnlearnConfig",
+    "VerifyConfig",
+    "edit_surrogate",
+    "export",
+    "recipe",
+    "unlearn",
+    "verify",
+]
+
+_HOME = {
+    **dict.fromkeys(("edit_surrogate", "unlearn", "verify", "export"), "commands"),
+    **dict.fromkeys(("EditConfig", "UnlearnConfig", "VerifyConfig", "ExportConfig", "Recipe", "recipe"), "config"),
+    "UnforgetError": "errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'unforget' has no attribute '{name}'")
+    return getattr(import_module(f"unforget.{_HOME[name]}"), name)

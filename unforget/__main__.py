@@ -1,0 +1,5 @@
+"""`python -m unforget`."""
+
+from unforget.cli import main
+
+main()

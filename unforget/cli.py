@@ -1,0 +1,398 @@
+"""The command line: parse, call, print, exit code. Heavy imports stay inside bodies, so that --help is quick."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from unforget import __version__
+from unforget.errors import ExitCode, UnforgetError
+
+if TYPE_CHECKING:
+    from unforget.domain import Listener
+    from unforget.report import Report
+
+app = typer.Typer(
+    name="unforget",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Make a diffusion model stop producing one picture, and prove it.",
+    epilog="Exit codes: 0 done or passed, 1 still reproduced or too much lost, 2 wrong usage, 3 could not run, "
+    "4 inconclusive, 130 interrupted.",
+)
+err = Console(stderr=True, highlight=False)
+
+MACHINE, DANGER = "This machine", "Dangerous options"
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model", "-m", "--pretrained-model-name-or-path", "--pretrained_model_name_or_path",
+        help="Alias (faces, ddpm-celebahq), diffusers folder, or hub id owner/name[@revision].",
+    ),
+]  # fmt: skip
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file; options given here beat it.")]
+Seed = Annotated[int | None, typer.Option(help="Of every random draw. [default: 0]")]
+Resize = Annotated[bool | None, typer.Option("--resize", help="Crop and scale pictures to the model's size.")]
+Force = Annotated[bool | None, typer.Option("--force", help="Overwrite what exists.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps. [default: cpu]", rich_help_panel=MACHINE)]
+Threads = Annotated[int | None, typer.Option(help="CPU threads. [default: all cores]", rich_help_panel=MACHINE)]
+Pickle = Annotated[
+    bool | None,
+    typer.Option("--allow-pickle", help="Also open pickled .bin weights you trust.", rich_help_panel=DANGER),
+]
+Targets = Annotated[list[Path] | None, typer.Option("--target", "-t", help="Picture to forget; repeats.")]
+Surrogates = Annotated[
+    list[Path] | None, typer.Option("--surrogate", "-s", help="What to say instead, one a target, in order.")
+]
+NearCopy = Annotated[
+    float | None, typer.Option(help="RMS under which two pictures are the same, pixels in [-1, 1]. [default: 0.16]")
+]
+MinDistance = Annotated[float | None, typer.Option(help="Least RMS of a made surrogate to its target. [default: 0.25]")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None: ...
+
+
+@app.command("edit-surrogate")
+def edit_surrogate(
+    model: Model = None,
+    target: Annotated[Path | None, typer.Option("--target", "-t", help="The picture to replace.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="PNG to write. [default: TARGET.surrogate.png]")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="sdedit, repaint, donor, blur, pixelate. [default: sdedit]")
+    ] = None,
+    mask: Annotated[Path | None, typer.Option(help="Edit where this picture is white.")] = None,
+    box: Annotated[str | None, typer.Option(help="Edit inside x,y,width,height (pixels).")] = None,
+    donor: Annotated[Path | None, typer.Option(help="Picture to take the face from (method donor).")] = None,
+    pick: Annotated[int | None, typer.Option(help="Take this candidate of the sheet, not the best.")] = None,
+    min_distance: MinDistance = None,
+    seed: Seed = None,
+    resize: Resize = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+    force: Force = None,
+    device: Device = None,
+    threads: Threads = None,
+    allow_pickle: Pickle = None,
+) -> None:
+    """Make a surrogate: a picture near the target that is another instance.
+
+    Writes the best candidate, and beside it a contact sheet of all (FILE.sheet.png).
+
+    Example: unforget edit-surrogate --model faces --target face.png -o face.surrogate.png
+    """
+    with _errors():
+        from unforget.commands import edit_surrogate as command
+        from unforget.config import EditConfig, build
+
+        given = _given(locals(), "as_json", "config", "method", "box")
+        kind = method or ("donor" if donor else "repaint" if mask or box else None)
+        if kind:
+            given["editor"] = {"kind": kind}
+        if box:
+            given["box"] = box.split(",")
+        if target and not output:
+            given["output"] = target.with_suffix(".surrogate.png").name
+        with _progress() as listener:
+            result = command(build(EditConfig, given, config), listener)
+        if as_json:
+            _print_json({**vars(result)})
+            return
+        table = Table(title="Candidates, best first")
+        for name in ("pick", "how", "distance", "typicality", "sharpness", "accepted"):
+            table.add_column(name)
+        for row in result.candidates[:10]:
+            table.add_row(
+                str(row["pick"]), str(row["label"]), f"{row['distance']:.3f}", f"{row['typicality']:.3f}",
+                f"{row['quality']:.2f}", "yes" if row["accepted"] else "no",
+            )  # fmt: skip
+        err.print(table)
+        err.print(f"All candidates: {result.sheet}; take another with --pick N --force.")
+        typer.echo(str(result.output))
+
+
+@app.command()
+def unlearn(
+    model: Model = None,
+    target: Targets = None,
+    surrogate: Surrogates = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Patch to write. [default: TARGET.patch]")
+    ] = None,
+    retain: Annotated[
+        Path | None, typer.Option(help="Folder of pictures to keep. [default: drawn from the base]")
+    ] = None,
+    retain_count: Annotated[
+        int | None, typer.Option(help="Pictures to draw for the retain set. [default: 192]")
+    ] = None,
+    recipe: Annotated[str, typer.Option(help="default (ours) or paper (arXiv:2603.10445).")] = "default",
+    objective: Annotated[str | None, typer.Option(help="posterior-swap or surrogate.")] = None,
+    surgery: Annotated[
+        str | None, typer.Option(help="project, pcgrad, sum, erasediff, fixed-norm, forget-only.")
+    ] = None,
+    weighting: Annotated[str | None, typer.Option(help="Of the noise levels: clean-space, linear, uniform.")] = None,
+    retain_weight: Annotated[float | None, typer.Option(help="Weight of the retain loss.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--learning_rate", "--lr")] = None,
+    max_train_steps: Annotated[
+        int | None, typer.Option("--max-train-steps", "--max_train_steps", help="Step budget.")
+    ] = None,
+    max_grad_norm: Annotated[float | None, typer.Option("--max-grad-norm", "--max_grad_norm")] = None,
+    train_batch_size: Annotated[
+        int | None, typer.Option("--train-batch-size", "--train_batch_size", help="Targets in a batch.")
+    ] = None,
+    retain_batch_size: Annotated[int | None, typer.Option(help="Pictures to keep in a batch.")] = None,
+    stop_margin: Annotated[float | None, typer.Option(help="Stop once the margin is held, in [-1, 1].")] = None,
+    near_copy: NearCopy = None,
+    min_distance: MinDistance = None,
+    seed: Seed = None,
+    resize: Resize = None,
+    config: ConfigFile = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
+    as_json: AsJson = False,
+    force: Force = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Pictures in one pass: less memory, the same gradient.", rich_help_panel=MACHINE)
+    ] = None,
+    device: Device = None,
+    threads: Threads = None,
+    allow_pickle: Pickle = None,
+) -> None:
+    """Make the model say a surrogate instead of the target.
+
+    Writes a patch, and beside it a folder (NAME.run) with the log, the surrogate and a contact sheet.
+
+    Example: unforget unlearn --model faces --target face.png -o face.patch
+    """
+    with _errors():
+        from unforget.config import UnlearnConfig, build
+        from unforget.config import recipe as named
+
+        strategy = {
+            "objective": objective, "surgery": surgery, "weighting": weighting, "retain_weight": retain_weight,
+            "learning_rate": learning_rate, "max_train_steps": max_train_steps, "max_grad_norm": max_grad_norm,
+            "forget_batch_size": train_batch_size, "retain_batch_size": retain_batch_size, "stop_margin": stop_margin,
+        }  # fmt: skip
+        fields = set(UnlearnConfig.model_fields)
+        given = {k: v for k, v in locals().items() if k in fields and k != "recipe"}
+        if recipe != "default" or any(v is not None for v in strategy.values()):
+            given["recipe"] = named(recipe, **strategy)
+        if target and not output:
+            given["output"] = target[0].with_suffix(".patch").name
+        resolved = build(UnlearnConfig, given, config)
+        if dry_run:
+            _print_json(resolved.model_dump(mode="json"))
+            return
+        from unforget.commands import EXIT_UNLEARN
+        from unforget.commands import unlearn as command
+
+        with _progress() as listener:
+            result = command(resolved, listener)
+        if as_json:
+            _print_json(vars(result))
+        else:
+            err.print(_before_after(result.table))
+            err.print(
+                f"{result.steps} steps, stopped by {result.stopped}; same-seed drift over 8 seeds: "
+                f"median {result.drift['median']:.3f}. Look at {result.folder / 'sheet.png'}."
+            )
+            if not result.forgotten:
+                err.print("[red]The target still comes back.[/] Raise --max-train-steps or lower --retain-weight.")
+            typer.echo(str(result.output))
+        raise typer.Exit(EXIT_UNLEARN[result.forgotten])
+
+
+@app.command()
+def verify(
+    model: Model = None,
+    patch: Annotated[Path | None, typer.Option(help="Patch to judge.")] = None,
+    candidate: Annotated[Path | None, typer.Option(help="Or a diffusers folder to judge.")] = None,
+    target: Targets = None,
+    surrogate: Surrogates = None,
+    keep: Annotated[list[Path] | None, typer.Option(help="Picture that must still be drawn; repeats.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Images to draw from each model. [default: 256]")] = None,
+    draws: Annotated[int | None, typer.Option(help="Reconstructions a noise level. [default: 32]")] = None,
+    level: Annotated[
+        list[int] | None, typer.Option(help="Noise level, timestep of 1000; repeats. [default: 250 400 550]")
+    ] = None,
+    sampler_steps: Annotated[int | None, typer.Option(help="Sampler steps of the draws. [default: 25]")] = None,
+    near_copy: NearCopy = None,
+    max_drift: Annotated[float | None, typer.Option(help="Largest median same-seed drift. [default: 0.08]")] = None,
+    min_kept: Annotated[
+        float | None, typer.Option(help="Least share of look-alikes still drawn. [default: 0.6]")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Write the JSON report here.")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet here; it shows the target.")] = None,
+    seed: Seed = None,
+    resize: Resize = None,
+    config: ConfigFile = None,
+    as_json: AsJson = False,
+    force: Force = None,
+    device: Device = None,
+    threads: Threads = None,
+    allow_pickle: Pickle = None,
+) -> None:
+    """Judge a patch or a checkpoint: is the target gone, is the rest still there?
+
+    Passing is evidence, never a certificate.
+
+    Example: unforget verify --model faces --patch face.patch --report report.json
+    """
+    with _errors():
+        from unforget.commands import verify as command
+        from unforget.config import VerifyConfig, build
+
+        given = _given(locals(), "as_json", "config", "level")
+        given["levels"] = level
+        with _progress() as listener:
+            result = command(build(VerifyConfig, given, config), listener)
+        if as_json:
+            typer.echo(result.model_dump_json(indent=2))
+        else:
+            err.print(_checks(result))
+            typer.echo(f"{result.verdict}: {result.summary}")
+        raise typer.Exit(result.exit_code)
+
+
+@app.command()
+def export(
+    model: Model = None,
+    patch: Annotated[Path | None, typer.Option(help="Patch to put on the base.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
+    format: Annotated[str | None, typer.Option(help="diffusers. [default: diffusers]")] = None,
+    config: ConfigFile = None,
+    force: Force = None,
+    device: Device = None,
+    threads: Threads = None,
+    allow_pickle: Pickle = None,
+) -> None:
+    """Write the patched model as a checkpoint that the stock loader opens.
+
+    It is opened and compared before the command says done.
+
+    Example: unforget export --model faces --patch face.patch -o faces-patched
+    """
+    with _errors():
+        from unforget.commands import export as command
+        from unforget.config import ExportConfig, build
+
+        with _progress() as listener:
+            typer.echo(str(command(build(ExportConfig, _given(locals(), "config"), config), listener)))
+
+
+def _given(values: dict[str, Any], *without: str) -> dict[str, Any]:
+    """The options of a command body, from its `locals()`, less those that are not configuration."""
+    return {k: v for k, v in values.items() if k not in without and not callable(v)}
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+def _before_after(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="Reconstructions of the target: RMS to target / surrogate, share nearer to the surrogate")
+    for name in ("target", "probe", "before", "after"):
+        table.add_column(name)
+    for row in rows:
+        sides = [
+            f"{row[s]['to_target']:.2f} / {row[s]['to_surrogate']:.2f}  {row[s]['nearer_surrogate']:.0%}"
+            for s in ("before", "after")
+        ]
+        table.add_row(str(row["target"])[:8], str(row["probe"]), *sides)
+    return table
+
+
+def _checks(result: Report) -> Table:
+    table = Table(title="Verify: base beside candidate")
+    for name in ("probe", "target", "figure", "base", "candidate", "wanted", "outcome"):
+        table.add_column(name)
+    colour = {"passed": "green", "failed": "red", "inconclusive": "yellow"}
+    for c in result.checks:
+        base = "" if c.base is None else f"{c.base:.3g}"
+        table.add_row(
+            c.probe, (c.target or "")[:8], c.figure, base, f"{c.candidate:.3g}", f"{c.rule} {c.threshold:.3g}",
+            f"[{colour[c.outcome]}]{c.outcome}[/] {c.note}",
+        )  # fmt: skip
+    return table
+
+
+@contextmanager
+def _progress() -> Iterator[Listener]:
+    """A bar on stderr, or nothing when it is not a terminal. Notes are always said."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from unforget.domain import Listener
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, TextColumn("{task.fields[figures]}"), console=err, disable=not err.is_terminal)
+    with bar:
+        task = bar.add_task("loading", total=None, figures="")
+
+        def stage(title: str, total: int) -> None:
+            nonlocal task
+            task = bar.add_task(title, total=total, figures="")
+
+        def advance(n: int = 1, **figures: Any) -> None:
+            shown = [f"{k} {figures[k]:.3g}" for k in ("forget", "retain", "cosine", "margin") if k in figures]
+            bar.update(task, advance=n, total=figures.get("of"), figures="  ".join(shown))
+
+        yield Listener(stage, advance, lambda sentence: err.print(f"note: {sentence}", style="yellow", soft_wrap=True))
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Turn what went wrong into a sentence, a way out and an exit code."""
+    try:
+        yield
+    except UnforgetError as error:
+        _fail(error.message, error.hint, error.code, error)
+    except KeyboardInterrupt as error:
+        _fail("interrupted", "", ExitCode.INTERRUPTED, error)
+    except MemoryError as error:
+        _fail("out of memory", "Give a smaller --micro-batch.", ExitCode.CANNOT_RUN, error)
+    except OSError as error:
+        _fail(f"cannot write or read: {error}", "Check the disk and the permissions.", ExitCode.CANNOT_RUN, error)
+
+
+def _fail(message: str, hint: str, code: ExitCode, error: BaseException) -> NoReturn:
+    if os.environ.get("UNFORGET_DEBUG") == "1":
+        raise error
+    err.print(f"[bold red]error:[/] {_plain(message)}", soft_wrap=True)
+    if hint:
+        err.print(f"  {_plain(hint)}", soft_wrap=True)
+    raise typer.Exit(code) from None
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def main() -> None:
+    """The console script."""
+    quiet: Callable[[str, str], str] = os.environ.setdefault
+    quiet("TRANSFORMERS_VERBOSITY", "error")
+    quiet("DIFFUSERS_VERBOSITY", "error")
+    sys.exit(app())

@@ -1,0 +1,426 @@
+"""The Python API: what the commands do, under the same names and with the same defaults.
+
+Each takes a configuration of `unforget.config` and an optional `Listener`, writes its artefact, and returns what it
+found. Nothing here prints.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from unforget import data, families, probes, report, training
+from unforget.config import EditConfig, ExportConfig, ModelConfig, UnlearnConfig, VerifyConfig
+from unforget.domain import Family, Instance, Listener
+from unforget.editors import Candidate, Canvas, Editor, SDEdit, rank
+from unforget.errors import CannotRun, ExitCode, NothingChanged, UsageError
+from unforget.metrics import pairwise_rms
+from unforget.objectives import Context
+from unforget.patch import Patch, Provenance, digest
+from unforget.sheets import Row, sheet
+
+NEIGHBOURS = 24
+"""Pictures beside each target that training visits more often."""
+
+
+@dataclass(frozen=True)
+class Edited:
+    """What `edit_surrogate` made: the surrogate's file, the sheet of all candidates, and their scores, best first."""
+
+    output: Path
+    sheet: Path
+    picked: int
+    candidates: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Unlearned:
+    """What `unlearn` made and what changed.
+
+    Attributes:
+        output: The patch.
+        folder: Everything else: metrics.jsonl, sheet.png, the targets and surrogates.
+        steps, stopped, margin: How the run ended, as in `training.Outcome`.
+        table: Before and after, a row a target and noise level.
+        drift: Same-seed drift over eight seeds, RMS.
+        forgotten: Whether every row returns the surrogate.
+    """
+
+    output: Path
+    folder: Path
+    steps: int
+    stopped: str
+    margin: float
+    table: list[dict[str, Any]]
+    drift: dict[str, float]
+    forgotten: bool
+
+
+def edit_surrogate(config: EditConfig, listener: Listener | None = None) -> Edited:
+    """Make candidates for a target's surrogate, rank them, write the best one and a contact sheet."""
+    listener = listener or Listener()
+    shown = config.output.with_suffix(".sheet.png")
+    _writable(config.output, config.force)
+    family = _load(config)
+    target = _read(config.target, family, config, listener)
+    donor = _read(config.donor, family, config, listener) if config.donor else None
+    canvas = Canvas(family, target, _mask(config, family), donor, config.seed)
+    ranked = _candidates(canvas, config.editor, config.min_distance, listener)
+    number = config.pick or 1
+    if number > len(ranked):
+        raise UsageError(f"there is no candidate {number}, only {len(ranked)}", f"Give --pick 1 to {len(ranked)}.")
+    data.write_image(ranked[number - 1].image, config.output)
+    data.write_image(_candidate_sheet(target, ranked, number), shown)
+    if not ranked[number - 1].accepted:
+        listener.note("the candidate is too near the target or of another quality; look at the sheet before using it")
+    rows = [{"pick": i, **{k: v for k, v in asdict(c).items() if k != "image"}} for i, c in enumerate(ranked, 1)]
+    return Edited(config.output, shown, number, rows)
+
+
+def unlearn(config: UnlearnConfig, listener: Listener | None = None) -> Unlearned:
+    """Make the model say the surrogates instead of the targets, and write the difference as a patch."""
+    listener = listener or Listener()
+    folder = config.output.with_suffix(".run")
+    _writable(config.output, config.force)
+    _writable(folder, config.force)
+    patched = _load(config)
+    targets = [_read(p, patched, config, listener) for p in config.target]
+    given = [_read(p, patched, config, listener) for p in config.surrogate]
+    _distinct(targets, given)
+    kept = data.read_folder(config.retain, patched.shape, resize=config.resize) if config.retain else None
+    base = patched.copy()
+    base_digest = digest(base.network.state_dict())
+    instances, edits = _instances(base, targets, given, config, listener)
+    if kept is None:
+        listener.stage("retain set", config.retain_count)
+        kept = data.drawn_cached(
+            base, base_digest, config.retain_count, seed=config.seed, steps=config.sampler_steps,
+            advance=listener.advance,
+        )  # fmt: skip
+    context, near = _context(base, instances, kept, edits, config.near_copy)
+    folder.mkdir(parents=True, exist_ok=True)
+    outcome = _train(patched, context, near, config, folder, base_digest, listener)
+    patch = Patch.between(base.network, patched.network, _provenance(config, instances, base_digest, outcome.steps))
+    if not patch.tensors:
+        shutil.rmtree(folder)
+        raise NothingChanged("the run ended with the weights it began with", "Raise --learning-rate.")
+    patch.save(config.output)
+    return _finish(
+        config, folder, outcome, probes.Subject(base, patched, instances, kept[:0], config.near_copy), listener
+    )
+
+
+def verify(config: VerifyConfig, listener: Listener | None = None) -> report.Report:
+    """Put base and candidate side by side and judge: is every target gone, is the rest still there?"""
+    listener = listener or Listener()
+    for path in (config.report, config.sheet):
+        if path is not None:
+            _writable(path, config.force)
+    base = _load(config)
+    candidate = _candidate(config, base)
+    instances, known = _read_instances(config, base, listener)
+    keep = [_read(p, base, config, listener) for p in config.keep]
+    subject = probes.Subject(
+        base, candidate, instances, torch.stack(keep) if keep else torch.empty(0, *base.shape), config.near_copy,
+        config.sampler_steps, config.seed, listener.advance,
+    )  # fmt: skip
+    suite: tuple[probes.Probe, ...] = (
+        probes.Reconstruct(levels=config.levels, draws=config.draws),
+        probes.Sample(count=config.samples),
+        probes.Retain(count=config.samples),
+    )
+    findings = probes.collect(suite, subject, listener.stage)
+    judged = report.checks(findings, config, surrogate_known=known)
+    verdict, targets, summary = report.judge(judged, findings)
+    result = report.Report(
+        verdict=verdict,
+        exit_code=report.EXIT[verdict],
+        summary=summary,
+        targets=targets,
+        checks=judged,
+        findings=[{"probe": f.probe, "target": f.target, "base": f.base, "candidate": f.patched} for f in findings],
+        settings=config.model_dump(mode="json", exclude={"model", "patch", "candidate", "target", "surrogate", "keep",
+                                                         "report", "sheet", "force", "threads", "device"}),
+        base_digest=digest(base.network.state_dict()),
+        candidate_digest=digest(candidate.network.state_dict()),
+        versions=_versions(),
+    )  # fmt: skip
+    if config.report:
+        result.save(config.report)
+    if config.sheet:
+        data.write_image(_evidence_sheet(summary, instances, findings), config.sheet)
+    return result
+
+
+def export(config: ExportConfig, listener: Listener | None = None) -> Path:
+    """Write base plus patch as a checkpoint that the stock loader opens, and open it to be sure."""
+    listener = listener or Listener()
+    _writable(config.output, config.force)
+    family = _load(config)
+    Patch.load(config.patch).apply(family.network, name=config.model)
+    beside = config.output.with_name(f".{config.output.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        listener.stage("export", 2)
+        family.save(beside)
+        listener.advance(1)
+        again = families.load(str(beside))
+        noise = data.random_noise(1, family.shape, config.seed)
+        if digest(again.network.state_dict()) != digest(family.network.state_dict()) or not torch.equal(
+            again.denoise(noise, steps=4), family.denoise(noise, steps=4)
+        ):
+            raise CannotRun("the checkpoint does not read back as it was written", "Nothing was kept; check the disk.")
+        listener.advance(1)
+        if config.output.exists():
+            shutil.rmtree(config.output)
+        os.replace(beside, config.output)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return config.output
+
+
+def _load(config: ModelConfig) -> Family:
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    return families.load(config.model, allow_pickle=config.allow_pickle, device=config.device)
+
+
+def _read(path: Path, family: Family, config: ModelConfig, listener: Listener) -> Tensor:
+    return data.read_image(path, family.shape, resize=config.resize, note=listener.note)
+
+
+def _writable(path: Path, force: bool) -> None:
+    """Refuse before any work what could not be written after it."""
+    if path.exists() and not force:
+        raise UsageError(f"'{path}' exists", "Say --force to overwrite it, or give another --output.")
+    home = path.parent
+    if not home.is_dir():
+        raise UsageError(f"there is no folder '{home}'", "Make it first.")
+    if not os.access(home, os.W_OK):
+        raise UsageError(f"the folder '{home}' cannot be written", "Give another --output.")
+
+
+def _mask(config: EditConfig, family: Family) -> Tensor:
+    """Where to edit, (1, H, W) in [0, 1]: the mask, the box, a soft ellipse for a donor, or everywhere."""
+    _, height, width = family.shape
+    if config.mask is not None:
+        mask = data.read_image(config.mask, (1, height, width), resize=config.resize)
+        return (mask + 1) / 2
+    if config.box is not None:
+        x, y, w, h = config.box
+        if min(x, y) < 0 or min(w, h) < 1 or x + w > width or y + h > height:
+            raise UsageError(f"the box {x},{y},{w},{h} leaves the {width}x{height} picture", "Give x,y,width,height.")
+        mask = torch.zeros(1, height, width)
+        mask[:, y : y + h, x : x + w] = 1
+        return mask
+    if config.editor.kind == "donor":
+        rows, columns = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+        ellipse: Tensor = ((1 - (columns / 0.55).square() - (rows / 0.65).square()) / 0.35).clamp(0, 1)
+        return ellipse[None]
+    return torch.ones(1, height, width)
+
+
+def _candidates(canvas: Canvas, editor: Editor, distance: float, listener: Listener) -> list[Candidate]:
+    listener.stage("surrogate candidates", 1)
+    found = rank(editor(canvas), canvas, distance=distance)
+    listener.advance(1)
+    return found
+
+
+def _candidate_sheet(target: Tensor, ranked: Sequence[Candidate], picked: int) -> Image.Image:
+    cells = [
+        (c.image, f"{'*' if i == picked else ''}{i}: {c.distance:.2f} {c.typicality:.2f}")
+        for i, c in enumerate(ranked, 1)
+    ]
+    rows: list[Row] = [("target", [(target, "")])]
+    for k in range(0, len(cells), 8):
+        rows.append(("candidates, best first: distance to the target, typicality" if k == 0 else "", cells[k : k + 8]))
+    return sheet("Surrogate candidates", rows)
+
+
+def _distinct(targets: Sequence[Tensor], surrogates: Sequence[Tensor]) -> None:
+    for k, (target, surrogate) in enumerate(zip(targets, surrogates, strict=False), 1):
+        if torch.equal(target, surrogate):
+            raise UsageError(f"surrogate {k} is its target", "Make one with `unforget edit-surrogate`.")
+    ids = [data.image_id(t) for t in targets]
+    if len(set(ids)) < len(ids):
+        raise UsageError("a target is given twice", "Give each picture once.")
+
+
+def _instances(
+    base: Family, targets: list[Tensor], given: list[Tensor], config: UnlearnConfig, listener: Listener
+) -> tuple[tuple[Instance, ...], Tensor]:
+    """Targets with their surrogates, and the edits that were made on the way: pictures beside the targets."""
+    edits: list[Tensor] = []
+    for target in targets if not given else []:
+        canvas = Canvas(base, target, torch.ones(1, *base.shape[1:]), seed=config.seed)
+        ranked = _candidates(canvas, SDEdit(), config.min_distance, listener)
+        if not ranked[0].accepted:
+            ranked = _candidates(canvas, SDEdit(strengths=(0.7, 0.8)), config.min_distance, listener) + ranked
+        best = next((c for c in ranked if c.accepted), None)
+        if best is None:
+            raise CannotRun(
+                "no edit of the target is far enough from it and of fair quality",
+                "Make a surrogate with `unforget edit-surrogate` and give it with --surrogate.",
+            )
+        given.append(best.image)
+        edits += [c.image for c in ranked]
+    found = tuple(Instance(t, s, data.image_id(t)) for t, s in zip(targets, given, strict=True))
+    return found, torch.stack(edits) if edits else torch.empty(0, *base.shape)
+
+
+def _context(
+    base: Family, instances: tuple[Instance, ...], kept: Tensor, edits: Tensor, near_copy: float
+) -> tuple[Context, Tensor]:
+    """What training may consult, and the pictures beside the targets. Near-copies of a target are not kept."""
+    targets = torch.stack([i.target for i in instances])
+    copies = (pairwise_rms(kept, targets) < near_copy).sum(0).clamp(min=1)
+    keep, beside = (p[(pairwise_rms(p, targets) >= near_copy).all(1)] for p in (kept, edits))
+    if not len(keep):
+        raise UsageError("every picture of the retain set is a near-copy of a target", "Give other pictures.")
+    near = torch.cat([training.neighbours(keep, instances, NEIGHBOURS), beside])
+
+    @torch.no_grad()
+    def answer(x_t: Tensor, index: Tensor) -> Tensor:
+        return base.predict(x_t, index)
+
+    return Context(base.schedule, answer, instances, torch.cat([keep, beside]), copies), near
+
+
+def _train(
+    patched: Family, context: Context, near: Tensor, config: UnlearnConfig, folder: Path, base_digest: str,
+    listener: Listener,
+) -> training.Outcome:  # fmt: skip
+    """Train with a log; if it breaks off, leave the last good weights beside the log."""
+    listener.stage("unlearn", config.recipe.max_train_steps)
+    done = 0
+    with (folder / "metrics.jsonl").open("w") as log:
+
+        def on_step(row: dict[str, object]) -> None:
+            nonlocal done
+            done += 1
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            listener.advance(1, **row)
+
+        try:
+            return training.train(
+                patched, context, near, config.recipe, seed=config.seed, micro_batch=config.micro_batch, on_step=on_step
+            )
+        except CannotRun:
+            if done:
+                provenance = _provenance(config, context.instances, base_digest, done)
+                state = patched.network.state_dict()
+                Patch(state, provenance).save(folder / "last-good.patch")
+            raise
+
+
+def _provenance(config: UnlearnConfig, instances: Sequence[Instance], base_digest: str, steps: int) -> Provenance:
+    return Provenance(
+        base=config.model if not Path(config.model).exists() else Path(config.model).name,
+        base_digest=base_digest,
+        targets=[i.id for i in instances],
+        surrogates=[data.image_id(i.surrogate) for i in instances],
+        recipe=config.recipe.model_dump(mode="json"),
+        seed=config.seed,
+        steps=steps,
+        versions=_versions(),
+    )
+
+
+def _versions() -> dict[str, str]:
+    return {"unforget": version("unforget-diffusion"), "torch": torch.__version__, "diffusers": version("diffusers")}
+
+
+def _finish(
+    config: UnlearnConfig, folder: Path, outcome: training.Outcome, subject: probes.Subject, listener: Listener
+) -> Unlearned:
+    """The before/after table, the contact sheet, and the pictures that `verify` will look for."""
+    suite: tuple[probes.Probe, ...] = (probes.Reconstruct(draws=8), probes.Retain(count=8, neighbours=1))
+    subject.advance = listener.advance
+    findings = probes.collect(suite, subject, listener.stage)
+    table: list[dict[str, Any]] = [
+        {"target": f.target, "probe": f.probe, "before": f.base, "after": f.patched}
+        for f in findings
+        if f.probe.startswith("reconstruct")
+    ]
+    for k, instance in enumerate(subject.instances):
+        data.write_image(instance.target, folder / f"target-{k}.png")
+        data.write_image(instance.surrogate, folder / f"surrogate-{k}.png")
+    drift = next(f.patched for f in findings if f.probe == "retain")
+    title = f"{config.output.name}: {outcome.steps} steps, stopped by {outcome.stopped}"
+    data.write_image(_evidence_sheet(title, subject.instances, findings), folder / "sheet.png")
+    forgotten = all(f.patched["nearer_surrogate"] >= 0.5 for f in findings if f.probe.startswith("reconstruct"))
+    return Unlearned(config.output, folder, outcome.steps, outcome.stopped, outcome.margin, table, drift, forgotten)
+
+
+def _evidence_sheet(title: str, instances: Sequence[Instance], findings: Sequence[probes.Finding]) -> Image.Image:
+    rows: list[Row] = []
+    for k, instance in enumerate(instances):
+        rows.append(
+            (f"target {k + 1} and its surrogate", [(instance.target, "target"), (instance.surrogate, "surrogate")])
+        )
+        rows += [_pairs(f) for f in findings if f.target == instance.id and f.probe.startswith("reconstruct")]
+    rows += [
+        (f"same seed, {which}", [(image, "") for image in f.images[which][:8]])
+        for f in findings
+        if f.probe == "retain"
+        for which in ("base", "patched")
+    ]
+    return sheet(title, rows)
+
+
+def _pairs(f: probes.Finding) -> Row:
+    level = f.probe.split("@")[1]
+    base, patched = f.images["base"][:4], f.images["patched"][:4]
+    return f"noised to t = {level} and back: base, then patched", [
+        *[(image, "base") for image in base],
+        *[(image, "patched") for image in patched],
+    ]
+
+
+def _candidate(config: VerifyConfig, base: Family) -> Family:
+    """The model to judge: the base with the patch on, or an exported checkpoint of the same architecture."""
+    if config.patch is not None:
+        family = base.copy()
+        Patch.load(config.patch).apply(family.network, name=config.model)
+        return family
+    family = families.load(str(config.candidate), allow_pickle=config.allow_pickle, device=config.device)
+    shapes = [{n: t.shape for n, t in m.network.state_dict().items()} for m in (base, family)]
+    if shapes[0] != shapes[1] or base.shape != family.shape:
+        raise CannotRun(f"'{config.candidate}' has another architecture than {config.model}", "Give its own base.")
+    if not torch.equal(base.schedule.alphas, family.schedule.alphas):
+        raise CannotRun(f"'{config.candidate}' has another noise schedule than {config.model}", "Give its own base.")
+    return family
+
+
+def _read_instances(config: VerifyConfig, base: Family, listener: Listener) -> tuple[tuple[Instance, ...], bool]:
+    """The targets with their surrogates, and whether those are known."""
+    targets, surrogates = list(config.target), list(config.surrogate)
+    beside = config.patch.with_suffix(".run") if config.patch else None
+    if not targets and beside is not None:
+        targets, surrogates = sorted(beside.glob("target-*.png")), sorted(beside.glob("surrogate-*.png"))
+    if not targets:
+        raise UsageError("no target to look for", "Give --target FILE; the patch holds only digests of its targets.")
+    pictures = [_read(p, base, config, listener) for p in targets]
+    replaced = [_read(p, base, config, listener) for p in surrogates]
+    if config.patch is not None:
+        known = set(Patch.load(config.patch).provenance.targets)
+        for path, picture in zip(targets, pictures, strict=True):
+            if data.image_id(picture) not in known:
+                listener.note(f"{path} is not among the targets that the patch was made for")
+    pairs = zip(pictures, replaced or pictures, strict=True)
+    return tuple(Instance(t, s, data.image_id(t)) for t, s in pairs), bool(replaced)
+
+
+EXIT_UNLEARN = {True: ExitCode.OK, False: ExitCode.FAILED}

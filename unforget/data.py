@@ -1,0 +1,236 @@
+"""Images in and out, the retain set, and the noised batches that training draws from them."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image, ImageFile, UnidentifiedImageError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from unforget.domain import Family, Instance, Noised
+from unforget.errors import UsageError
+from unforget.metrics import pairwise_rms
+
+if TYPE_CHECKING:
+    from unforget.schedule import Schedule
+
+MAX_SIDE = 8192
+"""Longest side of an image that is decoded at all, in pixels."""
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def read_image(
+    path: Path, shape: tuple[int, int, int], *, resize: bool = False, note: Callable[[str], object] = lambda s: None
+) -> Tensor:
+    """One picture of the model's size, (C, H, W) in [-1, 1].
+
+    Args:
+        path: The file.
+        shape: (C, H, W) of the model.
+        resize: Centre-crop and scale a picture of another size instead of refusing it.
+        note: Told whatever was converted.
+
+    Raises:
+        UsageError: If it is not one readable picture of that size.
+    """
+    channels, height, width = shape
+    image = _open(path)
+    if image.mode not in ("RGB", "L"):
+        note(f"{path}: {image.mode} converted to RGB" + (", on white" if "A" in image.mode else ""))
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8))
+        elif "A" in image.mode or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("L" if channels == 1 else "RGB")
+    if image.size != (width, height):
+        if not resize:
+            found = f"{image.size[0]}x{image.size[1]}"
+            raise UsageError(
+                f"'{path}' is {found} pixels, the model's images are {width}x{height}",
+                "Say --resize to crop and scale it.",
+            )
+        from PIL import ImageOps
+
+        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+    return from_pil(image)
+
+
+def _open(path: Path) -> Image.Image:
+    """The decoded picture, or a sentence about why not."""
+    if path.is_dir():
+        raise UsageError(f"'{path}' is a folder", "Give one image file.")
+    if not path.exists():
+        raise UsageError(f"there is no file '{path}'", "Check the path.")
+    if path.stat().st_size == 0:
+        raise UsageError(f"'{path}' is empty", "Give an image file.")
+    try:
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+        image = Image.open(path)
+        if max(image.size) > MAX_SIDE:
+            raise UsageError(
+                f"'{path}' is {image.size[0]}x{image.size[1]} pixels, more than {MAX_SIDE} on a side",
+                "Scale it to the model's size first.",
+            )
+        if getattr(image, "n_frames", 1) > 1:
+            raise UsageError(f"'{path}' has {image.n_frames} frames", "Save the one frame you mean as PNG.")  # type: ignore[attr-defined]
+        image.load()
+    except UnidentifiedImageError:
+        raise UsageError(f"'{path}' is not an image", "Give a PNG or JPEG file.") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UsageError(f"'{path}' cannot be decoded: {error}", "The file looks truncated or damaged.") from None
+    return image
+
+
+def read_folder(folder: Path, shape: tuple[int, int, int], *, resize: bool = False) -> Tensor:
+    """Every picture of a folder, by name, (N, C, H, W) in [-1, 1]."""
+    paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES) if folder.is_dir() else []
+    if not paths:
+        raise UsageError(f"'{folder}' is not a folder with images", f"Put {', '.join(SUFFIXES)} files into it.")
+    return torch.stack([read_image(p, shape, resize=resize) for p in paths])
+
+
+def from_pil(image: Image.Image) -> Tensor:
+    """An 8-bit RGB or grey picture as (C, H, W) in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image)).reshape(image.height, image.width, -1)
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """(C, H, W) in [-1, 1] as 8-bit."""
+    pixels = ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+
+
+def write_image(image: Tensor | Image.Image, path: Path) -> None:
+    """Write a PNG, complete or not at all."""
+    buffer = io.BytesIO()
+    (image if isinstance(image, Image.Image) else to_pil(image)).save(buffer, "PNG")
+    write_bytes(buffer.getvalue(), path)
+
+
+def write_bytes(content: bytes, path: Path) -> None:
+    """Write beside and rename, so that no reader ever sees half a file."""
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        beside.write_bytes(content)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def image_id(image: Tensor) -> str:
+    """First 16 hex digits of the SHA-256 of an image's 8-bit pixels: the same for every lossless file of it."""
+    return hashlib.sha256(to_pil(image).tobytes()).hexdigest()[:16]
+
+
+def random_noise(count: int, shape: tuple[int, int, int], seed: int) -> Tensor:
+    """Standard normal (count, C, H, W); row i depends on seed and i alone."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(count)])
+
+
+def draw(
+    family: Family,
+    noise: Tensor,
+    *,
+    steps: int,
+    batch: int = 64,
+    start: int | None = None,
+    advance: Callable[[int], object] = lambda n: None,
+) -> Tensor:
+    """Sample from `noise` a batch at a time, (N, C, H, W) in [-1, 1]."""
+    out = []
+    for part in torch.split(noise, batch):
+        out.append(family.denoise(part, steps=steps, start=start))
+        advance(len(part))
+    return torch.cat(out)
+
+
+def cache_folder() -> Path:
+    """`$UNFORGET_CACHE`, else `unforget` in the user's cache folder."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("UNFORGET_CACHE") or home / "unforget")
+
+
+def drawn_cached(
+    family: Family, digest: str, count: int, *, seed: int, steps: int, advance: Callable[[int], object] = lambda n: None
+) -> Tensor:
+    """`count` images that the base draws for these seeds, from the cache if it was asked before."""
+    path = cache_folder() / f"{digest[:16]}-{count}-{seed}-{steps}.safetensors"
+    if path.is_file():
+        try:
+            images: Tensor = load_file(path)["images"]
+            advance(count)
+            return images.float() / 127.5 - 1
+        except Exception:  # a damaged cache is only a cache
+            path.unlink(missing_ok=True)
+    images = draw(family, random_noise(count, family.shape, seed), steps=steps, advance=advance)
+    eight = ((images + 1) * 127.5).round().to(torch.uint8)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        save_file({"images": eight.contiguous()}, partial)
+        os.replace(partial, path)
+    except OSError:  # nor is one that cannot be written a reason to stop
+        pass
+    return eight.float() / 127.5 - 1
+
+
+def nearest(images: Tensor, target: Tensor, count: int) -> Tensor:
+    """The `count` images nearest to a target (C, H, W), nearest first."""
+    order = pairwise_rms(images, target[None])[:, 0].argsort(stable=True)
+    return images[order[:count]]
+
+
+def batches(
+    instances: Sequence[Instance],
+    keep: Tensor,
+    neighbours: Tensor,
+    schedule: Schedule,
+    *,
+    steps: int,
+    forget_batch: int,
+    retain_batch: int,
+    neighbour_share: float,
+    forget_range: tuple[float, float],
+    retain_range: tuple[float, float] = (0.0, 1.0),
+    seed: int,
+) -> Iterator[tuple[Noised, Noised]]:
+    """Pairs of noised batches; every draw comes from one CPU generator.
+
+    Targets take turns. Of a retain batch, `neighbour_share` are pictures near a target, the rest any.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    targets = torch.stack([i.target for i in instances])
+    surrogates = torch.stack([i.surrogate for i in instances])
+    near = round(retain_batch * neighbour_share) if len(neighbours) else 0
+    for step in range(steps):
+        turn = (torch.arange(forget_batch) + step * forget_batch) % len(instances)
+        forget = noised(targets[turn], surrogates[turn], schedule, generator, forget_range)
+        x_0 = torch.cat([_choose(neighbours, near, generator), _choose(keep, retain_batch - near, generator)])
+        yield forget, noised(x_0, x_0, schedule, generator, retain_range)
+
+
+def _choose(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    return images[torch.randint(len(images), (count,), generator=generator)] if count else images[:0]
+
+
+def noised(
+    x_0: Tensor, x_s: Tensor, schedule: Schedule, generator: torch.Generator, span: tuple[float, float]
+) -> Noised:
+    """Noise at levels that cover `span` (shares of the schedule) evenly, in random order."""
+    size = len(x_0)
+    low, high = (round(s * len(schedule)) for s in span)
+    place = (torch.rand((), generator=generator) + torch.arange(size) / size) % 1
+    index = low + (place * (high - low)).long().clamp(max=high - low - 1)
+    index = index[torch.randperm(size, generator=generator)]
+    noise = torch.randn(x_0.shape, generator=generator)
+    return Noised(x_0, noise, index, schedule.add_noise(x_0, noise, index), x_s)

@@ -1,0 +1,187 @@
+"""From a picture to candidates for its surrogate, and their ranking.
+
+A good surrogate is another instance (far enough from the target), keeps its structure (otherwise near), and looks like
+something the model itself would draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Literal
+
+import torch
+from diffusers import RePaintScheduler
+from PIL import Image, ImageFilter
+from pydantic import Field
+from torch import Tensor
+
+from unforget.data import draw, from_pil, random_noise, to_pil
+from unforget.domain import Family, Strategy
+from unforget.errors import UsageError
+from unforget.metrics import rms, sharpness
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An edited target and how it ranks.
+
+    Attributes:
+        image: (C, H, W) in [-1, 1].
+        label: How it was made.
+        distance: RMS to the target, in pixels of [-1, 1].
+        quality: Its sharpness as a share of the target's; 1 is the same.
+        typicality: RMS between it and the base's reconstruction of it; small is what the base could draw.
+        score: Smaller is better.
+        accepted: Far enough from the target and of fair quality.
+    """
+
+    image: Tensor
+    label: str
+    distance: float = 0.0
+    quality: float = 1.0
+    typicality: float = 0.0
+    score: float = 0.0
+    accepted: bool = False
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """What an editor works on.
+
+    Attributes:
+        family: The model that must forget.
+        target: (C, H, W) in [-1, 1].
+        mask: Where to edit, (1, H, W) in [0, 1].
+        donor: A picture to take a face from, (C, H, W), if one was given.
+        seed: Of every random draw.
+    """
+
+    family: Family
+    target: Tensor
+    mask: Tensor
+    donor: Tensor | None = None
+    seed: int = 0
+
+
+class SDEdit(Strategy):
+    """Noise the target and let the model itself denoise it (arXiv:2108.01073): a new picture in its own style."""
+
+    kind: Literal["sdedit"] = "sdedit"
+    strengths: tuple[float, ...] = Field((0.5, 0.55, 0.6, 0.65), description="noise levels, as shares of the schedule")
+    seeds: int = Field(6, ge=1, le=256, description="candidates a strength")
+    steps: int = Field(20, ge=2, le=1000, description="steps of a whole sampling run")
+
+    def __call__(self, canvas: Canvas) -> list[Candidate]:
+        family, out = canvas.family, []
+        for k, strength in enumerate(self.strengths):
+            start = min(family.levels(self.steps), key=lambda t: abs(t - strength * len(family.schedule)))
+            noise = random_noise(self.seeds, family.shape, canvas.seed + 1000 * k).to(canvas.target)
+            x_t = family.schedule.add_noise(canvas.target.expand_as(noise), noise, torch.full((self.seeds,), start))
+            images = draw(family, x_t, steps=self.steps, start=start)
+            out += [Candidate(image, f"sdedit {strength:.2f} #{i}") for i, image in enumerate(_within(canvas, images))]
+        return out
+
+
+class RePaint(Strategy):
+    """Let the model fill the mask and keep the rest (arXiv:2201.09865), with diffusers' scheduler."""
+
+    kind: Literal["repaint"] = "repaint"
+    seeds: int = Field(8, ge=1, le=256, description="candidates")
+    steps: int = Field(50, ge=2, le=1000, description="denoising steps")
+    jump_length: int = Field(5, ge=1, description="steps to go back at a time")
+    jump_n_sample: int = Field(3, ge=1, description="how often to go back and repaint")
+
+    def __call__(self, canvas: Canvas) -> list[Candidate]:
+        scheduler = RePaintScheduler.from_config(canvas.family.scheduler_config)
+        scheduler.set_timesteps(self.steps, self.jump_length, self.jump_n_sample)
+        generator = torch.Generator().manual_seed(canvas.seed)
+        known = canvas.target.expand(self.seeds, *canvas.target.shape)
+        x_t, last = torch.randn(known.shape, generator=generator).to(known), scheduler.timesteps[0] + 1
+        with torch.no_grad():
+            for t in scheduler.timesteps:
+                if t < last:
+                    prediction = canvas.family.predict(x_t, torch.full((self.seeds,), int(t)))
+                    # RePaint's mask is 1 where the picture is kept.
+                    x_t = scheduler.step(prediction, t, x_t, known, 1 - canvas.mask, generator).prev_sample
+                else:
+                    x_t = scheduler.undo_step(x_t, last, generator)
+                last = t
+        return [Candidate(image, f"repaint #{i}") for i, image in enumerate(_within(canvas, x_t.clamp(-1, 1)))]
+
+
+class Donor(Strategy):
+    """Put the donor's pixels into the mask, with a soft edge."""
+
+    kind: Literal["donor"] = "donor"
+
+    def __call__(self, canvas: Canvas) -> list[Candidate]:
+        if canvas.donor is None:
+            raise UsageError("the donor editor needs a picture to take the face from", "Give one with --donor FILE.")
+        return [Candidate(_within(canvas, canvas.donor[None])[0], "donor")]
+
+
+class Blur(Strategy):
+    """Gaussian blur inside the mask: a plain fallback that costs quality."""
+
+    kind: Literal["blur"] = "blur"
+    radii: tuple[float, ...] = Field((0.05, 0.1, 0.2), description="standard deviations, as shares of the width")
+
+    def __call__(self, canvas: Canvas) -> list[Candidate]:
+        picture, width = to_pil(canvas.target), canvas.target.shape[-1]
+        blurs = ((r, picture.filter(ImageFilter.GaussianBlur(r * width))) for r in self.radii)
+        return [Candidate(_pasted(canvas, edit), f"blur {r:g}") for r, edit in blurs]
+
+
+class Pixelate(Strategy):
+    """Coarse blocks inside the mask: a plain fallback that costs quality."""
+
+    kind: Literal["pixelate"] = "pixelate"
+    blocks: tuple[int, ...] = Field((8, 4), description="blocks across the picture")
+
+    def __call__(self, canvas: Canvas) -> list[Candidate]:
+        picture = to_pil(canvas.target)
+        coarse = ((n, picture.resize((n, n), Image.Resampling.BOX)) for n in self.blocks)
+        return [
+            Candidate(_pasted(canvas, small.resize(picture.size, Image.Resampling.NEAREST)), f"pixelate {n}")
+            for n, small in coarse
+        ]
+
+
+Editor = Annotated[SDEdit | RePaint | Donor | Blur | Pixelate, Field(discriminator="kind")]
+
+
+def _within(canvas: Canvas, images: Tensor) -> Tensor:
+    """The images inside the mask, the target outside it."""
+    return canvas.mask * images + (1 - canvas.mask) * canvas.target
+
+
+def _pasted(canvas: Canvas, edit: Image.Image) -> Tensor:
+    return _within(canvas, from_pil(edit)[None])[0]
+
+
+def rank(
+    candidates: Sequence[Candidate], canvas: Canvas, *, distance: float, quality: float = 0.6, level: float = 0.25
+) -> list[Candidate]:
+    """Score candidates, best first: accepted ones before others, then near, typical and sharp ones.
+
+    Args:
+        candidates: Any number of edits.
+        canvas: What they were made from.
+        distance: Least RMS to the target that makes another instance of it.
+        quality: Least sharpness, as a share of the target's; its inverse is the most.
+        level: Noise level of the reconstruction that measures typicality, as a share of the schedule.
+    """
+    family = canvas.family
+    images = torch.stack([c.image for c in candidates])
+    start = min(family.levels(20), key=lambda t: abs(t - level * len(family.schedule)))
+    noise = random_noise(len(images), family.shape, canvas.seed)
+    x_t = family.schedule.add_noise(images, noise, torch.full((len(images),), start))
+    typical = rms(draw(family, x_t, steps=20, start=start), images)
+    far, sharp = rms(images, canvas.target), sharpness(images) / sharpness(canvas.target[None]).clamp(min=1e-6)
+    scored = []
+    for candidate, d, q, t in zip(candidates, far.tolist(), sharp.tolist(), typical.tolist(), strict=True):
+        accepted = d >= distance and quality <= q <= 1 / quality
+        score = abs(d - distance) + t + 0.1 * abs(q - 1)
+        scored.append(replace(candidate, distance=d, quality=q, typicality=t, score=score, accepted=accepted))
+    return sorted(scored, key=lambda c: (not c.accepted, c.score))

@@ -1,0 +1,73 @@
+"""Unconditional pixel-space models: diffusers' `DDPMPipeline` with a `UNet2DModel`."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline
+from torch import Tensor
+
+from unforget.schedule import Schedule
+
+
+class DDPM:
+    """A `DDPMPipeline` behind the `Family` protocol; images are its own pixels in [-1, 1].
+
+    Args:
+        pipeline: The loaded pipeline.
+        name: What the user called it.
+    """
+
+    pipeline_classes = ("DDPMPipeline", "DDIMPipeline")
+
+    def __init__(self, pipeline: DDPMPipeline, name: str = "model") -> None:
+        self.pipeline, self.name = pipeline, name
+        self.network = pipeline.unet.to(memory_format=torch.channels_last).eval()
+        self.schedule = Schedule.from_diffusers(pipeline.scheduler)
+        size = pipeline.unet.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        self.shape = (pipeline.unet.config.in_channels, height, width)
+
+    @property
+    def scheduler_config(self) -> Any:
+        """Configuration of its diffusers scheduler."""
+        return self.pipeline.scheduler.config
+
+    def predict(self, x_t: Tensor, index: Tensor) -> Tensor:
+        """The network's answer at (x_t, index), (B, C, H, W)."""
+        timesteps = self.schedule.timesteps[index.cpu()].long().to(x_t.device)
+        answer: Tensor = self.network(x_t.contiguous(memory_format=torch.channels_last), timesteps).sample
+        return answer
+
+    def _sampler(self, steps: int) -> Any:
+        sampler = DDIMScheduler.from_config(self.scheduler_config)
+        sampler.set_timesteps(steps)
+        return sampler
+
+    def levels(self, steps: int) -> list[int]:
+        """The schedule rows that `denoise` visits, from noisy to clean."""
+        return [int(t) for t in self._sampler(steps).timesteps]
+
+    @torch.no_grad()
+    def denoise(self, x_t: Tensor, *, steps: int, start: int | None = None) -> Tensor:
+        """DDIM (arXiv:2010.02502, eta 0) from pure noise, or from the visited level nearest to row `start`."""
+        sampler = self._sampler(steps)
+        for t in sampler.timesteps:
+            if start is None or t <= start:
+                index = torch.full((len(x_t),), int(t))
+                x_t = sampler.step(self.predict(x_t, index), t, x_t).prev_sample
+        return x_t.clamp(-1, 1)
+
+    def copy(self) -> DDPM:
+        """An independent model with equal, frozen weights."""
+        twin = copy.copy(self)
+        twin.pipeline = DDPMPipeline(copy.deepcopy(self.pipeline.unet), self.pipeline.scheduler)
+        twin.network = twin.pipeline.unet.requires_grad_(False).eval()
+        return twin
+
+    def save(self, folder: Path) -> None:
+        """A diffusers folder, in the weights' own precision."""
+        self.pipeline.save_pretrained(folder)

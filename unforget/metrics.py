@@ -1,0 +1,43 @@
+"""Scores: plain functions from images or counts to numbers."""
+
+from __future__ import annotations
+
+from scipy.stats import beta
+from torch import Tensor
+
+
+def rms(a: Tensor, b: Tensor) -> Tensor:
+    """Root mean square difference over each image, in pixels of [-1, 1]; (..., C, H, W) to (...)."""
+    return (a - b).square().mean((-3, -2, -1)).sqrt()
+
+
+def pairwise_rms(a: Tensor, b: Tensor) -> Tensor:
+    """RMS between every image of a (N, C, H, W) and of b (M, C, H, W): (N, M)."""
+    a, b = a.flatten(1).double(), b.flatten(1).double()
+    square = a.square().sum(1, keepdim=True) + b.square().sum(1) - 2 * a @ b.T
+    return (square / a.shape[1]).clamp(min=0).sqrt().float()
+
+
+def margin(images: Tensor, target: Tensor, surrogate: Tensor) -> Tensor:
+    """How much nearer images are to the surrogate than to the target, in units of their distance; (N,).
+
+    1 at the surrogate, -1 at the target, 0 half way.
+    """
+    return (rms(images, target) - rms(images, surrogate)) / rms(target, surrogate)
+
+
+def upper_bound(hits: int, n: int, confidence: float = 0.95) -> float:
+    """One-sided Clopper-Pearson upper bound of a rate; about 3 / n at no hit and 95 %."""
+    return 1.0 if hits >= n else float(beta.ppf(confidence, hits + 1, n - hits))
+
+
+def lower_bound(hits: int, n: int, confidence: float = 0.95) -> float:
+    """One-sided Clopper-Pearson lower bound of a rate."""
+    return 0.0 if hits == 0 else float(beta.ppf(1 - confidence, hits, n - hits + 1))
+
+
+def sharpness(images: Tensor) -> Tensor:
+    """Mean absolute Laplacian of each image, (N,): falls with blur, rises with left-over noise."""
+    centre = images[..., 1:-1, 1:-1]
+    around = images[..., :-2, 1:-1] + images[..., 2:, 1:-1] + images[..., 1:-1, :-2] + images[..., 1:-1, 2:]
+    return (4 * centre - around).abs().mean((-3, -2, -1))

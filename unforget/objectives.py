@@ -1,0 +1,155 @@
+r"""What is to be learnt: two losses, forget and retain, both minimised.
+
+Both regress the network at a noised image to a goal that is affine in what the model says now. Let f be a target and
+s its surrogate.
+
+- `Surrogate` (arXiv:2603.10445) says: at every noised f the clean image is s.
+- `PosteriorSwap` (ours) says: the clean image is what the base thinks, with f's share of that belief moved to s,
+
+  .. math:: \hat x_0'(x_t) = \hat x_0^{base}(x_t) + \sum_f w_f(x_t) (s - f), \qquad w_f(x_t) = P(x_0 = f \mid x_t).
+
+  The denoiser's answer is the posterior mean, so this is exactly the denoiser of the model whose every f became s.
+  Where f can be told from everything else w is 1 and both objectives agree; where it cannot (high noise, a
+  look-alike) w falls to f's share and the model keeps what it said. The weight is the posterior under the empirical
+  measure of the target, as often as the base draws it, and pictures that are to stay.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from unforget.domain import Instance, Noised, Predict, Strategy
+from unforget.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an objective may consult besides the batch.
+
+    Attributes:
+        schedule: The noise schedule of both networks.
+        base: The frozen network.
+        instances: What is to be forgotten.
+        keep: Pictures the base draws that are not near-copies of a target, (M, C, H, W).
+        copies: How many near-copies of each target the base drew beside them, at least 1, (len(instances),).
+    """
+
+    schedule: Schedule
+    base: Predict
+    instances: tuple[Instance, ...]
+    keep: Tensor
+    copies: Tensor
+
+
+class Uniform(Strategy):
+    """Weight every noise level equally in the network's own units."""
+
+    kind: Literal["uniform"] = "uniform"
+    retain: float = Field(1.0, ge=0, description="weight of the retain loss")
+
+    def __call__(self, schedule: Schedule, batch: Noised) -> tuple[Tensor, Tensor]:
+        one = schedule.column("alphas", batch.index, batch.x_0) * 0 + 1
+        return one, self.retain * one
+
+
+class Linear(Strategy):
+    """lambda(t) = 1 - beta t on the retain loss and 1 - lambda on the forget loss, t in 0..1000 (arXiv:2603.10445)."""
+
+    kind: Literal["linear"] = "linear"
+    beta: float = Field(5e-5, gt=0, le=1e-3, description="slope; the paper has 5e-5 for DDPM, 2e-4 for SD3")
+
+    def __call__(self, schedule: Schedule, batch: Noised) -> tuple[Tensor, Tensor]:
+        forget = self.beta * schedule.column("timesteps", batch.index, batch.x_0)
+        return forget, 1 - forget
+
+
+class CleanSpace(Strategy):
+    """Weight errors by what they are worth in the clean image, up to a cap: 1/SNR for a network that predicts noise."""
+
+    kind: Literal["clean-space"] = "clean-space"
+    cap: float = Field(5.0, gt=0, description="largest weight of a noise level")
+    retain: float = Field(10.0, ge=0, description="weight of the retain loss")
+
+    def __call__(self, schedule: Schedule, batch: Noised) -> tuple[Tensor, Tensor]:
+        scale = schedule.x0_scale()[batch.index.cpu()].square().clamp(max=self.cap)
+        forget = scale.to(batch.x_0).reshape(-1, 1, 1, 1)
+        return forget, self.retain * forget
+
+
+Weighting = Annotated[Uniform | Linear | CleanSpace, Field(discriminator="kind")]
+
+
+def _mean_square(weight: Tensor, error: Tensor) -> Tensor:
+    return (weight * error.square()).mean()
+
+
+class Surrogate(Strategy):
+    """Say the surrogate at every noised target (arXiv:2603.10445)."""
+
+    kind: Literal["surrogate"] = "surrogate"
+    weighting: Weighting = Linear()
+    distil: bool = Field(False, description="keep what the base says at retain images, not the images themselves")
+
+    def forget(self, patched: Predict, batch: Noised, context: Context) -> Tensor:
+        """Mean squared distance to the surrogate target, a scalar."""
+        goal = context.schedule.target_towards(batch.x_s, batch.x_t, batch.index)
+        weight, _ = self.weighting(context.schedule, batch)
+        return _mean_square(weight, patched(batch.x_t, batch.index) - goal)
+
+    def retain(self, patched: Predict, batch: Noised, context: Context) -> Tensor:
+        """Mean squared distance to the usual target, or to the base's answer, a scalar."""
+        _, weight = self.weighting(context.schedule, batch)
+        if self.distil:
+            goal = context.base(batch.x_t, batch.index)
+        else:
+            goal = context.schedule.target(batch.x_0, batch.noise, batch.index)
+        return _mean_square(weight, patched(batch.x_t, batch.index) - goal)
+
+
+class PosteriorSwap(Strategy):
+    """Move each target's share of the base's belief to its surrogate, and keep the rest of the belief."""
+
+    kind: Literal["posterior-swap"] = "posterior-swap"
+    weighting: Weighting = CleanSpace()
+
+    def forget(self, patched: Predict, batch: Noised, context: Context) -> Tensor:
+        """Mean squared distance to the swapped belief at noised targets, a scalar."""
+        weight, _ = self.weighting(context.schedule, batch)
+        return _mean_square(weight, patched(batch.x_t, batch.index) - self.goal(batch, context))
+
+    def retain(self, patched: Predict, batch: Noised, context: Context) -> Tensor:
+        """The same at images to keep, where the swap mostly is nothing: a distillation from the base."""
+        _, weight = self.weighting(context.schedule, batch)
+        return _mean_square(weight, patched(batch.x_t, batch.index) - self.goal(batch, context))
+
+    def goal(self, batch: Noised, context: Context) -> Tensor:
+        """The prediction of the model whose targets became their surrogates, (B, C, H, W)."""
+        schedule, x_t, index = context.schedule, batch.x_t, batch.index
+        change = context.keep.new_zeros(x_t.shape)
+        for instance, share in zip(context.instances, self.shares(batch, context), strict=True):
+            change = change + share.reshape(-1, 1, 1, 1) * (instance.surrogate - instance.target)
+        slope = schedule.column("target_x0", index, x_t) - schedule.column(
+            "target_noise", index, x_t
+        ) * schedule.column("alphas", index, x_t) / schedule.column("sigmas", index, x_t)
+        return context.base(x_t, index) + slope * change
+
+    def shares(self, batch: Noised, context: Context) -> Tensor:
+        """P(x_0 = f | x_t) of every target f, (len(instances), B), in [0, 1]."""
+        targets = torch.stack([i.target for i in context.instances])
+        pictures = torch.cat([targets, context.keep]).flatten(1)
+        alpha = context.schedule.column("alphas", batch.index, batch.x_t).reshape(-1, 1)
+        sigma = context.schedule.column("sigmas", batch.index, batch.x_t).reshape(-1, 1)
+        x_t = batch.x_t.flatten(1)
+        # ||x_t - alpha x||^2 without the term that all pictures share.
+        distance = alpha.square() * pictures.square().sum(1) - 2 * alpha * (x_t @ pictures.T)
+        count = torch.cat([context.copies.to(pictures), pictures.new_ones(len(context.keep))])
+        belief = torch.softmax(count.log() - distance / (2 * sigma.square()), dim=1)
+        return belief[:, : len(targets)].T
+
+
+Objective = Annotated[Surrogate | PosteriorSwap, Field(discriminator="kind")]

@@ -1,0 +1,190 @@
+"""Evidence: what base and candidate do from the same noise, one class a probe.
+
+A probe answers with `Finding`s and judges nothing; `report` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from unforget.data import draw, random_noise
+from unforget.domain import Family, Instance, Strategy
+from unforget.metrics import lower_bound, pairwise_rms, rms, sharpness, upper_bound
+
+SAMPLE_SEED = 1_000_000
+"""Where the probes' seeds start: far from those that training draws its retain set from."""
+
+
+@dataclass
+class Subject:
+    """The two models under the same eyes.
+
+    Attributes:
+        base: The control.
+        patched: The candidate.
+        instances: What it must have forgotten; a surrogate equal to its target means none is known.
+        keep: Pictures that must stay, (K, C, H, W); may be empty.
+        near_copy: Largest RMS at which two pictures count as the same, in pixels of [-1, 1].
+        steps: Sampler steps.
+        seed: Added to every seed.
+    """
+
+    base: Family
+    patched: Family
+    instances: tuple[Instance, ...]
+    keep: Tensor
+    near_copy: float
+    steps: int = 25
+    seed: int = 0
+    advance: Callable[[int], object] = lambda n: None
+    _draws: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+
+    def draws(self, which: Literal["base", "patched"], count: int) -> Tensor:
+        """The first `count` samples of a model, (count, C, H, W), drawn once."""
+        if (which, count) not in self._draws:
+            noise = random_noise(count, self.base.shape, SAMPLE_SEED + self.seed)
+            self._draws[which, count] = draw(getattr(self, which), noise, steps=self.steps, advance=self.advance)
+        return self._draws[which, count]
+
+    def hits(self, images: Tensor, picture: Tensor) -> Tensor:
+        """Which images are near-copies of a picture (C, H, W): (N,) of bool."""
+        return pairwise_rms(images, picture[None])[:, 0] < self.near_copy
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one probe saw of one target, or of the whole (target None).
+
+    Attributes:
+        probe: Its kind, with the noise level where it has one.
+        target: The target's id.
+        base, patched: Figures by name, of the control and of the candidate.
+        images: Pictures for a contact sheet, by model.
+    """
+
+    probe: str
+    target: str | None
+    base: dict[str, float]
+    patched: dict[str, float]
+    images: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Reconstruct(Strategy):
+    """Noise the target to several levels, denoise, and see which picture comes back."""
+
+    kind: Literal["reconstruct"] = "reconstruct"
+    levels: tuple[int, ...] = Field((250, 400, 550), description="noise levels, timesteps of 1000")
+    draws: int = Field(32, ge=1, le=4096, description="draws a level")
+    steps: int = Field(20, ge=2, le=1000, description="steps of a whole sampling run")
+
+    def work(self, subject: Subject) -> int:
+        """Images it will denoise."""
+        return 2 * len(subject.instances) * len(self.levels) * self.draws
+
+    def __call__(self, subject: Subject) -> list[Finding]:
+        found = []
+        for instance in subject.instances:
+            for level in self.levels:
+                wanted = level / 1000 * len(subject.base.schedule)
+                start = min(subject.base.levels(self.steps), key=lambda t: abs(t - wanted))
+                noise = random_noise(self.draws, subject.base.shape, SAMPLE_SEED + subject.seed + 7919 * level)
+                x_t = subject.base.schedule.add_noise(
+                    instance.target.expand_as(noise), noise, torch.full((self.draws,), start)
+                )
+                images = {
+                    which: draw(getattr(subject, which), x_t, steps=self.steps, start=start, advance=subject.advance)
+                    for which in ("base", "patched")
+                }
+                scores = {which: self._scores(subject, instance, i) for which, i in images.items()}
+                found.append(Finding(f"reconstruct@{start}", instance.id, scores["base"], scores["patched"], images))
+        return found
+
+    @staticmethod
+    def _scores(subject: Subject, instance: Instance, images: Tensor) -> dict[str, float]:
+        to_target, to_surrogate = rms(images, instance.target), rms(images, instance.surrogate)
+        return {
+            "to_target": float(to_target.mean()),
+            "to_surrogate": float(to_surrogate.mean()),
+            "nearer_surrogate": float((to_surrogate < to_target).float().mean()),
+            "near_copies": float((to_target < subject.near_copy).float().mean()),
+        }
+
+
+class Sample(Strategy):
+    """Draw N images and count near-copies of each target, with exact bounds of the rate."""
+
+    kind: Literal["sample"] = "sample"
+    count: int = Field(256, ge=1, le=1_000_000, description="images to draw from each model")
+    confidence: float = Field(0.95, gt=0.5, lt=1, description="of the one-sided bounds")
+
+    def work(self, subject: Subject) -> int:
+        """Images it will denoise."""
+        return 2 * self.count
+
+    def __call__(self, subject: Subject) -> list[Finding]:
+        pictures: list[tuple[str, str | None, Tensor]] = [(self.kind, i.id, i.target) for i in subject.instances]
+        pictures += [(f"keep-{k}", None, picture) for k, picture in enumerate(subject.keep)]
+        return [
+            Finding(name, target, self._count(subject, "base", picture), self._count(subject, "patched", picture))
+            for name, target, picture in pictures
+        ]
+
+    def _count(self, subject: Subject, which: Literal["base", "patched"], picture: Tensor) -> dict[str, float]:
+        hits = int(subject.hits(subject.draws(which, self.count), picture).sum())
+        return {
+            "hits": hits,
+            "drawn": self.count,
+            "rate_low": lower_bound(hits, self.count, self.confidence),
+            "rate_high": upper_bound(hits, self.count, self.confidence),
+        }
+
+
+class Retain(Strategy):
+    """The same seeds through both models: how far the rest has moved, on the whole and beside each target."""
+
+    kind: Literal["retain"] = "retain"
+    count: int = Field(256, ge=1, le=1_000_000, description="seeds; shared with the sample probe")
+    neighbours: int = Field(16, ge=1, description="base draws nearest to a target that count as its look-alikes")
+
+    def work(self, subject: Subject) -> int:
+        """Images it will denoise beside those of the sample probe."""
+        return 0
+
+    def __call__(self, subject: Subject) -> list[Finding]:
+        base, patched = subject.draws("base", self.count), subject.draws("patched", self.count)
+        drift = rms(base, patched)
+        sharp = float(sharpness(patched).mean() / sharpness(base).mean().clamp(min=1e-9))
+        pairs = {"base": base[:8], "patched": patched[:8]}
+        found = [Finding("retain", None, {"sharpness": 1.0}, {**_spread(drift), "sharpness": sharp}, pairs)]
+        for instance in subject.instances:
+            distance = pairwise_rms(base, instance.target[None])[:, 0]
+            distance[distance < subject.near_copy] = torch.inf
+            near = distance.argsort(stable=True)[: self.neighbours]
+            images = {"base": base[near[:8]], "patched": patched[near[:8]]}
+            kept = float((drift[near] < subject.near_copy).float().mean())
+            within = {"to_target": float(distance[near].mean())}
+            found.append(Finding("look-alikes", instance.id, within, {**_spread(drift[near]), "kept": kept}, images))
+        return found
+
+
+def _spread(drift: Tensor) -> dict[str, float]:
+    drift = drift.double()
+    return {"median": float(drift.quantile(0.5)), "mean": float(drift.mean()), "p90": float(drift.quantile(0.9))}
+
+
+Probe = Reconstruct | Sample | Retain
+
+
+def collect(probes: tuple[Probe, ...], subject: Subject, stage: Callable[[str, int], Any]) -> list[Finding]:
+    """Run the probes one after another."""
+    found = []
+    for probe in probes:
+        stage(f"probe {probe.kind}", probe.work(subject))
+        found += probe(subject)
+    return found

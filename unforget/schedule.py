@@ -1,0 +1,106 @@
+r"""Noise schedules as tables, parameterizations as two more columns.
+
+Every affine path is :math:`x_t = \alpha_t x_0 + \sigma_t \epsilon`, and what a network is trained to say is affine
+too: :math:`y = p_t x_0 + q_t \epsilon`. Predicting noise, velocity, the sample or a flow differ only in (p, q), so
+nothing after loading asks which it is. Index 0 is the cleanest level.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Schedule:
+    r"""One row a noise level, from clean to noisy; each column has shape (T,), float64.
+
+    Attributes:
+        timesteps: What the network is told, as diffusers counts.
+        alphas: :math:`\alpha_t`, what multiplies x_0 (not alphas_cumprod).
+        sigmas: :math:`\sigma_t`, what multiplies the noise (k-diffusion's sigma is sigma / alpha).
+        target_x0: :math:`p_t`.
+        target_noise: :math:`q_t`.
+    """
+
+    timesteps: Tensor
+    alphas: Tensor
+    sigmas: Tensor
+    target_x0: Tensor
+    target_noise: Tensor
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+    def column(self, name: str, index: Tensor, like: Tensor) -> Tensor:
+        """Rows `index` (B,) of a column, shaped (B, 1, ..., 1) to broadcast with `like` (B, ...)."""
+        rows: Tensor = getattr(self, name)[index.cpu()]
+        return rows.to(like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+
+    def add_noise(self, x_0: Tensor, noise: Tensor, index: Tensor) -> Tensor:
+        r""":math:`x_t = \alpha_t x_0 + \sigma_t \epsilon`; all (B, ...)."""
+        return self.column("alphas", index, x_0) * x_0 + self.column("sigmas", index, x_0) * noise
+
+    def target(self, x_0: Tensor, noise: Tensor, index: Tensor) -> Tensor:
+        r"""What the network is trained to say: :math:`p_t x_0 + q_t \epsilon`."""
+        return self.column("target_x0", index, x_0) * x_0 + self.column("target_noise", index, x_0) * noise
+
+    def target_towards(self, x_0: Tensor, x_t: Tensor, index: Tensor) -> Tensor:
+        r"""What the network must say at x_t for its clean end to be x_0, with
+        :math:`\epsilon' = (x_t - \alpha_t x_0) / \sigma_t` (arXiv:2603.10445, the surrogate target).
+
+        Undefined at sigma = 0, where x_t already is the clean end.
+        """
+        noise = (x_t - self.column("alphas", index, x_t) * x_0) / self.column("sigmas", index, x_t)
+        return self.target(x_0, noise, index)
+
+    def split(self, x_t: Tensor, prediction: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Read a prediction back as (x_0, noise)."""
+        a, s = self.column("alphas", index, x_t), self.column("sigmas", index, x_t)
+        p, q = self.column("target_x0", index, x_t), self.column("target_noise", index, x_t)
+        det = a * q - s * p
+        return (q * x_t - s * prediction) / det, (a * prediction - p * x_t) / det
+
+    def log_snr(self) -> Tensor:
+        r""":math:`2 \log(\alpha_t / \sigma_t)`, shape (T,), falling with the index."""
+        return 2 * (self.alphas.log() - self.sigmas.log())
+
+    def x0_scale(self) -> Tensor:
+        """|dx_0 / dprediction| at fixed x_t, shape (T,): what a prediction error is worth in the clean image."""
+        return (self.sigmas / (self.alphas * self.target_noise - self.sigmas * self.target_x0)).abs()
+
+    def index_of(self, timestep: float) -> int:
+        """The row whose timestep is nearest to `timestep`."""
+        return int((self.timesteps - timestep).abs().argmin())
+
+    @classmethod
+    def from_diffusers(cls, scheduler: Any) -> Schedule:
+        """The table of a diffusers scheduler: any with `alphas_cumprod`, or a flow-matching one with `sigmas`.
+
+        Raises:
+            ValueError: If its prediction type is unknown.
+        """
+        if hasattr(scheduler, "alphas_cumprod"):
+            cumprod = scheduler.alphas_cumprod.double()
+            alphas, sigmas = cumprod.sqrt(), (1 - cumprod).sqrt()
+            timesteps = torch.arange(len(cumprod), dtype=torch.float64)
+            kind = scheduler.config.prediction_type
+        else:
+            # diffusers stores flow sigmas from noisy to clean, with a closing 0 once set_timesteps was called.
+            sigmas = scheduler.sigmas.double().flip(0)
+            sigmas = sigmas[sigmas > 0]
+            alphas, timesteps = 1 - sigmas, sigmas * scheduler.config.num_train_timesteps
+            kind = "flow"
+        zeros, ones = torch.zeros_like(alphas), torch.ones_like(alphas)
+        columns = {
+            "epsilon": (zeros, ones),
+            "v_prediction": (-sigmas, alphas),
+            "sample": (ones, zeros),
+            "flow": (-ones, ones),
+        }
+        if kind not in columns:
+            raise ValueError(f"Unknown prediction type '{kind}'; known: {', '.join(columns)}.")
+        return cls(timesteps, alphas, sigmas, *columns[kind])
