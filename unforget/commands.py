@@ -266,7 +266,7 @@ def _instances(
         canvas = Canvas(base, target, torch.ones(1, *base.shape[1:]), seed=config.seed)
         ranked = _candidates(canvas, SDEdit(), config.min_distance, listener)
         if not ranked[0].accepted:
-            ranked = _candidates(canvas, SDEdit(strengths=(0.7, 0.8)), config.min_distance, listener) + ranked
+            ranked = _candidates(canvas, SDEdit(strengths=(0.8, 0.85)), config.min_distance, listener) + ranked
         best = next((c for c in ranked if c.accepted), None)
         if best is None:
             raise CannotRun(

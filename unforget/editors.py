@@ -68,8 +68,8 @@ class SDEdit(Strategy):
     """Noise the target and let the model itself denoise it (arXiv:2108.01073): a new picture in its own style."""
 
     kind: Literal["sdedit"] = "sdedit"
-    strengths: tuple[float, ...] = Field((0.5, 0.55, 0.6, 0.65), description="noise levels, as shares of the schedule")
-    seeds: int = Field(6, ge=1, le=256, description="candidates a strength")
+    strengths: tuple[float, ...] = Field((0.6, 0.65, 0.7, 0.75), description="noise levels, as shares of the schedule")
+    seeds: int = Field(8, ge=1, le=256, description="candidates a strength")
     steps: int = Field(20, ge=2, le=1000, description="steps of a whole sampling run")
 
     def __call__(self, canvas: Canvas) -> list[Candidate]:

@@ -81,7 +81,6 @@ def _check_class(kind: Any, where: str) -> None:
 
 
 def _open(source: str, revision: str | None, name: str, allow_pickle: bool, device: str) -> Family:
-    import torch
     from diffusers import DDPMPipeline, DiffusionPipeline
     from diffusers.utils import logging
 
@@ -92,9 +91,7 @@ def _open(source: str, revision: str | None, name: str, allow_pickle: bool, devi
     try:
         if not Path(source).is_dir():
             _check_class(DiffusionPipeline.load_config(source, **where)["_class_name"], source)
-        pipeline = DDPMPipeline.from_pretrained(
-            source, use_safetensors=None if allow_pickle else True, torch_dtype=torch.float32, **where
-        )
+        pipeline = DDPMPipeline.from_pretrained(source, use_safetensors=None if allow_pickle else True, **where)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         hint = (

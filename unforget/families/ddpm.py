@@ -25,7 +25,7 @@ class DDPM:
 
     def __init__(self, pipeline: DDPMPipeline, name: str = "model") -> None:
         self.pipeline, self.name = pipeline, name
-        self.network = pipeline.unet.to(memory_format=torch.channels_last).eval()
+        self.network = pipeline.unet.float().to(memory_format=torch.channels_last).eval()
         self.schedule = Schedule.from_diffusers(pipeline.scheduler)
         size = pipeline.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size

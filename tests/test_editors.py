@@ -1,0 +1,64 @@
+import pytest
+import torch
+
+from unforget import data
+from unforget.editors import Blur, Candidate, Canvas, Donor, Pixelate, RePaint, SDEdit, rank
+from unforget.errors import UsageError
+from unforget.metrics import rms
+
+FAST = {"sdedit": SDEdit(seeds=2, steps=5), "repaint": RePaint(seeds=2, steps=6, jump_length=2, jump_n_sample=2)}
+EDITORS = [*FAST.values(), Donor(), Blur(), Pixelate()]
+
+
+@pytest.fixture
+def canvas(tiny):
+    g = torch.Generator().manual_seed(0)
+    target, donor = data.from_pil(data.to_pil(torch.rand(3, 16, 16, generator=g) * 2 - 1)), torch.zeros(3, 16, 16)
+    mask = torch.zeros(1, 16, 16)
+    mask[:, 4:12, 4:12] = 1
+    return Canvas(tiny, target, mask, donor, seed=3)
+
+
+@pytest.mark.parametrize("editor", EDITORS, ids=lambda e: e.kind)
+def test_an_edit_stays_inside_the_mask_and_in_range(editor, canvas):
+    for candidate in editor(canvas):
+        assert candidate.image.shape == canvas.target.shape
+        assert candidate.image.abs().max() <= 1
+        outside = (1 - canvas.mask).bool().expand(3, -1, -1)
+        torch.testing.assert_close(candidate.image[outside], canvas.target[outside])
+        assert not torch.equal(candidate.image, canvas.target)
+
+
+@pytest.mark.parametrize("editor", FAST.values(), ids=lambda e: e.kind)
+def test_the_same_seed_makes_the_same_edits(editor, canvas):
+    first, again = editor(canvas), editor(canvas)
+    assert all(torch.equal(a.image, b.image) for a, b in zip(first, again, strict=True))
+    assert len({c.label for c in first}) == len(first)
+    assert not torch.equal(first[0].image, first[1].image)
+
+
+def test_sdedit_moves_farther_the_stronger_it_is(canvas):
+    whole = Canvas(canvas.family, canvas.target, torch.ones(1, 16, 16))
+    weak, strong = SDEdit(strengths=(0.05, 0.9), seeds=1, steps=20)(whole)
+    assert rms(weak.image, canvas.target) < rms(strong.image, canvas.target)
+
+
+def test_a_donor_must_be_given(canvas):
+    with pytest.raises(UsageError, match="needs a picture"):
+        Donor()(Canvas(canvas.family, canvas.target, canvas.mask))
+
+
+def test_ranking_puts_another_instance_first_and_the_target_last(canvas):
+    near, copy = canvas.target * 0.6, canvas.target.clone()
+    far = -canvas.target
+    ranked = rank([Candidate(copy, "copy"), Candidate(far, "far"), Candidate(near, "near")], canvas, distance=0.15)
+    assert [c.label for c in ranked] == ["near", "far", "copy"]
+    assert [c.accepted for c in ranked] == [True, True, False]
+    assert ranked[-1].distance == 0
+
+
+def test_ranking_does_not_accept_a_blur(canvas):
+    flat = torch.zeros_like(canvas.target)
+    (ranked,) = rank([Candidate(flat, "flat")], canvas, distance=0.1)
+    assert ranked.quality < 0.1
+    assert not ranked.accepted

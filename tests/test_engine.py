@@ -1,0 +1,97 @@
+"""A ten-line loop is the oracle."""
+
+import copy
+import math
+
+import pytest
+import torch
+
+from unforget import engine
+from unforget.domain import Noised
+from unforget.surgery import Project, Sum
+
+
+def batch(seed: int, size: int = 4) -> Noised:
+    g = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(2, size, 3, generator=g)
+    return Noised(x, y, torch.zeros(size, dtype=torch.long), x, y)
+
+
+def mean_square(network):
+    return lambda b: (network(b.x_0) - b.noise).square().mean()
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+
+
+def pairs(n):
+    return [(batch(2 * i), batch(2 * i + 1)) for i in range(n)]
+
+
+def run(network, n=4, surgery=None, lr=1e-2, **options):
+    optimizer = torch.optim.Adam(network.parameters(), lr=lr)
+    loss = mean_square(network)
+    return list(engine.run(pairs(n), loss, loss, surgery=surgery or Sum(), optimizer=optimizer, **options))
+
+
+def test_summed_gradients_are_an_ordinary_training_loop(network):
+    plain = copy.deepcopy(network)
+    run(network, max_grad_norm=math.inf)
+    optimizer = torch.optim.Adam(plain.parameters(), lr=1e-2)
+    for forget, retain in pairs(4):
+        (mean_square(plain)(forget) + mean_square(plain)(retain)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for ours, theirs in zip(network.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_micro_batches_give_the_gradient_of_the_whole(network):
+    other = copy.deepcopy(network)
+    whole, parts = run(network, surgery=Project()), run(other, surgery=Project(), micro_batch=1)
+    assert [s.forget for s in parts] == pytest.approx([s.forget for s in whole])
+    for a, b in zip(network.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_the_gram_matrix_is_that_of_autograd(network):
+    parameters = list(network.parameters())
+    forget, retain = pairs(1)[0]
+    f, r = (
+        torch.cat([g.flatten() for g in torch.autograd.grad(mean_square(network)(b), parameters)])
+        for b in (forget, retain)
+    )
+    gram = run(network, 1)[0].gram
+    assert gram == pytest.approx((float(f @ f), float(f @ r), float(r @ r)), rel=1e-5)
+
+
+def test_clipping_bounds_the_combined_gradient(network):
+    seen = []
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    before = [p.detach().clone() for p in network.parameters()]
+    loss = mean_square(network)
+    for step in engine.run(pairs(1), loss, loss, surgery=Sum(), optimizer=optimizer, max_grad_norm=0.01):
+        seen.append(step.norm)
+    moved = math.sqrt(sum(float((a.detach() - b).square().sum()) for a, b in zip(network.parameters(), before, strict=True)))
+    assert seen[0] > 0.01
+    assert moved == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_step_that_is_not_finite_is_not_applied(network):
+    before = copy.deepcopy(network.state_dict())
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+    loss = mean_square(network)
+    steps = list(engine.run(pairs(1), lambda b: loss(b) * math.nan, loss, surgery=Project(), optimizer=optimizer))
+    assert not steps[0].finite
+    assert all(torch.equal(v, before[k]) for k, v in network.state_dict().items())
+
+
+def test_it_is_lazy(network):
+    optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
+    loss = mean_square(network)
+    endless = (pair for _ in iter(int, 1) for pair in pairs(1))
+    loop = engine.run(endless, loss, loss, surgery=Sum(), optimizer=optimizer)
+    assert [next(loop).number for _ in range(3)] == [1, 2, 3]

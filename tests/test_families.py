@@ -1,0 +1,174 @@
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import rewrite, tiny_pipeline
+from diffusers import DDIMScheduler, DDPMPipeline
+
+from unforget import data, families
+from unforget.errors import CannotRun, UsageError
+from unforget.patch import digest
+
+
+@pytest.fixture
+def folder(tiny_folder, tmp_path):
+    return shutil.copytree(tiny_folder, tmp_path / "model")
+
+
+def test_both_layouts_hold_the_same_model(tiny_folder, flat_folder):
+    one, other = families.load(str(tiny_folder)), families.load(str(flat_folder))
+    assert digest(one.network.state_dict()) == digest(other.network.state_dict())
+
+
+def test_predict_is_the_network_at_the_schedule_s_timestep(tiny):
+    x = torch.randn(2, *tiny.shape)
+    index = torch.tensor([3, 700])
+    with torch.no_grad():
+        torch.testing.assert_close(tiny.predict(x, index), tiny.pipeline.unet(x, index).sample, rtol=1e-4, atol=1e-5)
+
+
+def test_denoise_is_ddim_of_diffusers(tiny):
+    x = data.random_noise(2, tiny.shape, 0)
+    sampler = DDIMScheduler.from_config(tiny.pipeline.scheduler.config)
+    sampler.set_timesteps(5)
+    expected = x
+    with torch.no_grad():
+        for t in sampler.timesteps:
+            expected = sampler.step(tiny.pipeline.unet(expected, t).sample, t, expected).prev_sample
+    torch.testing.assert_close(tiny.denoise(x, steps=5), expected.clamp(-1, 1), rtol=1e-3, atol=1e-4)
+
+
+def test_denoise_from_a_level_leaves_out_the_noisier_ones(tiny):
+    assert tiny.levels(20)[:2] == [950, 900]
+    seen = []
+    predict = tiny.predict
+    tiny.predict = lambda x, i: seen.append(int(i[0])) or predict(x, i)
+    tiny.denoise(torch.zeros(1, *tiny.shape), steps=20, start=250)
+    assert seen == [250, 200, 150, 100, 50, 0]
+
+
+def test_a_copy_shares_nothing_and_is_frozen(tiny):
+    twin = tiny.copy()
+    before = digest(twin.network.state_dict())
+    with torch.no_grad():
+        next(tiny.network.parameters()).add_(1)
+    assert digest(twin.network.state_dict()) == before
+    assert not any(p.requires_grad for p in twin.network.parameters())
+
+
+def test_the_saved_folder_opens_with_the_stock_loader(tiny, tmp_path):
+    tiny.save(tmp_path / "out")
+    again = DDPMPipeline.from_pretrained(tmp_path / "out")
+    assert digest(again.unet.state_dict()) == digest(tiny.network.state_dict())
+
+
+def refused(error, folder, sentence, **options):
+    with pytest.raises(error, match=sentence) as caught:
+        families.load(str(folder), **options)
+    assert caught.value.hint
+
+
+def test_no_model_index(folder):
+    (folder / "model_index.json").unlink()
+    refused(UsageError, folder, "has no model_index.json")
+
+
+@pytest.mark.parametrize("content", ["{}", "not json", "[]"])
+def test_a_model_index_without_a_class(folder, content):
+    (folder / "model_index.json").write_text(content)
+    refused(UsageError, folder, "does not name a pipeline class")
+
+
+def test_an_unsupported_family_names_the_supported(folder):
+    rewrite(folder / "model_index.json", _class_name="StableAudioPipeline")
+    with pytest.raises(UsageError, match="is a StableAudioPipeline") as caught:
+        families.load(str(folder))
+    assert "DDPMPipeline" in caught.value.hint
+
+
+def test_missing_weights(folder):
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    refused(CannotRun, folder, "holds no weights")
+
+
+def test_a_missing_shard(folder):
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    shutil.rmtree(folder / "unet")
+    tiny_pipeline().unet.save_pretrained(folder / "unet", max_shard_size="20KB")
+    shards = sorted((folder / "unet").glob("*-of-*.safetensors"))
+    assert len(shards) > 1
+    families.load(str(folder))
+    shards[0].unlink()
+    refused(CannotRun, folder, f"misses the shard {shards[0].name}")
+    assert not weights.exists()
+
+
+def test_truncated_weights(folder):
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    refused(CannotRun, folder, "cannot open the model")
+
+
+def test_nan_weights(folder):
+    pipeline = tiny_pipeline()
+    with torch.no_grad():
+        next(pipeline.unet.parameters())[0] = torch.nan
+    pipeline.unet.save_pretrained(folder / "unet")
+    refused(CannotRun, folder, "NaN")
+
+
+def test_pickles_are_opened_on_request_only(folder):
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    pipeline = tiny_pipeline()
+    torch.save(pipeline.unet.state_dict(), folder / "unet" / "diffusion_pytorch_model.bin")
+    refused(UsageError, folder, "pickled weights only")
+    opened = families.load(str(folder), allow_pickle=True)
+    assert digest(opened.network.state_dict()) == digest(pipeline.unet.state_dict())
+
+
+def test_a_pickle_that_runs_code_is_not_unpickled_even_then(folder, tmp_path):
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    mark = tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self):
+            return (mark.touch, ())
+
+    torch.save({"conv_in.weight": Evil()}, folder / "unet" / "diffusion_pytorch_model.bin")
+    refused(CannotRun, folder, "cannot open the model", allow_pickle=True)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("ref", ["nonsense", "./nowhere", "/no/such/folder"])
+def test_a_reference_to_nothing(ref):
+    refused(UsageError, ref, "no model")
+
+
+def test_the_hub_is_asked_for_what_was_named(monkeypatch):
+    """Offline, the real `from_pretrained` path ends in one clear sentence."""
+    refused(CannotRun, "ddpm-celebahq", "cannot open the model 'ddpm-celebahq'")
+    refused(CannotRun, "someone/something@abc", "cannot open the model")
+
+
+def test_a_cached_hub_repository_opens_offline_with_its_revision(tiny_folder, tmp_path, monkeypatch):
+    """The hub's own cache layout, as a download leaves it."""
+    commit = "a" * 40
+    repo = tmp_path / "hub" / "models--someone--tiny"
+    shutil.copytree(tiny_folder, repo / "snapshots" / commit)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "v1").write_text(commit)
+    import diffusers.configuration_utils
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for module in list(__import__("sys").modules.values()):
+        if getattr(module, "__name__", "").startswith(("diffusers", "huggingface_hub")) and hasattr(
+            module, "HF_HUB_CACHE"
+        ):
+            monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    family = families.load("someone/tiny@v1")
+    assert family.shape == (3, 16, 16)
+    assert json.loads((tiny_folder / "model_index.json").read_text())["_class_name"] == "DDPMPipeline"
+    refused(CannotRun, "someone/tiny@v2", "cannot open the model")

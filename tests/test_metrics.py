@@ -1,0 +1,36 @@
+import pytest
+import torch
+from scipy.stats import binomtest
+
+from unforget.metrics import lower_bound, margin, pairwise_rms, rms, sharpness, upper_bound
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 300), (1, 20), (7, 50), (19, 20)])
+def test_bounds_are_clopper_pearson(hits, n):
+    exact = binomtest(hits, n, alternative="less").proportion_ci(0.95, "exact").high
+    assert upper_bound(hits, n) == pytest.approx(exact)
+    exact = binomtest(hits, n, alternative="greater").proportion_ci(0.95, "exact").low
+    assert lower_bound(hits, n) == pytest.approx(exact)
+
+
+def test_no_hit_is_about_three_over_n():
+    assert upper_bound(0, 1000) == pytest.approx(3 / 1000, rel=0.01)
+    assert upper_bound(5, 5) == 1
+    assert lower_bound(0, 5) == 0
+
+
+def test_pairwise_is_rms_of_every_pair():
+    a, b = torch.randn(3, 3, 5, 5), torch.randn(2, 3, 5, 5)
+    torch.testing.assert_close(pairwise_rms(a, b), rms(a[:, None], b[None]), rtol=1e-5, atol=1e-6)
+    assert pairwise_rms(a, a).diagonal().max() < 1e-6
+
+
+def test_margin_runs_from_target_to_surrogate():
+    t, s = torch.zeros(3, 4, 4), torch.ones(3, 4, 4)
+    torch.testing.assert_close(margin(torch.stack([t, s, (t + s) / 2]), t, s), torch.tensor([-1.0, 1.0, 0.0]))
+
+
+def test_sharpness_falls_with_blur_and_rises_with_noise():
+    image = torch.rand(1, 3, 16, 16)
+    blurred = torch.nn.functional.avg_pool2d(image, 3, 1, 1)
+    assert sharpness(blurred) < sharpness(image) < sharpness(image + 0.5 * torch.randn_like(image))

@@ -1,0 +1,134 @@
+"""The ideal denoiser of a handful of pictures, in closed form, is the oracle."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from unforget.domain import Instance, Noised
+from unforget.objectives import CleanSpace, Context, Linear, PosteriorSwap, Surrogate, Uniform
+from unforget.schedule import Schedule
+
+SHAPE = (3, 4, 4)
+
+
+def ideal(schedule: Schedule, pictures: torch.Tensor, counts: torch.Tensor, answers: torch.Tensor | None = None):
+    """The denoiser of a measure with atoms `pictures`: the posterior mean of `answers` (the pictures themselves)."""
+    answers = pictures if answers is None else answers
+
+    def predict(x_t, index):
+        a, s = schedule.column("alphas", index, x_t), schedule.column("sigmas", index, x_t)
+        far = ((x_t[:, None] - a[:, None] * pictures) / s[:, None]).square().sum((2, 3, 4))
+        belief = torch.softmax(counts.log() - far / 2, 1)
+        return schedule.target_towards(torch.einsum("bm,mchw->bchw", belief, answers), x_t, index)
+
+    return predict
+
+
+@pytest.fixture(params=["epsilon", "v_prediction", "sample"])
+def scene(request):
+    schedule = Schedule.from_diffusers(DDPMScheduler(prediction_type=request.param))
+    g = torch.Generator().manual_seed(0)
+    f, s, *rest = torch.randn(7, *SHAPE, generator=g, dtype=torch.float64)
+    keep = torch.stack([f + 0.3 * rest[0], *rest[1:]])  # the first is a look-alike
+    counts = torch.cat([torch.tensor([3.0]), torch.ones(len(keep))]).double()
+    base = ideal(schedule, torch.cat([f[None], keep]), counts)
+    return Context(schedule, base, (Instance(f, s, "f"),), keep, torch.tensor([3.0]))
+
+
+def noised(context: Context, x_0, x_s, index, seed=1) -> Noised:
+    noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed), dtype=x_0.dtype)
+    index = torch.as_tensor(index)
+    return Noised(x_0, noise, index, context.schedule.add_noise(x_0, noise, index), x_s)
+
+
+def forget_batch(context, index):
+    instance = context.instances[0]
+    return noised(context, instance.target.expand(len(index), *SHAPE), instance.surrogate.expand(len(index), *SHAPE), index)
+
+
+LEVELS = [5, 100, 300, 500, 700, 999]
+
+
+def test_the_swap_is_the_ideal_denoiser_whose_target_became_its_surrogate(scene):
+    f, s = scene.instances[0].target, scene.instances[0].surrogate
+    counts = torch.cat([scene.copies, torch.ones(len(scene.keep))]).double()
+    swapped = ideal(scene.schedule, torch.cat([f[None], scene.keep]), counts, torch.cat([s[None], scene.keep]))
+    batch = forget_batch(scene, LEVELS)
+    goal = PosteriorSwap().goal(batch, scene)
+    torch.testing.assert_close(goal, swapped(batch.x_t, batch.index), rtol=1e-6, atol=1e-6)
+    retain = noised(scene, scene.keep, scene.keep, [300] * len(scene.keep))
+    torch.testing.assert_close(
+        PosteriorSwap().goal(retain, scene), swapped(retain.x_t, retain.index), rtol=1e-6, atol=1e-6
+    )
+
+
+def test_the_target_s_share_is_certain_when_clean_and_its_frequency_when_not(scene):
+    shares = PosteriorSwap().shares(forget_batch(scene, LEVELS), scene)[0]
+    assert shares[0] == pytest.approx(1, abs=1e-6)
+    assert shares[-1] == pytest.approx(3 / (3 + len(scene.keep)), abs=0.15)
+    kept = PosteriorSwap().shares(noised(scene, scene.keep, scene.keep, [5] * len(scene.keep)), scene)[0]
+    assert kept.max() < 1e-6
+
+
+def test_the_swapped_model_has_no_loss(scene):
+    f, s = scene.instances[0].target, scene.instances[0].surrogate
+    counts = torch.cat([scene.copies, torch.ones(len(scene.keep))]).double()
+    swapped = ideal(scene.schedule, torch.cat([f[None], scene.keep]), counts, torch.cat([s[None], scene.keep]))
+    batch = forget_batch(scene, LEVELS)
+    assert float(PosteriorSwap().forget(swapped, batch, scene)) < 1e-9
+    assert float(PosteriorSwap().forget(scene.base, batch, scene)) > 1e-2
+
+
+def test_surrogate_equal_to_the_target_is_the_ordinary_denoising_loss(scene):
+    f = scene.instances[0].target.expand(len(LEVELS), *SHAPE)
+    batch = noised(scene, f, f, LEVELS)
+    said = torch.zeros_like(f)
+    objective = Surrogate(weighting=Uniform())
+    usual = (said - scene.schedule.target(batch.x_0, batch.noise, batch.index)).square().mean()
+    torch.testing.assert_close(objective.forget(lambda x, i: said, batch, scene), usual, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(objective.retain(lambda x, i: said, batch, scene), usual, rtol=1e-6, atol=1e-8)
+
+
+def test_following_the_forget_loss_leads_to_the_surrogate(scene):
+    batch = forget_batch(scene, [300])
+    said = torch.zeros(1, *SHAPE, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.SGD([said], lr=5.0)
+    for _ in range(400):
+        optimizer.zero_grad()
+        Surrogate(weighting=Uniform()).forget(lambda x, i: said, batch, scene).backward()
+        optimizer.step()
+    clean, _ = scene.schedule.split(batch.x_t, said.detach(), batch.index)
+    instance = scene.instances[0]
+    assert (clean - instance.surrogate).abs().max() < 1e-3 < (clean - instance.target).abs().max()
+
+
+def test_distillation_keeps_the_base(scene):
+    batch = noised(scene, scene.keep, scene.keep, [400] * len(scene.keep))
+    objective = Surrogate(weighting=CleanSpace(), distil=True)
+    assert float(objective.retain(scene.base, batch, scene)) == 0
+    assert float(Surrogate(weighting=CleanSpace()).retain(scene.base, batch, scene)) > 0
+
+
+def test_the_paper_s_weights(scene):
+    batch = forget_batch(scene, [0, 500, 999])
+    forget, retain = Linear(beta=2e-4)(scene.schedule, batch)
+    assert retain.flatten().tolist() == pytest.approx([1, 1 - 0.1, 1 - 2e-4 * 999])
+    assert (forget + retain).flatten().tolist() == pytest.approx([1, 1, 1])
+
+
+def test_clean_space_weights_an_error_by_its_worth_in_the_clean_image(scene):
+    batch = forget_batch(scene, [200])
+    weight, _ = CleanSpace(cap=1e9)(scene.schedule, batch)
+    said = scene.schedule.target(batch.x_0, batch.noise, batch.index)
+    off = said + 0.01
+    clean = [scene.schedule.split(batch.x_t, y, batch.index)[0] for y in (said, off)]
+    torch.testing.assert_close(weight.flatten()[0] * 0.01**2, (clean[1] - clean[0]).square().mean(), rtol=1e-6, atol=0)
+
+
+def test_two_targets_move_apart(scene):
+    g, u = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    both = Context(
+        scene.schedule, scene.base, (*scene.instances, Instance(g, u, "g")), scene.keep, torch.tensor([3.0, 1.0])
+    )
+    shares = PosteriorSwap().shares(forget_batch(both, [50]), both)
+    assert shares[:, 0].tolist() == pytest.approx([1, 0], abs=1e-6)

@@ -1,0 +1,79 @@
+import math
+
+import pytest
+import torch
+
+from unforget.config import Recipe
+from unforget.domain import Instance
+from unforget.errors import CannotRun
+from unforget.objectives import Context
+from unforget.training import Pace, neighbours, train, worst_margin
+
+
+def test_the_pace_warms_up_holds_and_cools_down():
+    pace = Pace(Recipe(max_train_steps=100, warmup_steps=10, cooldown_steps=40))
+    factors = [pace.factor(i) for i in range(100)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9:61] == [1.0] * 52
+    assert all(a >= b for a, b in zip(factors[60:], factors[61:], strict=False))
+    assert factors[-1] < 0.01
+    assert pace.end == 100
+
+
+def test_a_margin_that_is_reached_ends_the_run_after_the_cool_down():
+    pace = Pace(Recipe(max_train_steps=100, warmup_steps=0, cooldown_steps=40))
+    pace.reach(25)
+    assert (pace.end, pace.reached) == (65, True)
+    assert pace.factor(25) == 1
+    assert pace.factor(64) < 0.01
+    pace.reach(30)
+    assert pace.end == 65
+
+
+def test_a_margin_reached_while_cooling_down_changes_nothing():
+    pace = Pace(Recipe(max_train_steps=100, cooldown_steps=40))
+    pace.reach(70)
+    assert (pace.end, pace.reached) == (100, False)
+
+
+@pytest.fixture
+def scene(tiny):
+    g = torch.Generator().manual_seed(0)
+    target, surrogate, *keep = torch.rand(6, *tiny.shape, generator=g) * 2 - 1
+    base = tiny.copy()
+    keep = torch.stack(keep)
+    return Context(tiny.schedule, base.predict, (Instance(target, surrogate, "t"),), keep, torch.ones(1)), keep
+
+
+def recipe(**changes):
+    return Recipe(**{"max_train_steps": 12, "cooldown_steps": 4, "forget_batch_size": 2, "retain_batch_size": 4, **changes})
+
+
+def test_training_raises_the_margin_and_logs_every_step(tiny, scene):
+    context, keep = scene
+    before, rows = worst_margin(tiny, context.instances), []
+    outcome = train(tiny, context, keep[:1], recipe(max_train_steps=40, learning_rate=3e-3), seed=0, on_step=rows.append)
+    assert outcome.margin > before
+    assert (outcome.steps, outcome.stopped) == (40, "budget")
+    assert [r["step"] for r in rows] == list(range(1, 41))
+    assert {"forget", "retain", "cosine", "margin", "learning_rate"} <= rows[0].keys()
+    assert not any(p.requires_grad for p in tiny.network.parameters())
+
+
+def test_it_stops_once_the_margin_is_held(tiny, scene):
+    context, keep = scene
+    outcome = train(tiny, context, keep[:1], recipe(max_train_steps=200, stop_margin=-1), seed=0)
+    assert (outcome.stopped, outcome.steps) == ("margin", 9)  # first look at 5, then the cool-down
+
+
+def test_a_loss_that_is_not_a_number_stops_with_the_last_good_weights(tiny, scene):
+    context, keep = scene
+    with pytest.raises(CannotRun, match="not a number at step 1"):
+        train(tiny, context, keep[:1] * math.nan, recipe(), seed=0)
+    assert all(bool(p.isfinite().all()) for p in tiny.network.parameters())
+
+
+def test_neighbours_are_the_nearest_to_any_target(scene):
+    context, keep = scene
+    close = context.instances[0].target + 0.01
+    assert torch.equal(neighbours(torch.cat([keep, close[None]]), context.instances, 1)[0], close)
