@@ -14,8 +14,8 @@ from unforget.domain import Strategy
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "unforget"
 ORDER = [
-    "errors", "schedule", "domain", "surgery", "metrics", "data", "sheets", "objectives", "editors", "families",
-    "patch", "engine", "probes", "config", "training", "report", "commands", "cli",
+    "errors", "schedule", "domain", "surgery", "metrics", "data", "objectives", "editors", "families",
+    "patch", "engine", "probes", "sheets", "config", "training", "report", "commands", "cli",
 ]  # fmt: skip
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name not in ("__init__.py", "__main__.py") or p.parent != PACKAGE)
 
@@ -57,7 +57,9 @@ def test_only_families_and_editors_know_diffusers():
 
 
 def test_only_the_command_line_knows_typer_and_rich():
-    users = {module(p) for p in FILES if {"typer", "rich"} & {n.split(".")[0] for n in _roots(ast.parse(p.read_text()))}}
+    users = {
+        module(p) for p in FILES if {"typer", "rich"} & {n.split(".")[0] for n in _roots(ast.parse(p.read_text()))}
+    }
     assert users == {"cli"}
 
 
@@ -91,7 +93,9 @@ def test_help_does_not_import_torch(command):
 
 
 UNIONS = [surgery.Surgery, objectives.Objective, objectives.Weighting, editors.Editor]
-KINDS = [k for union in UNIONS for k in typing.get_args(typing.get_args(union)[0])] + list(typing.get_args(probes.Probe))
+KINDS = [k for union in UNIONS for k in typing.get_args(typing.get_args(union)[0])] + list(
+    typing.get_args(probes.Probe)
+)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.__name__)

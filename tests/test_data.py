@@ -147,7 +147,7 @@ def test_batches_pair_targets_with_their_own_surrogates(schedule):
 def test_levels_cover_their_range_evenly(schedule):
     pairs, _, _ = draws(schedule)
     for forget, retain in pairs:
-        assert 200 <= forget.index.min()
+        assert forget.index.min() >= 200
         assert forget.index.max() < 500
         assert len(set(((forget.index - 200) * 8 // 300).tolist())) >= 7
         assert retain.index.max() > 500

@@ -75,7 +75,9 @@ def test_clipping_bounds_the_combined_gradient(network):
     loss = mean_square(network)
     for step in engine.run(pairs(1), loss, loss, surgery=Sum(), optimizer=optimizer, max_grad_norm=0.01):
         seen.append(step.norm)
-    moved = math.sqrt(sum(float((a.detach() - b).square().sum()) for a, b in zip(network.parameters(), before, strict=True)))
+    moved = math.sqrt(
+        sum(float((a.detach() - b).square().sum()) for a, b in zip(network.parameters(), before, strict=True))
+    )
     assert seen[0] > 0.01
     assert moved == pytest.approx(0.01, rel=1e-3)
 

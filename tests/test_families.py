@@ -158,7 +158,6 @@ def test_a_cached_hub_repository_opens_offline_with_its_revision(tiny_folder, tm
     shutil.copytree(tiny_folder, repo / "snapshots" / commit)
     (repo / "refs").mkdir()
     (repo / "refs" / "v1").write_text(commit)
-    import diffusers.configuration_utils
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

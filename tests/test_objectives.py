@@ -43,7 +43,9 @@ def noised(context: Context, x_0, x_s, index, seed=1) -> Noised:
 
 def forget_batch(context, index):
     instance = context.instances[0]
-    return noised(context, instance.target.expand(len(index), *SHAPE), instance.surrogate.expand(len(index), *SHAPE), index)
+    return noised(
+        context, instance.target.expand(len(index), *SHAPE), instance.surrogate.expand(len(index), *SHAPE), index
+    )
 
 
 LEVELS = [5, 100, 300, 500, 700, 999]

@@ -46,13 +46,17 @@ def scene(tiny):
 
 
 def recipe(**changes):
-    return Recipe(**{"max_train_steps": 12, "cooldown_steps": 4, "forget_batch_size": 2, "retain_batch_size": 4, **changes})
+    return Recipe(
+        **{"max_train_steps": 12, "cooldown_steps": 4, "forget_batch_size": 2, "retain_batch_size": 4, **changes}
+    )
 
 
 def test_training_raises_the_margin_and_logs_every_step(tiny, scene):
     context, keep = scene
     before, rows = worst_margin(tiny, context.instances), []
-    outcome = train(tiny, context, keep[:1], recipe(max_train_steps=40, learning_rate=3e-3), seed=0, on_step=rows.append)
+    outcome = train(
+        tiny, context, keep[:1], recipe(max_train_steps=40, learning_rate=3e-3), seed=0, on_step=rows.append
+    )
     assert outcome.margin > before
     assert (outcome.steps, outcome.stopped) == (40, "budget")
     assert [r["step"] for r in rows] == list(range(1, 41))

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from unforget import data, families, probes, report, training
@@ -27,7 +26,7 @@ from unforget.errors import CannotRun, ExitCode, NothingChanged, UsageError
 from unforget.metrics import pairwise_rms
 from unforget.objectives import Context
 from unforget.patch import Patch, Provenance, digest
-from unforget.sheets import Row, sheet
+from unforget.sheets import candidate_sheet, evidence_sheet
 
 NEIGHBOURS = 24
 """Pictures beside each target that training visits more often."""
@@ -80,7 +79,7 @@ def edit_surrogate(config: EditConfig, listener: Listener | None = None) -> Edit
     if number > len(ranked):
         raise UsageError(f"there is no candidate {number}, only {len(ranked)}", f"Give --pick 1 to {len(ranked)}.")
     data.write_image(ranked[number - 1].image, config.output)
-    data.write_image(_candidate_sheet(target, ranked, number), shown)
+    data.write_image(candidate_sheet(target, ranked, number), shown)
     if not ranked[number - 1].accepted:
         listener.note("the candidate is too near the target or of another quality; look at the sheet before using it")
     rows = [{"pick": i, **{k: v for k, v in asdict(c).items() if k != "image"}} for i, c in enumerate(ranked, 1)]
@@ -158,7 +157,7 @@ def verify(config: VerifyConfig, listener: Listener | None = None) -> report.Rep
     if config.report:
         result.save(config.report)
     if config.sheet:
-        data.write_image(_evidence_sheet(summary, instances, findings), config.sheet)
+        data.write_image(evidence_sheet(summary, instances, findings), config.sheet)
     return result
 
 
@@ -235,17 +234,6 @@ def _candidates(canvas: Canvas, editor: Editor, distance: float, listener: Liste
     found = rank(editor(canvas), canvas, distance=distance)
     listener.advance(1)
     return found
-
-
-def _candidate_sheet(target: Tensor, ranked: Sequence[Candidate], picked: int) -> Image.Image:
-    cells = [
-        (c.image, f"{'*' if i == picked else ''}{i}: {c.distance:.2f} {c.typicality:.2f}")
-        for i, c in enumerate(ranked, 1)
-    ]
-    rows: list[Row] = [("target", [(target, "")])]
-    for k in range(0, len(cells), 8):
-        rows.append(("candidates, best first: distance to the target, typicality" if k == 0 else "", cells[k : k + 8]))
-    return sheet("Surrogate candidates", rows)
 
 
 def _distinct(targets: Sequence[Tensor], surrogates: Sequence[Tensor]) -> None:
@@ -359,34 +347,9 @@ def _finish(
         data.write_image(instance.surrogate, folder / f"surrogate-{k}.png")
     drift = next(f.patched for f in findings if f.probe == "retain")
     title = f"{config.output.name}: {outcome.steps} steps, stopped by {outcome.stopped}"
-    data.write_image(_evidence_sheet(title, subject.instances, findings), folder / "sheet.png")
+    data.write_image(evidence_sheet(title, subject.instances, findings), folder / "sheet.png")
     forgotten = all(f.patched["nearer_surrogate"] >= 0.5 for f in findings if f.probe.startswith("reconstruct"))
     return Unlearned(config.output, folder, outcome.steps, outcome.stopped, outcome.margin, table, drift, forgotten)
-
-
-def _evidence_sheet(title: str, instances: Sequence[Instance], findings: Sequence[probes.Finding]) -> Image.Image:
-    rows: list[Row] = []
-    for k, instance in enumerate(instances):
-        rows.append(
-            (f"target {k + 1} and its surrogate", [(instance.target, "target"), (instance.surrogate, "surrogate")])
-        )
-        rows += [_pairs(f) for f in findings if f.target == instance.id and f.probe.startswith("reconstruct")]
-    rows += [
-        (f"same seed, {which}", [(image, "") for image in f.images[which][:8]])
-        for f in findings
-        if f.probe == "retain"
-        for which in ("base", "patched")
-    ]
-    return sheet(title, rows)
-
-
-def _pairs(f: probes.Finding) -> Row:
-    level = f.probe.split("@")[1]
-    base, patched = f.images["base"][:4], f.images["patched"][:4]
-    return f"noised to t = {level} and back: base, then patched", [
-        *[(image, "base") for image in base],
-        *[(image, "patched") for image in patched],
-    ]
 
 
 def _candidate(config: VerifyConfig, base: Family) -> Family:

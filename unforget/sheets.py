@@ -8,6 +8,9 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from unforget.data import to_pil
+from unforget.domain import Instance
+from unforget.editors import Candidate
+from unforget.probes import Finding
 
 Row = tuple[str, Sequence[tuple[Tensor, str]]]
 CELL = 96
@@ -38,3 +41,41 @@ def sheet(title: str, rows: Sequence[Row]) -> Image.Image:
 
 def _height(cells: Sequence[tuple[Tensor, str]]) -> int:
     return TEXT + 6 + CELL + (TEXT if any(caption for _, caption in cells) else 0) + PAD
+
+
+def candidate_sheet(target: Tensor, ranked: Sequence[Candidate], picked: int) -> Image.Image:
+    """All candidates for a surrogate, best first, the picked one starred."""
+    cells = [
+        (c.image, f"{'*' if i == picked else ''}{i}: {c.distance:.2f} {c.typicality:.2f}")
+        for i, c in enumerate(ranked, 1)
+    ]
+    rows: list[Row] = [("target", [(target, "")])]
+    for k in range(0, len(cells), 8):
+        rows.append(("candidates, best first: distance to the target, typicality" if k == 0 else "", cells[k : k + 8]))
+    return sheet("Surrogate candidates", rows)
+
+
+def evidence_sheet(title: str, instances: Sequence[Instance], findings: Sequence[Finding]) -> Image.Image:
+    """Targets, surrogates, reconstructions by base and candidate, and same-seed pairs."""
+    rows: list[Row] = []
+    for k, instance in enumerate(instances):
+        rows.append(
+            (f"target {k + 1} and its surrogate", [(instance.target, "target"), (instance.surrogate, "surrogate")])
+        )
+        rows += [_pairs(f) for f in findings if f.target == instance.id and f.probe.startswith("reconstruct")]
+    rows += [
+        (f"same seed, {which}", [(image, "") for image in f.images[which][:8]])
+        for f in findings
+        if f.probe == "retain"
+        for which in ("base", "patched")
+    ]
+    return sheet(title, rows)
+
+
+def _pairs(f: Finding) -> Row:
+    level = f.probe.split("@")[1]
+    base, patched = f.images["base"][:4], f.images["patched"][:4]
+    return f"noised to t = {level} and back: base, then patched", [
+        *[(image, "base") for image in base],
+        *[(image, "patched") for image in patched],
+    ]

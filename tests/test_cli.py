@@ -1,0 +1,76 @@
+"""The real command: exact codes, one sentence, nothing written."""
+
+import json
+
+import pytest
+from conftest import PLANTED
+
+from unforget.commands import export, unlearn
+from unforget.config import ExportConfig, Recipe, UnlearnConfig
+from unforget.patch import Patch
+
+SHORT = {
+    "retain_count": 8,
+    "sampler_steps": 4,
+    "recipe": Recipe(max_train_steps=2, forget_batch_size=2, retain_batch_size=2),
+}
+
+
+def said(result) -> str:
+    return " ".join((result.output + (result.stderr or "")).split())
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["unlearn", "--model", "faces"], "target: field required"),
+        (["unlearn", "--model", "faces", "--target", "no.png"], "there is no file 'no.png'"),
+        (["unlearn", "--model", "faces", "--target", "picture.png"], "is 16x16 pixels, the model's images are 32x32"),
+        (["unlearn", "--model", "faces", "--target", PLANTED / "0.png", "--surrogate", PLANTED / "0.png"], "is its target"),
+        (["unlearn", "--model", "faces", "--target", PLANTED / "0.png", "--max-train-steps", "0"], "max_train_steps"),
+        (["unlearn", "--model", "faces", "--target", PLANTED / "0.png", "--lr", "-1"], "learning_rate"),
+        (["unlearn", "--model", "faces", "--target", PLANTED / "0.png", "--recipe", "magic"], "no recipe 'magic'"),
+        (["unlearn", "--model", "faces", "--target", PLANTED / "0.png", "-o", "no/a.patch"], "there is no folder"),
+        (["unlearn", "--model", "faces", "--target", PLANTED / "0.png", "-o", "picture.png"], "exists"),
+        (["verify", "--model", "faces"], "either --patch or --candidate"),
+        (["verify", "--model", "faces", "--patch", "no.patch"], "there is no patch"),
+        (["export", "--model", "faces", "--patch", "picture.png", "-o", "out"], "is not a patch"),
+        (["edit-surrogate", "--model", "faces", "--target", PLANTED / "0.png", "--box", "9,9,99,9"], "leaves the 32x32"),
+    ],
+)  # fmt: skip
+def test_bad_usage_is_one_sentence_and_nothing_written(cli, picture, args, sentence, tmp_path):
+    before = sorted(tmp_path.iterdir())
+    result = cli(*args)
+    assert result.exit_code == 2, said(result)
+    assert sentence in said(result)
+    assert "Traceback" not in said(result)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_base_verified_against_itself_is_not_forgotten(cli, tmp_path):
+    import unforget
+
+    base = unforget.__path__[0] + "/models/faces"
+    result = cli(
+        "verify", "--model", "faces", "--candidate", base, "--target", PLANTED / "0.png", "--samples", 8, "--draws", 4,
+        "--sampler-steps", 10, "--report", "report.json",
+    )  # fmt: skip
+    assert result.exit_code == 1, said(result)
+    assert json.loads((tmp_path / "report.json").read_text())["verdict"] == "failed"
+
+
+def test_the_same_command_writes_the_same_bytes_and_exports(tmp_path, tiny_folder):
+    def run(name):
+        config = UnlearnConfig(model="faces", target=(PLANTED / "0.png",), surrogate=(PLANTED / "1.png",),
+                               output=tmp_path / name, **SHORT)  # fmt: skip
+        return unlearn(config)
+
+    result = run("a.patch")
+    run("b.patch")
+    assert (tmp_path / "a.patch").read_bytes() == (tmp_path / "b.patch").read_bytes()
+    assert len((result.folder / "metrics.jsonl").read_text().splitlines()) == 2
+    out = export(ExportConfig(model="faces", patch=tmp_path / "a.patch", output=tmp_path / "out"))
+    from diffusers import DDPMPipeline
+
+    weights = DDPMPipeline.from_pretrained(out).unet.state_dict()
+    assert all((weights[k] == v).all() for k, v in Patch.load(tmp_path / "a.patch").tensors.items())
