@@ -83,13 +83,13 @@ def test_nothing_below_the_command_line_prints():
 @pytest.mark.parametrize("command", [[], ["unlearn"], ["verify"], ["edit-surrogate"], ["export"]])
 def test_help_does_not_import_torch(command):
     code = (
-        "import sys; sys.argv = ['unforget', *%r, '--help']\n"
+        "import sys\n"
         "from unforget.cli import main\n"
         "try: main()\n"
         "except SystemExit as e: assert not e.code\n"
-        "assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules)" % command
+        "assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-c", code, *command, "--help"], check=True, capture_output=True)
 
 
 UNIONS = [surgery.Surgery, objectives.Objective, objectives.Weighting, editors.Editor]
@@ -104,7 +104,7 @@ def test_every_kind_is_a_documented_strategy(kind):
     assert kind.__doc__
     name = kind.model_fields["kind"].default
     assert any(f"`{name}`" in p.read_text() for p in (ROOT / "docs").glob("*.md")), f"{name} is not in docs/"
-    with pytest.raises(ValueError, match="extra|Extra"):
+    with pytest.raises(ValueError, match=r"[eE]xtra"):
         kind(nonsense=1)
 
 

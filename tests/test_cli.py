@@ -26,7 +26,7 @@ def said(result) -> str:
         (["unlearn", "--model", "faces"], "target: field required"),
         (["unlearn", "--model", "faces", "--target", "no.png"], "there is no file 'no.png'"),
         (["unlearn", "--model", "faces", "--target", "picture.png"], "is 16x16 pixels, the model's images are 32x32"),
-        (["unlearn", "--model", "faces", "--target", PLANTED / "0.png", "--surrogate", PLANTED / "0.png"], "is its target"),
+        (["unlearn", "--model", "faces", "-t", PLANTED / "0.png", "--surrogate", PLANTED / "0.png"], "is its target"),
         (["unlearn", "--model", "faces", "--target", PLANTED / "0.png", "--max-train-steps", "0"], "max_train_steps"),
         (["unlearn", "--model", "faces", "--target", PLANTED / "0.png", "--lr", "-1"], "learning_rate"),
         (["unlearn", "--model", "faces", "--target", PLANTED / "0.png", "--recipe", "magic"], "no recipe 'magic'"),
@@ -35,7 +35,7 @@ def said(result) -> str:
         (["verify", "--model", "faces"], "either --patch or --candidate"),
         (["verify", "--model", "faces", "--patch", "no.patch"], "there is no patch"),
         (["export", "--model", "faces", "--patch", "picture.png", "-o", "out"], "is not a patch"),
-        (["edit-surrogate", "--model", "faces", "--target", PLANTED / "0.png", "--box", "9,9,99,9"], "leaves the 32x32"),
+        (["edit-surrogate", "--model", "faces", "-t", PLANTED / "0.png", "--box", "9,9,99,9"], "leaves the 32x32"),
     ],
 )  # fmt: skip
 def test_bad_usage_is_one_sentence_and_nothing_written(cli, picture, args, sentence, tmp_path):

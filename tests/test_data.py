@@ -32,12 +32,8 @@ def test_a_png_survives_the_round_trip(tmp_path, pixels):
 @pytest.mark.parametrize("mode", ["CMYK", "RGBA", "LA", "P", "I;16", "1", "L"])
 def test_other_modes_are_converted_and_said_so(tmp_path, pixels, mode):
     path, notes = tmp_path / "a.tiff", []
-    image = Image.fromarray(pixels)
-    if mode == "I;16":
-        image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
-    else:
-        image = image.convert(mode)
-    image.save(path)
+    grey = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    (grey if mode == "I;16" else Image.fromarray(pixels).convert(mode)).save(path)
     read = data.read_image(path, SHAPE, note=notes.append)
     assert read.shape == SHAPE
     assert bool(notes) == (mode != "L")

@@ -75,7 +75,7 @@ def test_it_refuses_another_base(patch, network):
 def test_what_is_no_patch_is_a_usage_error(tmp_path, content):
     if content is not None:
         (tmp_path / "a").write_bytes(content)
-    with pytest.raises(UsageError, match="no patch|not a patch"):
+    with pytest.raises(UsageError, match=r"no patch|not a patch"):
         Patch.load(tmp_path / "a")
 
 

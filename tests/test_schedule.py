@@ -104,5 +104,5 @@ def test_x0_scale_is_the_slope_of_split(scheduler, batch):
 def test_an_unknown_prediction_type_names_the_known_ones():
     scheduler = DDPMScheduler()
     scheduler.register_to_config(prediction_type="dreams")
-    with pytest.raises(ValueError, match="dreams.*epsilon, v_prediction, sample"):
+    with pytest.raises(ValueError, match=r"dreams.*epsilon, v_prediction, sample"):
         Schedule.from_diffusers(scheduler)

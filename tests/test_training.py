@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -15,7 +16,7 @@ def test_the_pace_warms_up_holds_and_cools_down():
     factors = [pace.factor(i) for i in range(100)]
     assert factors[0] == pytest.approx(0.1)
     assert factors[9:61] == [1.0] * 52
-    assert all(a >= b for a, b in zip(factors[60:], factors[61:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(factors[60:]))
     assert factors[-1] < 0.01
     assert pace.end == 100
 

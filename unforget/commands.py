@@ -73,8 +73,9 @@ def edit_surrogate(config: EditConfig, listener: Listener | None = None) -> Edit
     family = _load(config)
     target = _read(config.target, family, config, listener)
     donor = _read(config.donor, family, config, listener) if config.donor else None
-    canvas = Canvas(family, target, _mask(config, family), donor, config.seed)
-    ranked = _candidates(canvas, config.editor, config.min_distance, listener)
+    drawn = _drawn(family, digest(family.network.state_dict()), config, listener)
+    canvas = Canvas(family, target, _mask(config, family), donor, config.seed, drawn)
+    ranked = _candidates(canvas, config.editor, config, listener)
     number = config.pick or 1
     if number > len(ranked):
         raise UsageError(f"there is no candidate {number}, only {len(ranked)}", f"Give --pick 1 to {len(ranked)}.")
@@ -99,13 +100,9 @@ def unlearn(config: UnlearnConfig, listener: Listener | None = None) -> Unlearne
     kept = data.read_folder(config.retain, patched.shape, resize=config.resize) if config.retain else None
     base = patched.copy()
     base_digest = digest(base.network.state_dict())
-    instances, edits = _instances(base, targets, given, config, listener)
     if kept is None:
-        listener.stage("retain set", config.retain_count)
-        kept = data.drawn_cached(
-            base, base_digest, config.retain_count, seed=config.seed, steps=config.sampler_steps,
-            advance=listener.advance,
-        )  # fmt: skip
+        kept = _drawn(base, base_digest, config, listener)
+    instances, edits = _instances(base, targets, given, kept, config, listener)
     context, near = _context(base, instances, kept, edits, config.near_copy)
     folder.mkdir(parents=True, exist_ok=True)
     outcome = _train(patched, context, near, config, folder, base_digest, listener)
@@ -229,9 +226,19 @@ def _mask(config: EditConfig, family: Family) -> Tensor:
     return torch.ones(1, height, width)
 
 
-def _candidates(canvas: Canvas, editor: Editor, distance: float, listener: Listener) -> list[Candidate]:
+def _drawn(base: Family, base_digest: str, config: EditConfig | UnlearnConfig, listener: Listener) -> Tensor:
+    """What the base draws: the retain set where none is given, and whom a surrogate must not be."""
+    listener.stage("retain set", config.retain_count)
+    return data.drawn_cached(
+        base, base_digest, config.retain_count, seed=config.seed, steps=config.sampler_steps, advance=listener.advance
+    )
+
+
+def _candidates(
+    canvas: Canvas, editor: Editor, config: EditConfig | UnlearnConfig, listener: Listener
+) -> list[Candidate]:
     listener.stage("surrogate candidates", 1)
-    found = rank(editor(canvas), canvas, distance=distance)
+    found = rank(editor(canvas), canvas, distance=config.min_distance, near_copy=config.near_copy)
     listener.advance(1)
     return found
 
@@ -246,15 +253,15 @@ def _distinct(targets: Sequence[Tensor], surrogates: Sequence[Tensor]) -> None:
 
 
 def _instances(
-    base: Family, targets: list[Tensor], given: list[Tensor], config: UnlearnConfig, listener: Listener
+    base: Family, targets: list[Tensor], given: list[Tensor], kept: Tensor, config: UnlearnConfig, listener: Listener
 ) -> tuple[tuple[Instance, ...], Tensor]:
     """Targets with their surrogates, and the edits that were made on the way: pictures beside the targets."""
     edits: list[Tensor] = []
     for target in targets if not given else []:
-        canvas = Canvas(base, target, torch.ones(1, *base.shape[1:]), seed=config.seed)
-        ranked = _candidates(canvas, SDEdit(), config.min_distance, listener)
+        canvas = Canvas(base, target, torch.ones(1, *base.shape[1:]), seed=config.seed, drawn=kept)
+        ranked = _candidates(canvas, SDEdit(), config, listener)
         if not ranked[0].accepted:
-            ranked = _candidates(canvas, SDEdit(strengths=(0.8, 0.85)), config.min_distance, listener) + ranked
+            ranked = _candidates(canvas, SDEdit(strengths=(0.8, 0.85)), config, listener) + ranked
         best = next((c for c in ranked if c.accepted), None)
         if best is None:
             raise CannotRun(
@@ -282,7 +289,7 @@ def _context(
     def answer(x_t: Tensor, index: Tensor) -> Tensor:
         return base.predict(x_t, index)
 
-    return Context(base.schedule, answer, instances, torch.cat([keep, beside]), copies), near
+    return Context(base.schedule, answer, instances, keep, copies), near
 
 
 def _train(

@@ -74,7 +74,16 @@ class ModelConfig(Config):
     resize: bool = Field(False, description="crop and scale pictures to the model's size")
 
 
-class EditConfig(ModelConfig):
+class DrawConfig(ModelConfig):
+    """What both commands that make surrogates ask about the pictures that the base draws."""
+
+    retain_count: int = Field(192, ge=8, le=100_000, description="pictures to draw for the retain set")
+    sampler_steps: int = Field(20, ge=2, le=1000, description="sampler steps for them")
+    near_copy: float = Field(0.16, gt=0, lt=2, description="RMS under which two pictures are the same one")
+    min_distance: float = Field(0.2, gt=0, lt=2, description="least RMS of a made surrogate to its target")
+
+
+class EditConfig(DrawConfig):
     """`unforget edit-surrogate`."""
 
     target: Path = Field(description="the picture to replace")
@@ -84,22 +93,16 @@ class EditConfig(ModelConfig):
     box: tuple[int, int, int, int] | None = Field(None, description="where to edit: x,y,width,height in pixels")
     donor: Path | None = Field(None, description="picture to take the masked pixels from")
     pick: int | None = Field(None, ge=1, description="take this candidate of the sheet instead of the best")
-    min_distance: float = Field(0.25, gt=0, lt=2, description="least RMS to the target, pixels in [-1, 1]")
 
-
-class UnlearnConfig(ModelConfig):
+class UnlearnConfig(DrawConfig):
     """`unforget unlearn`."""
 
     target: tuple[Path, ...] = Field(min_length=1, description="picture to forget; repeats")
     surrogate: tuple[Path, ...] = Field((), description="what to say instead, one a target; made when not given")
     output: Path = Field(description="where to write the patch")
     retain: Path | None = Field(None, description="folder of pictures to keep; drawn from the base when not given")
-    retain_count: int = Field(192, ge=8, le=100_000, description="pictures to draw for the retain set")
-    sampler_steps: int = Field(20, ge=2, le=1000, description="sampler steps for them")
     micro_batch: int | None = Field(None, ge=1, description="pictures in one pass; less memory, same gradient")
     recipe: Recipe = Recipe()
-    near_copy: float = Field(0.16, gt=0, lt=2, description="RMS under which two pictures are the same one")
-    min_distance: float = Field(0.25, gt=0, lt=2, description="least RMS of a made surrogate to its target")
 
     @model_validator(mode="after")
     def _paired(self) -> Self:

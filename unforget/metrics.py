@@ -36,8 +36,22 @@ def lower_bound(hits: int, n: int, confidence: float = 0.95) -> float:
     return 0.0 if hits == 0 else float(beta.ppf(1 - confidence, hits, n - hits + 1))
 
 
-def sharpness(images: Tensor) -> Tensor:
-    """Mean absolute Laplacian of each image, (N,): falls with blur, rises with left-over noise."""
+def laplacian(images: Tensor) -> Tensor:
+    """Each pixel's difference from its four neighbours, (..., C, H - 2, W - 2): what is drawn, without flat colour."""
     centre = images[..., 1:-1, 1:-1]
     around = images[..., :-2, 1:-1] + images[..., 2:, 1:-1] + images[..., 1:-1, :-2] + images[..., 1:-1, 2:]
-    return (4 * centre - around).abs().mean((-3, -2, -1))
+    return 4 * centre - around
+
+
+def sharpness(images: Tensor) -> Tensor:
+    """Mean absolute Laplacian of each image, (N,): falls with blur, rises with left-over noise."""
+    return laplacian(images).abs().mean((-3, -2, -1))
+
+
+def redrawn(images: Tensor, target: Tensor) -> Tensor:
+    """How much of the target's drawing is another, (N,): RMS between Laplacians, as a share of the target's own.
+
+    0 for the same picture on whatever flat background, about 1.4 for an unrelated one.
+    """
+    drawing = laplacian(target)
+    return rms(laplacian(images), drawing) / drawing.square().mean().sqrt().clamp(min=1e-6)

@@ -73,10 +73,11 @@ class CleanSpace(Strategy):
 
     kind: Literal["clean-space"] = "clean-space"
     cap: float = Field(5.0, gt=0, description="largest weight of a noise level")
+    power: float = Field(1.0, ge=0, le=1, description="1: the clean image's units, 0: the network's own")
     retain: float = Field(10.0, ge=0, description="weight of the retain loss")
 
     def __call__(self, schedule: Schedule, batch: Noised) -> tuple[Tensor, Tensor]:
-        scale = schedule.x0_scale()[batch.index.cpu()].square().clamp(max=self.cap)
+        scale = schedule.x0_scale()[batch.index.cpu()].pow(2 * self.power).clamp(max=self.cap)
         forget = scale.to(batch.x_0).reshape(-1, 1, 1, 1)
         return forget, self.retain * forget
 
@@ -116,6 +117,7 @@ class PosteriorSwap(Strategy):
 
     kind: Literal["posterior-swap"] = "posterior-swap"
     weighting: Weighting = CleanSpace()
+    caution: float = Field(4.0, gt=0, description="how many times more often than the base drew it a target counts")
 
     def forget(self, patched: Predict, batch: Noised, context: Context) -> Tensor:
         """Mean squared distance to the swapped belief at noised targets, a scalar."""
@@ -147,7 +149,7 @@ class PosteriorSwap(Strategy):
         x_t = batch.x_t.flatten(1)
         # ||x_t - alpha x||^2 without the term that all pictures share.
         distance = alpha.square() * pictures.square().sum(1) - 2 * alpha * (x_t @ pictures.T)
-        count = torch.cat([context.copies.to(pictures), pictures.new_ones(len(context.keep))])
+        count = torch.cat([self.caution * context.copies.to(pictures), pictures.new_ones(len(context.keep))])
         belief = torch.softmax(count.log() - distance / (2 * sigma.square()), dim=1)
         return belief[:, : len(targets)].T
 

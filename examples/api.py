@@ -1,0 +1,26 @@
+"""Forget one picture of the embedded model through the Python API, and judge the result.
+
+    python examples/api.py [OUT]
+
+The functions are the commands of the same names, with the same defaults.
+"""
+
+import sys
+from pathlib import Path
+
+from unforget import UnlearnConfig, VerifyConfig, unlearn, verify
+
+TARGET = Path(__file__).parent / "faces" / "planted" / "3.png"
+
+
+def main(out: Path) -> int:
+    out.mkdir(parents=True, exist_ok=True)
+    made = unlearn(UnlearnConfig(model="faces", target=(TARGET,), output=out / "3.patch"))
+    print(f"{made.steps} steps, stopped by {made.stopped}; look at {made.folder / 'sheet.png'}")
+    judged = verify(VerifyConfig(model="faces", patch=made.output, target=(TARGET,), samples=128))
+    print(f"{judged.verdict}: {judged.summary}")
+    return judged.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1] if len(sys.argv) > 1 else ".")))

@@ -1,0 +1,49 @@
+"""The engine with an objective of your own: EraseDiff (arXiv:2401.05779), in a loop that you control.
+
+    python examples/custom_objective.py [STEPS]
+
+`engine.run` is a generator: it takes pairs of batches and two losses, makes an update whenever you ask for the next
+step, and says what it saw. It knows neither models nor objectives.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from unforget import data, engine, families
+from unforget.domain import Instance, Noised
+from unforget.surgery import EraseDiff
+
+TARGET = Path(__file__).parent / "faces" / "planted" / "3.png"
+
+
+def main(steps: int) -> None:
+    model = families.load("faces")
+    target = data.read_image(TARGET, model.shape)
+    keep = data.draw(model, data.random_noise(32, model.shape, seed=0), steps=20)
+    uniform = torch.Generator().manual_seed(0)
+
+    def forget(batch: Noised) -> Tensor:
+        """Say uniform noise at the noised target."""
+        answer = model.predict(batch.x_t, batch.index)
+        return (answer - torch.rand(answer.shape, generator=uniform)).square().mean()
+
+    def retain(batch: Noised) -> Tensor:
+        """The ordinary denoising loss."""
+        goal = model.schedule.target(batch.x_0, batch.noise, batch.index)
+        return (model.predict(batch.x_t, batch.index) - goal).square().mean()
+
+    model.network.requires_grad_(True)
+    batches = data.batches(
+        [Instance(target, target, data.image_id(target))], keep, keep[:0], model.schedule,
+        steps=steps, forget_batch=4, retain_batch=8, neighbour_share=0, forget_range=(0.05, 0.8), seed=0,
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(model.network.parameters(), lr=2e-5)
+    for step in engine.run(batches, forget, retain, surgery=EraseDiff(eta=1e-2), optimizer=optimizer):
+        print(f"{step.number:3d}  forget {step.forget:.4f}  retain {step.retain:.4f}  cosine {step.gram.cosine:+.2f}")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 20)
