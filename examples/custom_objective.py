@@ -22,7 +22,7 @@ TARGET = Path(__file__).parent / "faces" / "planted" / "3.png"
 def main(steps: int) -> None:
     model = families.load("faces")
     target = data.read_image(TARGET, model.shape)
-    keep = data.draw(model, data.random_noise(32, model.shape, seed=0), steps=20)
+    keep = data.draw(model, data.random_noise(32, model.shape, 0, "retain"), steps=20)
     uniform = torch.Generator().manual_seed(0)
 
     def forget(batch: Noised) -> Tensor:

@@ -96,12 +96,13 @@ def test_a_folder_without_pictures(tmp_path):
 
 
 def test_noise_of_a_seed_does_not_depend_on_how_many_are_drawn():
-    assert torch.equal(data.random_noise(5, SHAPE, 3)[:2], data.random_noise(2, SHAPE, 3))
-    assert torch.equal(data.random_noise(5, SHAPE, 3)[1], data.random_noise(1, SHAPE, 4)[0])
+    assert torch.equal(data.random_noise(5, SHAPE, 3, "a")[:2], data.random_noise(2, SHAPE, 3, "a"))
+    others = [data.random_noise(5, SHAPE, seed, purpose) for seed, purpose in ((3, "a"), (4, "a"), (3, "b"))]
+    assert len({float(row.sum()) for noise in others for row in noise}) == 15
 
 
 def test_drawing_in_batches_changes_nothing(tiny):
-    noise = data.random_noise(3, tiny.shape, 0)
+    noise = data.random_noise(3, tiny.shape, 0, "test")
     whole, parts = data.draw(tiny, noise, steps=3), data.draw(tiny, noise, steps=3, batch=1)
     torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
 

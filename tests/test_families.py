@@ -29,7 +29,7 @@ def test_predict_is_the_network_at_the_schedule_s_timestep(tiny):
 
 
 def test_denoise_is_ddim_of_diffusers(tiny):
-    x = data.random_noise(2, tiny.shape, 0)
+    x = data.random_noise(2, tiny.shape, 0, "test")
     sampler = DDIMScheduler.from_config(tiny.pipeline.scheduler.config)
     sampler.set_timesteps(5)
     expected = x

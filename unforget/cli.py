@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from unforget import __version__
-from unforget.errors import ExitCode, UnforgetError
+from unforget.console import before_after, checks_table, err, errors, print_json, progress
 
 if TYPE_CHECKING:
-    from unforget.domain import Listener
-    from unforget.report import Report
+    pass
 
 app = typer.Typer(
     name="unforget",
@@ -30,8 +26,6 @@ app = typer.Typer(
     epilog="Exit codes: 0 done or passed, 1 still reproduced or too much lost, 2 wrong usage, 3 could not run, "
     "4 inconclusive, 130 interrupted.",
 )
-err = Console(stderr=True, highlight=False)
-
 MACHINE, DANGER = "This machine", "Dangerous options"
 Model = Annotated[
     str | None,
@@ -58,7 +52,7 @@ Surrogates = Annotated[
 NearCopy = Annotated[
     float | None, typer.Option(help="RMS under which two pictures are the same, pixels in [-1, 1]. [default: 0.16]")
 ]
-MinDistance = Annotated[float | None, typer.Option(help="Least RMS of a made surrogate to its target. [default: 0.25]")]
+MinDistance = Annotated[float | None, typer.Option(help="Least RMS of a made surrogate to its target. [default: 0.2]")]
 
 
 def _version(wanted: bool) -> None:
@@ -103,7 +97,7 @@ def edit_surrogate(
 
     Example: unforget edit-surrogate --model faces --target face.png -o face.surrogate.png
     """
-    with _errors():
+    with errors():
         from unforget.commands import edit_surrogate as command
         from unforget.config import EditConfig, build
 
@@ -115,10 +109,10 @@ def edit_surrogate(
             given["box"] = box.split(",")
         if target and not output:
             given["output"] = target.with_suffix(".surrogate.png").name
-        with _progress() as listener:
+        with progress() as listener:
             result = command(build(EditConfig, given, config), listener)
         if as_json:
-            _print_json({**vars(result)})
+            print_json({**vars(result)})
             return
         table = Table(title="Candidates, best first")
         for name in ("pick", "how", "distance", "typicality", "sharpness", "accepted"):
@@ -153,6 +147,7 @@ def unlearn(
         str | None, typer.Option(help="project, pcgrad, sum, erasediff, fixed-norm, forget-only.")
     ] = None,
     weighting: Annotated[str | None, typer.Option(help="Of the noise levels: clean-space, linear, uniform.")] = None,
+    train: Annotated[str | None, typer.Option(help="Which weights: bottleneck or full. [default: bottleneck]")] = None,
     retain_weight: Annotated[float | None, typer.Option(help="Weight of the retain loss.")] = None,
     learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--learning_rate", "--lr")] = None,
     max_train_steps: Annotated[
@@ -175,6 +170,15 @@ def unlearn(
     micro_batch: Annotated[
         int | None, typer.Option(help="Pictures in one pass: less memory, the same gradient.", rich_help_panel=MACHINE)
     ] = None,
+    mixed_precision: Annotated[
+        str | None,
+        typer.Option(
+            "--mixed-precision",
+            "--mixed_precision",
+            rich_help_panel=MACHINE,
+            help="no, bf16, or auto: bf16 where the machine has it. [default: auto]",
+        ),
+    ] = None,
     device: Device = None,
     threads: Threads = None,
     allow_pickle: Pickle = None,
@@ -185,15 +189,23 @@ def unlearn(
 
     Example: unforget unlearn --model faces --target face.png -o face.patch
     """
-    with _errors():
+    with errors():
         from unforget.config import UnlearnConfig, build
         from unforget.config import recipe as named
 
         strategy = {
-            "objective": objective, "surgery": surgery, "weighting": weighting, "retain_weight": retain_weight,
-            "learning_rate": learning_rate, "max_train_steps": max_train_steps, "max_grad_norm": max_grad_norm,
-            "forget_batch_size": train_batch_size, "retain_batch_size": retain_batch_size, "stop_margin": stop_margin,
-        }  # fmt: skip
+            "objective": objective,
+            "surgery": surgery,
+            "train": train,
+            "weighting": weighting,
+            "retain_weight": retain_weight,
+            "learning_rate": learning_rate,
+            "max_train_steps": max_train_steps,
+            "max_grad_norm": max_grad_norm,
+            "forget_batch_size": train_batch_size,
+            "retain_batch_size": retain_batch_size,
+            "stop_margin": stop_margin,
+        }
         fields = set(UnlearnConfig.model_fields)
         given = {k: v for k, v in locals().items() if k in fields and k != "recipe"}
         if recipe != "default" or any(v is not None for v in strategy.values()):
@@ -202,17 +214,17 @@ def unlearn(
             given["output"] = target[0].with_suffix(".patch").name
         resolved = build(UnlearnConfig, given, config)
         if dry_run:
-            _print_json(resolved.model_dump(mode="json"))
+            print_json(resolved.model_dump(mode="json"))
             return
         from unforget.commands import EXIT_UNLEARN
         from unforget.commands import unlearn as command
 
-        with _progress() as listener:
+        with progress() as listener:
             result = command(resolved, listener)
         if as_json:
-            _print_json(vars(result))
+            print_json(vars(result))
         else:
-            err.print(_before_after(result.table))
+            err.print(before_after(result.table))
             err.print(
                 f"{result.steps} steps, stopped by {result.stopped}; same-seed drift over 8 seeds: "
                 f"median {result.drift['median']:.3f}. Look at {result.folder / 'sheet.png'}."
@@ -259,18 +271,18 @@ def verify(
 
     Example: unforget verify --model faces --patch face.patch --report report.json
     """
-    with _errors():
+    with errors():
         from unforget.commands import verify as command
         from unforget.config import VerifyConfig, build
 
         given = _given(locals(), "as_json", "config", "level")
         given["levels"] = level
-        with _progress() as listener:
+        with progress() as listener:
             result = command(build(VerifyConfig, given, config), listener)
         if as_json:
             typer.echo(result.model_dump_json(indent=2))
         else:
-            err.print(_checks(result))
+            err.print(checks_table(result))
             typer.echo(f"{result.verdict}: {result.summary}")
         raise typer.Exit(result.exit_code)
 
@@ -293,101 +305,17 @@ def export(
 
     Example: unforget export --model faces --patch face.patch -o faces-patched
     """
-    with _errors():
+    with errors():
         from unforget.commands import export as command
         from unforget.config import ExportConfig, build
 
-        with _progress() as listener:
+        with progress() as listener:
             typer.echo(str(command(build(ExportConfig, _given(locals(), "config"), config), listener)))
 
 
 def _given(values: dict[str, Any], *without: str) -> dict[str, Any]:
     """The options of a command body, from its `locals()`, less those that are not configuration."""
     return {k: v for k, v in values.items() if k not in without and not callable(v)}
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    typer.echo(json.dumps(value, indent=2, default=str))
-
-
-def _before_after(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="Reconstructions of the target: RMS to target / surrogate, share nearer to the surrogate")
-    for name in ("target", "probe", "before", "after"):
-        table.add_column(name)
-    for row in rows:
-        sides = [
-            f"{row[s]['to_target']:.2f} / {row[s]['to_surrogate']:.2f}  {row[s]['nearer_surrogate']:.0%}"
-            for s in ("before", "after")
-        ]
-        table.add_row(str(row["target"])[:8], str(row["probe"]), *sides)
-    return table
-
-
-def _checks(result: Report) -> Table:
-    table = Table(title="Verify: base beside candidate")
-    for name in ("probe", "target", "figure", "base", "candidate", "wanted", "outcome"):
-        table.add_column(name)
-    colour = {"passed": "green", "failed": "red", "inconclusive": "yellow"}
-    for c in result.checks:
-        base = "" if c.base is None else f"{c.base:.3g}"
-        table.add_row(
-            c.probe, (c.target or "")[:8], c.figure, base, f"{c.candidate:.3g}", f"{c.rule} {c.threshold:.3g}",
-            f"[{colour[c.outcome]}]{c.outcome}[/] {c.note}",
-        )  # fmt: skip
-    return table
-
-
-@contextmanager
-def _progress() -> Iterator[Listener]:
-    """A bar on stderr, or nothing when it is not a terminal. Notes are always said."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    from unforget.domain import Listener
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, TextColumn("{task.fields[figures]}"), console=err, disable=not err.is_terminal)
-    with bar:
-        task = bar.add_task("loading", total=None, figures="")
-
-        def stage(title: str, total: int) -> None:
-            nonlocal task
-            task = bar.add_task(title, total=total, figures="")
-
-        def advance(n: int = 1, **figures: Any) -> None:
-            shown = [f"{k} {figures[k]:.3g}" for k in ("forget", "retain", "cosine", "margin") if k in figures]
-            bar.update(task, advance=n, total=figures.get("of"), figures="  ".join(shown))
-
-        yield Listener(stage, advance, lambda sentence: err.print(f"note: {sentence}", style="yellow", soft_wrap=True))
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """Turn what went wrong into a sentence, a way out and an exit code."""
-    try:
-        yield
-    except UnforgetError as error:
-        _fail(error.message, error.hint, error.code, error)
-    except KeyboardInterrupt as error:
-        _fail("interrupted", "", ExitCode.INTERRUPTED, error)
-    except MemoryError as error:
-        _fail("out of memory", "Give a smaller --micro-batch.", ExitCode.CANNOT_RUN, error)
-    except OSError as error:
-        _fail(f"cannot write or read: {error}", "Check the disk and the permissions.", ExitCode.CANNOT_RUN, error)
-
-
-def _fail(message: str, hint: str, code: ExitCode, error: BaseException) -> NoReturn:
-    if os.environ.get("UNFORGET_DEBUG") == "1":
-        raise error
-    err.print(f"[bold red]error:[/] {_plain(message)}", soft_wrap=True)
-    if hint:
-        err.print(f"  {_plain(hint)}", soft_wrap=True)
-    raise typer.Exit(code) from None
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def main() -> None:

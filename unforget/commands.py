@@ -18,18 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unforget import data, families, probes, report, training
+from unforget import data, families, prepare, probes, report, training
 from unforget.config import EditConfig, ExportConfig, ModelConfig, UnlearnConfig, VerifyConfig
 from unforget.domain import Family, Instance, Listener
-from unforget.editors import Candidate, Canvas, Editor, SDEdit, rank
+from unforget.editors import Canvas
 from unforget.errors import CannotRun, ExitCode, NothingChanged, UsageError
-from unforget.metrics import pairwise_rms
 from unforget.objectives import Context
 from unforget.patch import Patch, Provenance, digest
 from unforget.sheets import candidate_sheet, evidence_sheet
-
-NEIGHBOURS = 24
-"""Pictures beside each target that training visits more often."""
 
 
 @dataclass(frozen=True)
@@ -73,9 +69,9 @@ def edit_surrogate(config: EditConfig, listener: Listener | None = None) -> Edit
     family = _load(config)
     target = _read(config.target, family, config, listener)
     donor = _read(config.donor, family, config, listener) if config.donor else None
-    drawn = _drawn(family, digest(family.network.state_dict()), config, listener)
-    canvas = Canvas(family, target, _mask(config, family), donor, config.seed, drawn)
-    ranked = _candidates(canvas, config.editor, config, listener)
+    drawn = prepare.drawn(family, digest(family.network.state_dict()), config, listener)
+    canvas = Canvas(family, target, prepare.mask(config, family), donor, config.seed, drawn)
+    ranked = prepare.candidates(canvas, config.editor, config, listener)
     number = config.pick or 1
     if number > len(ranked):
         raise UsageError(f"there is no candidate {number}, only {len(ranked)}", f"Give --pick 1 to {len(ranked)}.")
@@ -96,14 +92,14 @@ def unlearn(config: UnlearnConfig, listener: Listener | None = None) -> Unlearne
     patched = _load(config)
     targets = [_read(p, patched, config, listener) for p in config.target]
     given = [_read(p, patched, config, listener) for p in config.surrogate]
-    _distinct(targets, given)
+    prepare.distinct(targets, given)
     kept = data.read_folder(config.retain, patched.shape, resize=config.resize) if config.retain else None
     base = patched.copy()
     base_digest = digest(base.network.state_dict())
     if kept is None:
-        kept = _drawn(base, base_digest, config, listener)
-    instances, edits = _instances(base, targets, given, kept, config, listener)
-    context, near = _context(base, instances, kept, edits, config.near_copy)
+        kept = prepare.drawn(base, base_digest, config, listener)
+    instances, edits = prepare.instances(base, targets, given, kept, config, listener)
+    context, near = prepare.context(base, instances, kept, edits, config.near_copy)
     folder.mkdir(parents=True, exist_ok=True)
     outcome = _train(patched, context, near, config, folder, base_digest, listener)
     patch = Patch.between(base.network, patched.network, _provenance(config, instances, base_digest, outcome.steps))
@@ -171,7 +167,7 @@ def export(config: ExportConfig, listener: Listener | None = None) -> Path:
         family.save(beside)
         listener.advance(1)
         again = families.load(str(beside))
-        noise = data.random_noise(1, family.shape, config.seed)
+        noise = data.random_noise(1, family.shape, config.seed, "export")
         if digest(again.network.state_dict()) != digest(family.network.state_dict()) or not torch.equal(
             again.denoise(noise, steps=4), family.denoise(noise, steps=4)
         ):
@@ -206,92 +202,6 @@ def _writable(path: Path, force: bool) -> None:
         raise UsageError(f"the folder '{home}' cannot be written", "Give another --output.")
 
 
-def _mask(config: EditConfig, family: Family) -> Tensor:
-    """Where to edit, (1, H, W) in [0, 1]: the mask, the box, a soft ellipse for a donor, or everywhere."""
-    _, height, width = family.shape
-    if config.mask is not None:
-        mask = data.read_image(config.mask, (1, height, width), resize=config.resize)
-        return (mask + 1) / 2
-    if config.box is not None:
-        x, y, w, h = config.box
-        if min(x, y) < 0 or min(w, h) < 1 or x + w > width or y + h > height:
-            raise UsageError(f"the box {x},{y},{w},{h} leaves the {width}x{height} picture", "Give x,y,width,height.")
-        mask = torch.zeros(1, height, width)
-        mask[:, y : y + h, x : x + w] = 1
-        return mask
-    if config.editor.kind == "donor":
-        rows, columns = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
-        ellipse: Tensor = ((1 - (columns / 0.55).square() - (rows / 0.65).square()) / 0.35).clamp(0, 1)
-        return ellipse[None]
-    return torch.ones(1, height, width)
-
-
-def _drawn(base: Family, base_digest: str, config: EditConfig | UnlearnConfig, listener: Listener) -> Tensor:
-    """What the base draws: the retain set where none is given, and whom a surrogate must not be."""
-    listener.stage("retain set", config.retain_count)
-    return data.drawn_cached(
-        base, base_digest, config.retain_count, seed=config.seed, steps=config.sampler_steps, advance=listener.advance
-    )
-
-
-def _candidates(
-    canvas: Canvas, editor: Editor, config: EditConfig | UnlearnConfig, listener: Listener
-) -> list[Candidate]:
-    listener.stage("surrogate candidates", 1)
-    found = rank(editor(canvas), canvas, distance=config.min_distance, near_copy=config.near_copy)
-    listener.advance(1)
-    return found
-
-
-def _distinct(targets: Sequence[Tensor], surrogates: Sequence[Tensor]) -> None:
-    for k, (target, surrogate) in enumerate(zip(targets, surrogates, strict=False), 1):
-        if torch.equal(target, surrogate):
-            raise UsageError(f"surrogate {k} is its target", "Make one with `unforget edit-surrogate`.")
-    ids = [data.image_id(t) for t in targets]
-    if len(set(ids)) < len(ids):
-        raise UsageError("a target is given twice", "Give each picture once.")
-
-
-def _instances(
-    base: Family, targets: list[Tensor], given: list[Tensor], kept: Tensor, config: UnlearnConfig, listener: Listener
-) -> tuple[tuple[Instance, ...], Tensor]:
-    """Targets with their surrogates, and the edits that were made on the way: pictures beside the targets."""
-    edits: list[Tensor] = []
-    for target in targets if not given else []:
-        canvas = Canvas(base, target, torch.ones(1, *base.shape[1:]), seed=config.seed, drawn=kept)
-        ranked = _candidates(canvas, SDEdit(), config, listener)
-        if not ranked[0].accepted:
-            ranked = _candidates(canvas, SDEdit(strengths=(0.8, 0.85)), config, listener) + ranked
-        best = next((c for c in ranked if c.accepted), None)
-        if best is None:
-            raise CannotRun(
-                "no edit of the target is far enough from it and of fair quality",
-                "Make a surrogate with `unforget edit-surrogate` and give it with --surrogate.",
-            )
-        given.append(best.image)
-        edits += [c.image for c in ranked]
-    found = tuple(Instance(t, s, data.image_id(t)) for t, s in zip(targets, given, strict=True))
-    return found, torch.stack(edits) if edits else torch.empty(0, *base.shape)
-
-
-def _context(
-    base: Family, instances: tuple[Instance, ...], kept: Tensor, edits: Tensor, near_copy: float
-) -> tuple[Context, Tensor]:
-    """What training may consult, and the pictures beside the targets. Near-copies of a target are not kept."""
-    targets = torch.stack([i.target for i in instances])
-    copies = (pairwise_rms(kept, targets) < near_copy).sum(0).clamp(min=1)
-    keep, beside = (p[(pairwise_rms(p, targets) >= near_copy).all(1)] for p in (kept, edits))
-    if not len(keep):
-        raise UsageError("every picture of the retain set is a near-copy of a target", "Give other pictures.")
-    near = torch.cat([training.neighbours(keep, instances, NEIGHBOURS), beside])
-
-    @torch.no_grad()
-    def answer(x_t: Tensor, index: Tensor) -> Tensor:
-        return base.predict(x_t, index)
-
-    return Context(base.schedule, answer, instances, keep, copies), near
-
-
 def _train(
     patched: Family, context: Context, near: Tensor, config: UnlearnConfig, folder: Path, base_digest: str,
     listener: Listener,
@@ -310,8 +220,9 @@ def _train(
 
         try:
             return training.train(
-                patched, context, near, config.recipe, seed=config.seed, micro_batch=config.micro_batch, on_step=on_step
-            )
+                patched, context, near, config.recipe, seed=config.seed, micro_batch=config.micro_batch,
+                mixed_precision=config.mixed_precision, on_step=on_step,
+            )  # fmt: skip
         except CannotRun:
             if done:
                 provenance = _provenance(config, context.instances, base_digest, done)

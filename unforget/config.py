@@ -8,6 +8,7 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from unforget.domain import Scope
 from unforget.editors import Editor, SDEdit
 from unforget.errors import UsageError
 from unforget.objectives import CleanSpace, Objective, PosteriorSwap, Surrogate
@@ -23,18 +24,19 @@ class Config(BaseModel):
 class Recipe(Config):
     """How the weights are changed. Recorded in the patch."""
 
-    objective: Objective = PosteriorSwap(weighting=CleanSpace())
+    objective: Objective = PosteriorSwap(weighting=CleanSpace(retain=12.0))
     surgery: Surgery = Project()
+    train: Scope = "bottleneck"
     learning_rate: float = Field(1e-4, gt=0, le=1)
-    max_train_steps: int = Field(60, ge=1, le=100_000)
+    max_train_steps: int = Field(240, ge=1, le=100_000)
     warmup_steps: int = Field(5, ge=0)
-    cooldown_steps: int = Field(40, ge=0)
+    cooldown_steps: int = Field(80, ge=0)
     forget_batch_size: int = Field(8, ge=1, le=1024)
     retain_batch_size: int = Field(24, ge=1, le=1024)
     neighbour_share: float = Field(0.5, ge=0, le=1)
-    forget_range: tuple[float, float] = (0.05, 0.8)
+    forget_range: tuple[float, float] = (0.05, 0.65)
     max_grad_norm: float = Field(1.0, gt=0)
-    stop_margin: float | None = Field(None, ge=-1, le=1)
+    stop_margin: float | None = Field(0.4, ge=-1, le=1)
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -50,6 +52,7 @@ RECIPES: dict[str, Recipe] = {
     # to a model of 114 M parameters.
     "paper": Recipe(
         objective=Surrogate(),
+        train="full",
         learning_rate=5e-6,
         max_train_steps=240,
         warmup_steps=0,
@@ -58,6 +61,7 @@ RECIPES: dict[str, Recipe] = {
         retain_batch_size=8,
         neighbour_share=0,
         forget_range=(0.001, 1.0),
+        stop_margin=None,
     ),
 }
 
@@ -94,6 +98,7 @@ class EditConfig(DrawConfig):
     donor: Path | None = Field(None, description="picture to take the masked pixels from")
     pick: int | None = Field(None, ge=1, description="take this candidate of the sheet instead of the best")
 
+
 class UnlearnConfig(DrawConfig):
     """`unforget unlearn`."""
 
@@ -102,6 +107,7 @@ class UnlearnConfig(DrawConfig):
     output: Path = Field(description="where to write the patch")
     retain: Path | None = Field(None, description="folder of pictures to keep; drawn from the base when not given")
     micro_batch: int | None = Field(None, ge=1, description="pictures in one pass; less memory, same gradient")
+    mixed_precision: Literal["auto", "no", "bf16"] = Field("auto", description="auto: bf16 where the machine has it")
     recipe: Recipe = Recipe()
 
     @model_validator(mode="after")

@@ -132,9 +132,14 @@ def image_id(image: Tensor) -> str:
     return hashlib.sha256(to_pil(image).tobytes()).hexdigest()[:16]
 
 
-def random_noise(count: int, shape: tuple[int, int, int], seed: int) -> Tensor:
-    """Standard normal (count, C, H, W); row i depends on seed and i alone."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in range(count)])
+def random_noise(count: int, shape: tuple[int, int, int], seed: int, purpose: str) -> Tensor:
+    """Standard normal (count, C, H, W); row i depends on purpose, seed and i alone.
+
+    The purpose keeps apart what must be independent: two uses of one seed share no row, nor do two seeds of one use.
+    """
+    keys = (hashlib.sha256(f"{purpose}/{seed}/{i}".encode()).digest() for i in range(count))
+    generators = (torch.Generator().manual_seed(int.from_bytes(key[:7])) for key in keys)
+    return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
 
 def draw(
@@ -164,7 +169,7 @@ def drawn_cached(
     family: Family, digest: str, count: int, *, seed: int, steps: int, advance: Callable[[int], object] = lambda n: None
 ) -> Tensor:
     """`count` images that the base draws for these seeds, from the cache if it was asked before."""
-    path = cache_folder() / f"{digest[:16]}-{count}-{seed}-{steps}.safetensors"
+    path = cache_folder() / f"retain-1-{digest[:16]}-{count}-{seed}-{steps}.safetensors"
     if path.is_file():
         try:
             images: Tensor = load_file(path)["images"]
@@ -172,7 +177,7 @@ def drawn_cached(
             return images.float() / 127.5 - 1
         except Exception:  # a damaged cache is only a cache
             path.unlink(missing_ok=True)
-    images = draw(family, random_noise(count, family.shape, seed), steps=steps, advance=advance)
+    images = draw(family, random_noise(count, family.shape, seed, "retain"), steps=steps, advance=advance)
     eight = ((images + 1) * 127.5).round().to(torch.uint8)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

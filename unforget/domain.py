@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from unforget.schedule import Schedule
+
+
+Scope = Literal["bottleneck", "full"]
+"""Which weights are trained: `bottleneck`, those that tell one picture from another, or `full`, all."""
 
 
 class Strategy(BaseModel):
@@ -82,6 +86,10 @@ class Family(Protocol):
 
     def predict(self, x_t: Tensor, index: Tensor) -> Tensor:
         """The network's answer at (x_t, index)."""
+        ...
+
+    def trainable(self, scope: Scope) -> list[nn.Parameter]:
+        """The weights of a scope, in the network's order."""
         ...
 
     def denoise(self, x_t: Tensor, *, steps: int, start: int | None = None) -> Tensor:

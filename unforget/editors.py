@@ -36,6 +36,8 @@ class Candidate:
         familiar: RMS to the nearest picture that the base is known to draw; infinite if none is known.
         quality: Its sharpness as a share of the target's; 1 is the same.
         typicality: RMS between it and the base's reconstruction of it; small is what the base could draw.
+        strays: Share of the base's reconstructions of the target from a high level that are other pictures and yet
+            nearer to the target than to it; small when it lies where those others lie.
         score: Smaller is better.
         accepted: Another instance than the target, of fair quality, and nobody the base draws already.
     """
@@ -47,6 +49,7 @@ class Candidate:
     familiar: float = math.inf
     quality: float = 1.0
     typicality: float = 0.0
+    strays: float = 0.0
     score: float = 0.0
     accepted: bool = False
 
@@ -76,15 +79,17 @@ class SDEdit(Strategy):
     """Noise the target and let the model itself denoise it (arXiv:2108.01073): a new picture in its own style."""
 
     kind: Literal["sdedit"] = "sdedit"
-    strengths: tuple[float, ...] = Field((0.6, 0.65, 0.7, 0.75), description="noise levels, as shares of the schedule")
-    seeds: int = Field(8, ge=1, le=256, description="candidates a strength")
+    strengths: tuple[float, ...] = Field(
+        (0.5, 0.55, 0.6, 0.65, 0.7), description="noise levels, as shares of the schedule"
+    )
+    seeds: int = Field(24, ge=1, le=256, description="candidates a strength")
     steps: int = Field(20, ge=2, le=1000, description="steps of a whole sampling run")
 
     def __call__(self, canvas: Canvas) -> list[Candidate]:
         family, out = canvas.family, []
-        for k, strength in enumerate(self.strengths):
+        for strength in self.strengths:
             start = min(family.levels(self.steps), key=lambda t: abs(t - strength * len(family.schedule)))
-            noise = random_noise(self.seeds, family.shape, canvas.seed + 1000 * k).to(canvas.target)
+            noise = random_noise(self.seeds, family.shape, canvas.seed, f"sdedit {strength}").to(canvas.target)
             x_t = family.schedule.add_noise(canvas.target.expand_as(noise), noise, torch.full((self.seeds,), start))
             images = draw(family, x_t, steps=self.steps, start=start)
             out += [Candidate(image, f"sdedit {strength:.2f} #{i}") for i, image in enumerate(_within(canvas, images))]
@@ -169,17 +174,19 @@ def _pasted(canvas: Canvas, edit: Image.Image) -> Tensor:
 
 
 REDRAWN = 0.35
-"""Least share of a target's drawing that must change. On `faces`, edits of one face lie under 0.27, others over 0.42."""
+"""Least share of a target's drawing that must change; on `faces` one face stays under 0.27, others exceed 0.42."""
 QUALITY = 0.6
 """Least sharpness of an edit, as a share of its target's; its inverse is the most."""
-LEVEL = 0.25
-"""Noise level of the reconstruction that measures typicality, as a share of the schedule."""
+LEVEL, STRAY_LEVEL = 0.25, 0.55
+"""Noise levels of the reconstructions that measure typicality and strays, as shares of the schedule."""
+STRAYS = 32
+"""Draws that measure strays."""
 
 
 def rank(
     candidates: Sequence[Candidate], canvas: Canvas, *, distance: float, near_copy: float = 0.16
 ) -> list[Candidate]:
-    """Score candidates, best first: accepted ones before others, then near, typical and sharp ones.
+    """Score candidates, best first: accepted ones before others, then near, typical and sharp ones with few strays.
 
     Args:
         candidates: Any number of edits.
@@ -187,24 +194,32 @@ def rank(
         distance: Least RMS to the target that makes another instance of it.
         near_copy: RMS under which an edit is a picture that the base draws already.
     """
-    family = canvas.family
     images = torch.stack([c.image for c in candidates])
-    start = min(family.levels(20), key=lambda t: abs(t - LEVEL * len(family.schedule)))
-    noise = random_noise(len(images), family.shape, canvas.seed)
-    x_t = family.schedule.add_noise(images, noise, torch.full((len(images),), start))
-    typical = rms(draw(family, x_t, steps=20, start=start), images)
+    again = _reconstructed(canvas, canvas.target.expand(STRAYS, *canvas.target.shape), STRAY_LEVEL)
+    to_target = rms(again, canvas.target)
+    strays = (to_target < pairwise_rms(images, again)) & (to_target >= near_copy)
     drawn = canvas.drawn if canvas.drawn is not None else images[:0]
     figures: dict[str, Any] = {
         "distance": rms(images, canvas.target),
         "redrawn": redrawn(images, canvas.target),
-        "familiar": pairwise_rms(images, drawn).min(1).values if len(drawn) else torch.full(typical.shape, math.inf),
+        "familiar": pairwise_rms(images, drawn).min(1).values if len(drawn) else torch.full((len(images),), math.inf),
         "quality": sharpness(images) / sharpness(canvas.target[None]).clamp(min=1e-6),
-        "typicality": typical,
+        "typicality": rms(_reconstructed(canvas, images, LEVEL), images),
+        "strays": strays.float().mean(1),
     }
     scored = []
     for i, candidate in enumerate(candidates):
         c = replace(candidate, **{name: values[i].item() for name, values in figures.items()})
         another = c.distance >= distance and c.redrawn >= REDRAWN and c.familiar >= near_copy
-        score = abs(c.distance - distance) + c.typicality + 0.1 * abs(c.quality - 1)
+        score = abs(c.distance - distance) + 3 * c.typicality + 2 * c.strays + 0.1 * abs(c.quality - 1)
         scored.append(replace(c, score=score, accepted=another and QUALITY <= c.quality <= 1 / QUALITY))
     return sorted(scored, key=lambda c: (not c.accepted, c.score))
+
+
+def _reconstructed(canvas: Canvas, images: Tensor, level: float) -> Tensor:
+    """What the base makes of images noised to a level, a share of the schedule."""
+    family = canvas.family
+    start = min(family.levels(20), key=lambda t: abs(t - level * len(family.schedule)))
+    noise = random_noise(len(images), family.shape, canvas.seed, f"rank {level}")
+    x_t = family.schedule.add_noise(images, noise, torch.full((len(images),), start))
+    return draw(family, x_t, steps=20, start=start)

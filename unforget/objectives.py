@@ -11,7 +11,8 @@ s its surrogate.
   The denoiser's answer is the posterior mean, so this is exactly the denoiser of the model whose every f became s.
   Where f can be told from everything else w is 1 and both objectives agree; where it cannot (high noise, a
   look-alike) w falls to f's share and the model keeps what it said. The weight is the posterior under the empirical
-  measure of the target, as often as the base draws it, and pictures that are to stay.
+  measure of the target, some times as often as the base draws it (the caution), and of pictures that are to stay. At
+  the highest levels it fades out: a change there moves every sample and is not needed to forget (docs/results.md).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from unforget.domain import Instance, Noised, Predict, Strategy
@@ -73,11 +74,10 @@ class CleanSpace(Strategy):
 
     kind: Literal["clean-space"] = "clean-space"
     cap: float = Field(5.0, gt=0, description="largest weight of a noise level")
-    power: float = Field(1.0, ge=0, le=1, description="1: the clean image's units, 0: the network's own")
     retain: float = Field(10.0, ge=0, description="weight of the retain loss")
 
     def __call__(self, schedule: Schedule, batch: Noised) -> tuple[Tensor, Tensor]:
-        scale = schedule.x0_scale()[batch.index.cpu()].pow(2 * self.power).clamp(max=self.cap)
+        scale = schedule.x0_scale()[batch.index.cpu()].square().clamp(max=self.cap)
         forget = scale.to(batch.x_0).reshape(-1, 1, 1, 1)
         return forget, self.retain * forget
 
@@ -118,6 +118,14 @@ class PosteriorSwap(Strategy):
     kind: Literal["posterior-swap"] = "posterior-swap"
     weighting: Weighting = CleanSpace()
     caution: float = Field(4.0, gt=0, description="how many times more often than the base drew it a target counts")
+    fade: tuple[float, float] = Field((0.5, 0.65), description="levels, as shares of the schedule, where it fades out")
+
+    @field_validator("fade")
+    @classmethod
+    def _ordered(cls, fade: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < fade[0] < fade[1] <= 1:
+            raise ValueError("fade must be 0 < low < high <= 1")
+        return fade
 
     def forget(self, patched: Predict, batch: Noised, context: Context) -> Tensor:
         """Mean squared distance to the swapped belief at noised targets, a scalar."""
@@ -141,7 +149,7 @@ class PosteriorSwap(Strategy):
         return context.base(x_t, index) + slope * change
 
     def shares(self, batch: Noised, context: Context) -> Tensor:
-        """P(x_0 = f | x_t) of every target f, (len(instances), B), in [0, 1]."""
+        """P(x_0 = f | x_t) of every target f, faded out at the highest levels, (len(instances), B), in [0, 1]."""
         targets = torch.stack([i.target for i in context.instances])
         pictures = torch.cat([targets, context.keep]).flatten(1)
         alpha = context.schedule.column("alphas", batch.index, batch.x_t).reshape(-1, 1)
@@ -151,7 +159,9 @@ class PosteriorSwap(Strategy):
         distance = alpha.square() * pictures.square().sum(1) - 2 * alpha * (x_t @ pictures.T)
         count = torch.cat([self.caution * context.copies.to(pictures), pictures.new_ones(len(context.keep))])
         belief = torch.softmax(count.log() - distance / (2 * sigma.square()), dim=1)
-        return belief[:, : len(targets)].T
+        low, high = self.fade
+        level = batch.index.to(belief) / len(context.schedule)
+        return belief[:, : len(targets)].T * ((high - level) / (high - low)).clamp(0, 1)
 
 
 Objective = Annotated[Surrogate | PosteriorSwap, Field(discriminator="kind")]

@@ -17,9 +17,6 @@ from unforget.data import draw, random_noise
 from unforget.domain import Family, Instance, Strategy
 from unforget.metrics import lower_bound, pairwise_rms, rms, sharpness, upper_bound
 
-SAMPLE_SEED = 1_000_000
-"""Where the probes' seeds start: far from those that training draws its retain set from."""
-
 
 @dataclass
 class Subject:
@@ -48,7 +45,7 @@ class Subject:
     def draws(self, which: Literal["base", "patched"], count: int) -> Tensor:
         """The first `count` samples of a model, (count, C, H, W), drawn once."""
         if (which, count) not in self._draws:
-            noise = random_noise(count, self.base.shape, SAMPLE_SEED + self.seed)
+            noise = random_noise(count, self.base.shape, self.seed, "sample")
             self._draws[which, count] = draw(getattr(self, which), noise, steps=self.steps, advance=self.advance)
         return self._draws[which, count]
 
@@ -93,7 +90,7 @@ class Reconstruct(Strategy):
             for level in self.levels:
                 wanted = level / 1000 * len(subject.base.schedule)
                 start = min(subject.base.levels(self.steps), key=lambda t: abs(t - wanted))
-                noise = random_noise(self.draws, subject.base.shape, SAMPLE_SEED + subject.seed + 7919 * level)
+                noise = random_noise(self.draws, subject.base.shape, subject.seed, f"reconstruct {level}")
                 x_t = subject.base.schedule.add_noise(
                     instance.target.expand_as(noise), noise, torch.full((self.draws,), start)
                 )

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unforget import data, engine
 from unforget.config import Recipe
-from unforget.domain import Family, Instance
+from unforget.domain import Family, Instance, Predict
 from unforget.errors import CannotRun
-from unforget.metrics import margin, pairwise_rms
+from unforget.metrics import margin
 from unforget.objectives import Context
 
-CHECK_EVERY = 5
+CHECK_EVERY = 20
 """Updates between two looks at the margin."""
 LEVELS = (250, 400, 550)
 """Noise levels, timesteps of 1000, at which the margin is measured."""
+STEPS = 10
+"""Steps of a whole sampling run, for the margin."""
 
 
 @dataclass(frozen=True)
@@ -67,24 +71,39 @@ class Pace:
 
 @torch.no_grad()
 def worst_margin(family: Family, instances: tuple[Instance, ...], draws: int = 4) -> float:
-    """Smallest mean margin of the one-step clean image over targets and noise levels, in [-1, 1]."""
-    schedule, worst = family.schedule, math.inf
-    noise = data.random_noise(draws, family.shape, 77)
-    for instance in instances:
-        for level in LEVELS:
-            index = torch.full((draws,), schedule.index_of(level / 1000 * float(schedule.timesteps[-1])))
-            x_t = schedule.add_noise(instance.target.expand_as(noise), noise, index)
-            clean, _ = schedule.split(x_t, family.predict(x_t, index), index)
-            worst = min(worst, float(margin(clean.clamp(-1, 1), instance.target, instance.surrogate).mean()))
+    """Smallest mean margin of reconstructions over targets and noise levels, in [-1, 1]."""
+    worst = math.inf
+    noise = data.random_noise(draws, family.shape, 0, "margin")
+    for level in LEVELS:
+        start = min(family.levels(STEPS), key=lambda t: abs(t - level / 1000 * len(family.schedule)))
+        targets = torch.stack([i.target for i in instances]).repeat_interleave(draws, 0)
+        surrogates = torch.stack([i.surrogate for i in instances]).repeat_interleave(draws, 0)
+        index = torch.full((len(targets),), start)
+        x_t = family.schedule.add_noise(targets, noise.repeat(len(instances), 1, 1, 1), index)
+        back = margin(family.denoise(x_t, steps=STEPS, start=start), targets, surrogates)
+        worst = min(worst, float(back.reshape(len(instances), draws).mean(1).min()))
     return worst
 
 
-def neighbours(keep: Tensor, instances: tuple[Instance, ...], count: int) -> Tensor:
-    """Pictures to keep that lie nearest to any target: where forgetting spills over first."""
-    if not len(keep):
-        return keep
-    distance = pairwise_rms(keep, torch.stack([i.target for i in instances])).min(1).values
-    return keep[distance.argsort(stable=True)[: count * len(instances)]]
+def has_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 is computed in hardware there; emulated, it is slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def mixed(predict: Predict, half: bool) -> Predict:
+    """The same answers, computed in bfloat16 where autocast thinks it safe, in float32 again."""
+    if not half:
+        return predict
+
+    def answer(x_t: Tensor, index: Tensor) -> Tensor:
+        # The backward pass of CPU flash attention is slow in bfloat16: a third of the step here.
+        plain = sdpa_kernel(SDPBackend.MATH) if x_t.device.type == "cpu" else nullcontext()
+        with torch.autocast(x_t.device.type, torch.bfloat16), plain:
+            return predict(x_t, index).float()
+
+    return answer
 
 
 def train(
@@ -95,6 +114,7 @@ def train(
     *,
     seed: int,
     micro_batch: int | None = None,
+    mixed_precision: Literal["auto", "no", "bf16"] = "no",
     on_step: Callable[[dict[str, Any]], object] = lambda row: None,
 ) -> Outcome:
     """Change the weights of `patched` in place.
@@ -106,18 +126,46 @@ def train(
         recipe: How.
         seed: Of every random draw.
         micro_batch: Pictures in one pass.
+        mixed_precision: `bf16` computes the passes in bfloat16; `auto` does where the machine has it in hardware.
         on_step: Told the figures of every update.
 
     Raises:
         CannotRun: If a loss is NaN; the weights are then those of the last good update.
     """
     pace = Pace(recipe)
-    patched.network.requires_grad_(True)
-    optimizer = torch.optim.Adam(patched.network.parameters(), lr=recipe.learning_rate, betas=(0.9, 0.99))
+    weights = patched.trainable(recipe.train)
+    for weight in weights:
+        weight.requires_grad_(True)
+    optimizer = torch.optim.Adam(weights, lr=recipe.learning_rate, betas=(0.9, 0.99))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, pace.factor)
     worst, before = worst_margin(patched, context.instances), -math.inf
+    half = mixed_precision == "bf16" or (mixed_precision == "auto" and has_bf16(weights[0].device))
+    patched_says, base_says = (mixed(f, half) for f in (patched.predict, context.base))
+    context = replace(context, base=base_says)
+    pairs = data.batches(
+        context.instances,
+        context.keep,
+        near,
+        context.schedule,
+        steps=recipe.max_train_steps,
+        forget_batch=recipe.forget_batch_size,
+        retain_batch=recipe.retain_batch_size,
+        neighbour_share=recipe.neighbour_share,
+        forget_range=recipe.forget_range,
+        seed=seed,
+    )
+    steps = engine.run(
+        pairs,
+        lambda batch: recipe.objective.forget(patched_says, batch, context),
+        lambda batch: recipe.objective.retain(patched_says, batch, context),
+        surgery=recipe.surgery,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        max_grad_norm=recipe.max_grad_norm,
+        micro_batch=micro_batch,
+    )
     try:
-        for step in _steps(patched, context, near, recipe, seed, micro_batch, optimizer, scheduler):
+        for step in steps:
             if not step.finite:
                 raise CannotRun(
                     f"the loss is not a number at step {step.number}; the last good weights are kept",
@@ -133,34 +181,6 @@ def train(
     finally:
         patched.network.requires_grad_(False)
     return Outcome(step.number, "margin" if pace.reached else "budget", worst_margin(patched, context.instances))
-
-
-def _steps(
-    patched: Family, context: Context, near: Tensor, recipe: Recipe, seed: int, micro_batch: int | None,
-    optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler,
-) -> Iterator[engine.Step]:  # fmt: skip
-    pairs = data.batches(
-        context.instances,
-        context.keep,
-        near,
-        context.schedule,
-        steps=recipe.max_train_steps,
-        forget_batch=recipe.forget_batch_size,
-        retain_batch=recipe.retain_batch_size,
-        neighbour_share=recipe.neighbour_share,
-        forget_range=recipe.forget_range,
-        seed=seed,
-    )
-    return engine.run(
-        pairs,
-        lambda batch: recipe.objective.forget(patched.predict, batch, context),
-        lambda batch: recipe.objective.retain(patched.predict, batch, context),
-        surgery=recipe.surgery,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        max_grad_norm=recipe.max_grad_norm,
-        micro_batch=micro_batch,
-    )
 
 
 def _row(step: engine.Step, rate: float, worst: float, pace: Pace) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from unforget import Recipe, UnlearnConfig, data, families, recipe, unlearn
 from unforget.domain import Family, Instance, Listener
 from unforget.metrics import pairwise_rms, rms
 from unforget.patch import Patch, digest
-from unforget.probes import SAMPLE_SEED, Reconstruct, Subject
+from unforget.probes import Reconstruct, Subject
 
 ROOT = Path(__file__).parents[2]
 PLANTED = sorted((ROOT / "examples" / "faces" / "planted").glob("*.png"))
@@ -69,7 +69,7 @@ class Bench:
         self.drawn = self.draw(self.base, self.samples)
 
     def draw(self, family: Family, count: int) -> Tensor:
-        noise = data.random_noise(count, self.base.shape, SAMPLE_SEED)
+        noise = data.random_noise(count, self.base.shape, 0, "sample")
         with torch.no_grad():
             return data.draw(family, noise, steps=STEPS)
 
@@ -177,7 +177,7 @@ def oracle(bench: Bench) -> None:
     )
     gold = families.load(str(ROOT / "tests" / "data" / "oracle"))
     patched, instances, _ = bench.unlearn("oracle", PLANTED[:1], Recipe())
-    target, noise = instances[0].target, data.random_noise(64, bench.base.shape, SAMPLE_SEED)
+    target, noise = instances[0].target, data.random_noise(64, bench.base.shape, 0, "oracle")
     for t in range(100, 701, 50):
         index = torch.full((len(noise),), t)
         x_t = bench.base.schedule.add_noise(target.expand_as(noise), noise, index)
@@ -191,10 +191,10 @@ def oracle(bench: Bench) -> None:
 
 def anyone(bench: Bench) -> None:
     table("seed", "nearer to the surrogate at 250 / 400 / 550", "drift median / mean", "holds", "seconds")
-    held, seeds = 0, range(2_000_000, 2_000_010)
+    held, seeds = 0, range(10)
     for seed in seeds:
         path = bench.work / f"anyone-{seed}.png"
-        noise = data.random_noise(1, bench.base.shape, seed)
+        noise = data.random_noise(1, bench.base.shape, seed, "anyone")
         data.write_image(bench.base.denoise(noise, steps=STEPS)[0], path)
         patched, instances, took = bench.unlearn(f"anyone-{seed}", [path], Recipe())
         share, (median, mean) = bench.reconstructions(patched, instances), bench.drift(bench.draw(patched, SEEDS))

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
+from unforget.domain import Scope
 from unforget.schedule import Schedule
 
 
@@ -41,6 +42,19 @@ class DDPM:
         timesteps = self.schedule.timesteps[index.cpu()].long().to(x_t.device)
         answer: Tensor = self.network(x_t.contiguous(memory_format=torch.channels_last), timesteps).sample
         return answer
+
+    def trainable(self, scope: Scope) -> list[nn.Parameter]:
+        """`bottleneck`: convolutions and attention of the middle block and of the first block up, where the features
+        have the fewest pixels. What lies outside draws every image, and training it shifts them all."""
+        inside = {
+            id(p)
+            for block in (self.network.mid_block, self.network.up_blocks[0])
+            for module in block.modules()
+            # A trained GroupNorm behind frozen layers crashes torch 2.13's backward pass on CPU.
+            if not isinstance(module, nn.GroupNorm)
+            for p in module.parameters(recurse=False)
+        }
+        return [p for p in self.network.parameters() if scope == "full" or id(p) in inside]
 
     def _sampler(self, steps: int) -> Any:
         sampler = DDIMScheduler.from_config(self.scheduler_config)

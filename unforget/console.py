@@ -1,0 +1,108 @@
+"""What a person sees of the command line: progress, tables, errors. With `cli` the only user of typer and rich."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from unforget.errors import ExitCode, UnforgetError
+
+if TYPE_CHECKING:
+    from unforget.domain import Listener
+    from unforget.report import Report
+
+err = Console(stderr=True, highlight=False)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """The result on stdout, for machines."""
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+def before_after(rows: list[dict[str, Any]]) -> Table:
+    """What `unlearn` changed, a row a target and noise level."""
+    table = Table(title="Reconstructions of the target: RMS to target / surrogate, share nearer to the surrogate")
+    for name in ("target", "probe", "before", "after"):
+        table.add_column(name)
+    for row in rows:
+        sides = [
+            f"{row[s]['to_target']:.2f} / {row[s]['to_surrogate']:.2f}  {row[s]['nearer_surrogate']:.0%}"
+            for s in ("before", "after")
+        ]
+        table.add_row(str(row["target"])[:8], str(row["probe"]), *sides)
+    return table
+
+
+def checks_table(result: Report) -> Table:
+    """What `verify` judged, a row a check."""
+    table = Table(title="Verify: base beside candidate")
+    for name in ("probe", "target", "figure", "base", "candidate", "wanted", "outcome"):
+        table.add_column(name)
+    colour = {"passed": "green", "failed": "red", "inconclusive": "yellow"}
+    for c in result.checks:
+        base = "" if c.base is None else f"{c.base:.3g}"
+        table.add_row(
+            c.probe, (c.target or "")[:8], c.figure, base, f"{c.candidate:.3g}", f"{c.rule} {c.threshold:.3g}",
+            f"[{colour[c.outcome]}]{c.outcome}[/] {c.note}",
+        )  # fmt: skip
+    return table
+
+
+@contextmanager
+def progress() -> Iterator[Listener]:
+    """A bar on stderr, or nothing when it is not a terminal. Notes are always said."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from unforget.domain import Listener
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, TextColumn("{task.fields[figures]}"), console=err, disable=not err.is_terminal)
+    with bar:
+        task = bar.add_task("loading", total=None, figures="")
+
+        def stage(title: str, total: int) -> None:
+            nonlocal task
+            task = bar.add_task(title, total=total, figures="")
+
+        def advance(n: int = 1, **figures: Any) -> None:
+            shown = [f"{k} {figures[k]:.3g}" for k in ("forget", "retain", "cosine", "margin") if k in figures]
+            bar.update(task, advance=n, total=figures.get("of"), figures="  ".join(shown))
+
+        yield Listener(stage, advance, lambda sentence: err.print(f"note: {sentence}", style="yellow", soft_wrap=True))
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """Turn what went wrong into a sentence, a way out and an exit code."""
+    try:
+        yield
+    except UnforgetError as error:
+        _fail(error.message, error.hint, error.code, error)
+    except KeyboardInterrupt as error:
+        _fail("interrupted", "", ExitCode.INTERRUPTED, error)
+    except MemoryError as error:
+        _fail("out of memory", "Give a smaller --micro-batch.", ExitCode.CANNOT_RUN, error)
+    except OSError as error:
+        _fail(f"cannot write or read: {error}", "Check the disk and the permissions.", ExitCode.CANNOT_RUN, error)
+
+
+def _fail(message: str, hint: str, code: ExitCode, error: BaseException) -> NoReturn:
+    if os.environ.get("UNFORGET_DEBUG") == "1":
+        raise error
+    err.print(f"[bold red]error:[/] {_plain(message)}", soft_wrap=True)
+    if hint:
+        err.print(f"  {_plain(hint)}", soft_wrap=True)
+    raise typer.Exit(code) from None
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
