@@ -36,8 +36,8 @@ class Candidate:
         familiar: RMS to the nearest picture that the base is known to draw; infinite if none is known.
         quality: Its sharpness as a share of the target's; 1 is the same.
         typicality: RMS between it and the base's reconstruction of it; small is what the base could draw.
-        strays: Share of the base's reconstructions of the target from a high level that are other pictures and yet
-            nearer to the target than to it; small when it lies where those others lie.
+        strays: Chance that a noised target, taken for somebody else, is taken for a picture nearer to the target than
+            to the edit; small when the edit lies among those others.
         score: Smaller is better.
         accepted: Another instance than the target, of fair quality, and nobody the base draws already.
     """
@@ -195,31 +195,43 @@ def rank(
         near_copy: RMS under which an edit is a picture that the base draws already.
     """
     images = torch.stack([c.image for c in candidates])
-    again = _reconstructed(canvas, canvas.target.expand(STRAYS, *canvas.target.shape), STRAY_LEVEL)
-    to_target = rms(again, canvas.target)
-    strays = (to_target < pairwise_rms(images, again)) & (to_target >= near_copy)
     drawn = canvas.drawn if canvas.drawn is not None else images[:0]
     figures: dict[str, Any] = {
         "distance": rms(images, canvas.target),
         "redrawn": redrawn(images, canvas.target),
         "familiar": pairwise_rms(images, drawn).min(1).values if len(drawn) else torch.full((len(images),), math.inf),
         "quality": sharpness(images) / sharpness(canvas.target[None]).clamp(min=1e-6),
-        "typicality": rms(_reconstructed(canvas, images, LEVEL), images),
-        "strays": strays.float().mean(1),
+        "typicality": rms(_reconstructed(canvas, images), images),
+        "strays": _strays(canvas, images, torch.cat([images, drawn]), near_copy),
     }
     scored = []
     for i, candidate in enumerate(candidates):
         c = replace(candidate, **{name: values[i].item() for name, values in figures.items()})
         another = c.distance >= distance and c.redrawn >= REDRAWN and c.familiar >= near_copy
-        score = abs(c.distance - distance) + 3 * c.typicality + 2 * c.strays + 0.1 * abs(c.quality - 1)
+        score = abs(c.distance - distance) + 3 * c.typicality + 0.3 * c.strays + 0.1 * abs(c.quality - 1)
         scored.append(replace(c, score=score, accepted=another and QUALITY <= c.quality <= 1 / QUALITY))
     return sorted(scored, key=lambda c: (not c.accepted, c.score))
 
 
-def _reconstructed(canvas: Canvas, images: Tensor, level: float) -> Tensor:
-    """What the base makes of images noised to a level, a share of the schedule."""
+def _reconstructed(canvas: Canvas, images: Tensor) -> Tensor:
+    """What the base makes of images that were noised a little."""
     family = canvas.family
-    start = min(family.levels(20), key=lambda t: abs(t - level * len(family.schedule)))
-    noise = random_noise(len(images), family.shape, canvas.seed, f"rank {level}")
+    start = min(family.levels(20), key=lambda t: abs(t - LEVEL * len(family.schedule)))
+    noise = random_noise(len(images), family.shape, canvas.seed, "rank")
     x_t = family.schedule.add_noise(images, noise, torch.full((len(images),), start))
     return draw(family, x_t, steps=20, start=start)
+
+
+def _strays(canvas: Canvas, images: Tensor, others: Tensor, near_copy: float) -> Tensor:
+    """`Candidate.strays` of each image (N,), the others being those that are no copies of the target."""
+    schedule, target = canvas.family.schedule, canvas.target
+    others = others[rms(others, target) >= near_copy]
+    if not len(others):
+        return torch.zeros(len(images))
+    noise = random_noise(STRAYS, canvas.family.shape, canvas.seed, "strays").to(target)
+    index = torch.full((STRAYS,), int(STRAY_LEVEL * len(schedule)))
+    x_t = schedule.add_noise(target.expand_as(noise), noise, index)
+    alpha, sigma = (schedule.column(name, index, others)[:1] for name in ("alphas", "sigmas"))
+    far = pairwise_rms(x_t, alpha * others).square() * target.numel() / sigma.flatten().square()
+    taken_for = torch.softmax(-far / 2, 1).mean(0)
+    return (pairwise_rms(images, others) > rms(others, target)).float() @ taken_for
