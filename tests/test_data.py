@@ -113,7 +113,7 @@ def test_the_retain_set_is_drawn_once(tiny):
     first = data.drawn_cached(tiny, "d" * 64, 4, seed=0, steps=2)
     assert torch.equal(data.drawn_cached(tiny, "d" * 64, 4, seed=0, steps=2), first)
     assert len(calls) == 1
-    for path in data.cache_folder().glob("d*"):
+    for path in data.cache_folder().glob("retain-*"):
         path.write_bytes(b"damaged")
     assert torch.equal(data.drawn_cached(tiny, "d" * 64, 4, seed=0, steps=2), first)
     assert len(calls) == 2

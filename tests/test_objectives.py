@@ -49,6 +49,8 @@ def forget_batch(context, index):
 
 
 LEVELS = [5, 100, 300, 500, 700, 999]
+EXACT = PosteriorSwap(caution=1, fade=(0.9999, 1))
+"""No bias on either side: the very denoiser of the model whose target became its surrogate."""
 
 
 def test_the_swap_is_the_ideal_denoiser_whose_target_became_its_surrogate(scene):
@@ -56,19 +58,17 @@ def test_the_swap_is_the_ideal_denoiser_whose_target_became_its_surrogate(scene)
     counts = torch.cat([scene.copies, torch.ones(len(scene.keep))]).double()
     swapped = ideal(scene.schedule, torch.cat([f[None], scene.keep]), counts, torch.cat([s[None], scene.keep]))
     batch = forget_batch(scene, LEVELS)
-    goal = PosteriorSwap().goal(batch, scene)
+    goal = EXACT.goal(batch, scene)
     torch.testing.assert_close(goal, swapped(batch.x_t, batch.index), rtol=1e-6, atol=1e-6)
     retain = noised(scene, scene.keep, scene.keep, [300] * len(scene.keep))
-    torch.testing.assert_close(
-        PosteriorSwap().goal(retain, scene), swapped(retain.x_t, retain.index), rtol=1e-6, atol=1e-6
-    )
+    torch.testing.assert_close(EXACT.goal(retain, scene), swapped(retain.x_t, retain.index), rtol=1e-6, atol=1e-6)
 
 
 def test_the_target_s_share_is_certain_when_clean_and_its_frequency_when_not(scene):
-    shares = PosteriorSwap().shares(forget_batch(scene, LEVELS), scene)[0]
+    shares = EXACT.shares(forget_batch(scene, LEVELS), scene)[0]
     assert shares[0] == pytest.approx(1, abs=1e-6)
     assert shares[-1] == pytest.approx(3 / (3 + len(scene.keep)), abs=0.15)
-    kept = PosteriorSwap().shares(noised(scene, scene.keep, scene.keep, [5] * len(scene.keep)), scene)[0]
+    kept = EXACT.shares(noised(scene, scene.keep, scene.keep, [5] * len(scene.keep)), scene)[0]
     assert kept.max() < 1e-6
 
 
@@ -77,8 +77,8 @@ def test_the_swapped_model_has_no_loss(scene):
     counts = torch.cat([scene.copies, torch.ones(len(scene.keep))]).double()
     swapped = ideal(scene.schedule, torch.cat([f[None], scene.keep]), counts, torch.cat([s[None], scene.keep]))
     batch = forget_batch(scene, LEVELS)
-    assert float(PosteriorSwap().forget(swapped, batch, scene)) < 1e-9
-    assert float(PosteriorSwap().forget(scene.base, batch, scene)) > 1e-2
+    assert float(EXACT.forget(swapped, batch, scene)) < 1e-9
+    assert float(EXACT.forget(scene.base, batch, scene)) > 1e-2
 
 
 def test_surrogate_equal_to_the_target_is_the_ordinary_denoising_loss(scene):
@@ -125,6 +125,21 @@ def test_clean_space_weights_an_error_by_its_worth_in_the_clean_image(scene):
     off = said + 0.01
     clean = [scene.schedule.split(batch.x_t, y, batch.index)[0] for y in (said, off)]
     torch.testing.assert_close(weight.flatten()[0] * 0.01**2, (clean[1] - clean[0]).square().mean(), rtol=1e-6, atol=0)
+
+
+def test_caution_leans_towards_forgetting_and_never_past_certainty(scene):
+    batch = forget_batch(scene, LEVELS)
+    exact, cautious = (o.shares(batch, scene) for o in (EXACT, PosteriorSwap(caution=30, fade=(0.9999, 1))))
+    assert (cautious >= exact).all()
+    assert cautious.max() <= 1
+    assert cautious[0, -1] > exact[0, -1] + 0.1
+
+
+def test_at_the_highest_levels_the_goal_is_what_the_base_says(scene):
+    batch = forget_batch(scene, [650, 700, 999])
+    torch.testing.assert_close(PosteriorSwap().goal(batch, scene), scene.base(batch.x_t, batch.index))
+    low, high = (float(PosteriorSwap().shares(forget_batch(scene, [t]), scene)) for t in (540, 640))
+    assert low > 5 * high > 0
 
 
 def test_two_targets_move_apart(scene):

@@ -8,7 +8,8 @@ from unforget.config import Recipe
 from unforget.domain import Instance
 from unforget.errors import CannotRun
 from unforget.objectives import Context
-from unforget.training import Pace, neighbours, train, worst_margin
+from unforget.prepare import neighbours
+from unforget.training import Pace, train, worst_margin
 
 
 def test_the_pace_warms_up_holds_and_cools_down():
@@ -56,7 +57,12 @@ def test_training_raises_the_margin_and_logs_every_step(tiny, scene):
     context, keep = scene
     before, rows = worst_margin(tiny, context.instances), []
     outcome = train(
-        tiny, context, keep[:1], recipe(max_train_steps=40, learning_rate=3e-3), seed=0, on_step=rows.append
+        tiny,
+        context,
+        keep[:1],
+        recipe(max_train_steps=40, learning_rate=1e-2, train="full"),
+        seed=0,
+        on_step=rows.append,
     )
     assert outcome.margin > before
     assert (outcome.steps, outcome.stopped) == (40, "budget")
@@ -68,7 +74,7 @@ def test_training_raises_the_margin_and_logs_every_step(tiny, scene):
 def test_it_stops_once_the_margin_is_held(tiny, scene):
     context, keep = scene
     outcome = train(tiny, context, keep[:1], recipe(max_train_steps=200, stop_margin=-1), seed=0)
-    assert (outcome.stopped, outcome.steps) == ("margin", 9)  # first look at 5, then the cool-down
+    assert (outcome.stopped, outcome.steps) == ("margin", 24)  # first look at 20, then the cool-down
 
 
 def test_a_loss_that_is_not_a_number_stops_with_the_last_good_weights(tiny, scene):

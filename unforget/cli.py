@@ -309,8 +309,9 @@ def export(
         from unforget.commands import export as command
         from unforget.config import ExportConfig, build
 
+        resolved = build(ExportConfig, _given(locals(), "config"), config)
         with progress() as listener:
-            typer.echo(str(command(build(ExportConfig, _given(locals(), "config"), config), listener)))
+            typer.echo(str(command(resolved, listener)))
 
 
 def _given(values: dict[str, Any], *without: str) -> dict[str, Any]:

@@ -168,8 +168,9 @@ def export(config: ExportConfig, listener: Listener | None = None) -> Path:
         listener.advance(1)
         again = families.load(str(beside))
         noise = data.random_noise(1, family.shape, config.seed, "export")
-        if digest(again.network.state_dict()) != digest(family.network.state_dict()) or not torch.equal(
-            again.denoise(noise, steps=4), family.denoise(noise, steps=4)
+        # Equal weights may still be added up in another order: kernels depend on how memory is aligned.
+        if digest(again.network.state_dict()) != digest(family.network.state_dict()) or not torch.allclose(
+            again.denoise(noise, steps=4), family.denoise(noise, steps=4), atol=1e-3
         ):
             raise CannotRun("the checkpoint does not read back as it was written", "Nothing was kept; check the disk.")
         listener.advance(1)

@@ -24,7 +24,7 @@ class Config(BaseModel):
 class Recipe(Config):
     """How the weights are changed. Recorded in the patch."""
 
-    objective: Objective = PosteriorSwap(weighting=CleanSpace(retain=12.0))
+    objective: Objective = PosteriorSwap(weighting=CleanSpace(cap=20.0, retain=12.0))
     surgery: Surgery = Project()
     train: Scope = "bottleneck"
     learning_rate: float = Field(1e-4, gt=0, le=1)

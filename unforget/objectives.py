@@ -117,8 +117,8 @@ class PosteriorSwap(Strategy):
 
     kind: Literal["posterior-swap"] = "posterior-swap"
     weighting: Weighting = CleanSpace()
-    caution: float = Field(4.0, gt=0, description="how many times more often than the base drew it a target counts")
-    fade: tuple[float, float] = Field((0.5, 0.65), description="levels, as shares of the schedule, where it fades out")
+    caution: float = Field(30.0, gt=0, description="how many times more often than the base drew it a target counts")
+    fade: tuple[float, float] = Field((0.55, 0.65), description="levels, as shares of the schedule, where it fades out")
 
     @field_validator("fade")
     @classmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -140,32 +140,11 @@ def train(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, pace.factor)
     worst, before = worst_margin(patched, context.instances), -math.inf
     half = mixed_precision == "bf16" or (mixed_precision == "auto" and has_bf16(weights[0].device))
-    patched_says, base_says = (mixed(f, half) for f in (patched.predict, context.base))
-    context = replace(context, base=base_says)
-    pairs = data.batches(
-        context.instances,
-        context.keep,
-        near,
-        context.schedule,
-        steps=recipe.max_train_steps,
-        forget_batch=recipe.forget_batch_size,
-        retain_batch=recipe.retain_batch_size,
-        neighbour_share=recipe.neighbour_share,
-        forget_range=recipe.forget_range,
-        seed=seed,
-    )
-    steps = engine.run(
-        pairs,
-        lambda batch: recipe.objective.forget(patched_says, batch, context),
-        lambda batch: recipe.objective.retain(patched_says, batch, context),
-        surgery=recipe.surgery,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        max_grad_norm=recipe.max_grad_norm,
-        micro_batch=micro_batch,
-    )
+    context = replace(context, base=mixed(context.base, half))
     try:
-        for step in steps:
+        for step in _steps(
+            mixed(patched.predict, half), context, near, recipe, seed, micro_batch, optimizer, scheduler
+        ):
             if not step.finite:
                 raise CannotRun(
                     f"the loss is not a number at step {step.number}; the last good weights are kept",
@@ -181,6 +160,34 @@ def train(
     finally:
         patched.network.requires_grad_(False)
     return Outcome(step.number, "margin" if pace.reached else "budget", worst_margin(patched, context.instances))
+
+
+def _steps(
+    says: Predict, context: Context, near: Tensor, recipe: Recipe, seed: int, micro_batch: int | None,
+    optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler,
+) -> Iterator[engine.Step]:  # fmt: skip
+    pairs = data.batches(
+        context.instances,
+        context.keep,
+        near,
+        context.schedule,
+        steps=recipe.max_train_steps,
+        forget_batch=recipe.forget_batch_size,
+        retain_batch=recipe.retain_batch_size,
+        neighbour_share=recipe.neighbour_share,
+        forget_range=recipe.forget_range,
+        seed=seed,
+    )
+    return engine.run(
+        pairs,
+        lambda batch: recipe.objective.forget(says, batch, context),
+        lambda batch: recipe.objective.retain(says, batch, context),
+        surgery=recipe.surgery,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        max_grad_norm=recipe.max_grad_norm,
+        micro_batch=micro_batch,
+    )
 
 
 def _row(step: engine.Step, rate: float, worst: float, pace: Pace) -> dict[str, Any]:
