@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -55,6 +57,39 @@ def test_ranking_puts_another_instance_first_and_the_target_last(canvas):
     assert [c.label for c in ranked] == ["near", "far", "copy"]
     assert [c.accepted for c in ranked] == [True, True, False]
     assert ranked[-1].distance == 0
+
+
+def test_another_background_is_not_another_instance(canvas):
+    flat = canvas.target * 0.7 + 0.3
+    (ranked,) = rank([Candidate(flat, "lighter")], canvas, distance=0.2)
+    assert ranked.distance > 0.2
+    assert ranked.redrawn == pytest.approx(0.3, abs=1e-5)  # only the contrast fell
+    assert not ranked.accepted
+
+
+def test_whom_the_base_draws_already_is_no_surrogate(canvas):
+    edit = -canvas.target
+    free, taken = (
+        rank([Candidate(edit, "edit")], replace(canvas, drawn=drawn), distance=0.2)[0]
+        for drawn in (None, torch.stack([edit + 0.05, canvas.target]))
+    )
+    assert free.accepted
+    assert not taken.accepted
+    assert taken.familiar == pytest.approx(0.05, abs=1e-4)
+
+
+def test_a_surrogate_among_the_others_has_fewer_strays(canvas):
+    target = canvas.target
+    g = torch.Generator().manual_seed(1)
+    away = torch.rand(target.shape, generator=g) - 0.5
+    drawn = torch.stack([target + away + 0.02 * torch.randn(target.shape, generator=g) for _ in range(4)])
+    ranked = rank(
+        [Candidate(target + 0.8 * away, "among"), Candidate(target - 0.8 * away, "opposite")],
+        replace(canvas, drawn=drawn), distance=0.1, near_copy=0.01,
+    )  # fmt: skip
+    strays = {c.label: c.strays for c in ranked}
+    assert strays["among"] < strays["opposite"]
+    assert all(0 <= s <= 1 for s in strays.values())
 
 
 def test_ranking_does_not_accept_a_blur(canvas):

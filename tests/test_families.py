@@ -57,6 +57,15 @@ def test_a_copy_shares_nothing_and_is_frozen(tiny):
     assert not any(p.requires_grad for p in twin.network.parameters())
 
 
+def test_the_bottleneck_is_the_middle_and_the_first_block_up_without_norms(tiny):
+    names = {id(p): n for n, p in tiny.network.named_parameters()}
+    found = [names[id(p)] for p in tiny.trainable("bottleneck")]
+    assert {".".join(n.split(".")[:2]) for n in found} <= {"mid_block.attentions", "mid_block.resnets", "up_blocks.0"}
+    assert {n.split(".")[0] for n in found} == {"mid_block", "up_blocks"}
+    assert not any("norm" in n for n in found)
+    assert [names[id(p)] for p in tiny.trainable("full")] == list(names.values())
+
+
 def test_the_saved_folder_opens_with_the_stock_loader(tiny, tmp_path):
     tiny.save(tmp_path / "out")
     again = DDPMPipeline.from_pretrained(tmp_path / "out")

@@ -44,7 +44,8 @@ def test_all_good_is_forgotten():
 @pytest.mark.parametrize(
     "broken",
     [
-        reconstruct(nearer=0.94),
+        reconstruct(nearer=0.79),
+        reconstruct(copies=0.04),
         sample(hits=1),
         retain(median=0.081),
         retain(sharpness=0.7),

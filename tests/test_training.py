@@ -9,7 +9,7 @@ from unforget.domain import Instance
 from unforget.errors import CannotRun
 from unforget.objectives import Context
 from unforget.prepare import neighbours
-from unforget.training import Pace, train, worst_margin
+from unforget.training import Pace, mixed, train, worst_margin
 
 
 def test_the_pace_warms_up_holds_and_cools_down():
@@ -53,22 +53,46 @@ def recipe(**changes):
     )
 
 
-def test_training_raises_the_margin_and_logs_every_step(tiny, scene):
+def test_training_lowers_the_forget_loss_and_logs_every_step(tiny, scene):
     context, keep = scene
-    before, rows = worst_margin(tiny, context.instances), []
-    outcome = train(
-        tiny,
-        context,
-        keep[:1],
-        recipe(max_train_steps=40, learning_rate=1e-2, train="full"),
-        seed=0,
-        on_step=rows.append,
-    )
-    assert outcome.margin > before
-    assert (outcome.steps, outcome.stopped) == (40, "budget")
-    assert [r["step"] for r in rows] == list(range(1, 41))
+    rows = []
+    how = recipe(max_train_steps=60, learning_rate=3e-3, train="full")
+    outcome = train(tiny, context, keep[:1], how, seed=0, on_step=rows.append)
+    first, last = (sum(r["forget"] for r in part) for part in (rows[:10], rows[-10:]))
+    assert last < 0.8 * first
+    assert (outcome.steps, outcome.stopped) == (60, "budget")
+    assert [r["step"] for r in rows] == list(range(1, 61))
     assert {"forget", "retain", "cosine", "margin", "learning_rate"} <= rows[0].keys()
     assert not any(p.requires_grad for p in tiny.network.parameters())
+
+
+@pytest.mark.parametrize("scope", ["bottleneck", "full"])
+def test_only_the_weights_in_scope_move(tiny, scene, scope):
+    context, keep = scene
+    before = tiny.copy().network.state_dict()
+    inside = {id(p) for p in tiny.trainable(scope)}
+    train(tiny, context, keep[:1], recipe(train=scope, learning_rate=1e-3), seed=0)
+    for name, p in tiny.network.named_parameters():
+        assert torch.equal(p, before[name]) == (id(p) not in inside), name
+
+
+def test_mixed_precision_answers_in_float32_and_nearly_the_same(tiny):
+    x_t, index = torch.randn(2, *tiny.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([300, 600])
+    with torch.no_grad():
+        exact, half = tiny.predict(x_t, index), mixed(tiny.predict, True)(x_t, index)
+    assert half.dtype == torch.float32
+    assert not torch.equal(half, exact)
+    torch.testing.assert_close(half, exact, rtol=0, atol=0.05)
+    assert mixed(tiny.predict, False) == tiny.predict
+
+
+def test_the_margin_is_that_of_reconstructions(tiny, scene):
+    context, _ = scene
+    (instance,) = context.instances
+    tiny.denoise = lambda x_t, **options: instance.surrogate.expand_as(x_t)
+    assert worst_margin(tiny, context.instances) == pytest.approx(1)
+    tiny.denoise = lambda x_t, **options: instance.target.expand_as(x_t)
+    assert worst_margin(tiny, context.instances) == pytest.approx(-1)
 
 
 def test_it_stops_once_the_margin_is_held(tiny, scene):

@@ -159,6 +159,9 @@ def unlearn(
     ] = None,
     retain_batch_size: Annotated[int | None, typer.Option(help="Pictures to keep in a batch.")] = None,
     stop_margin: Annotated[float | None, typer.Option(help="Stop once the margin is held, in [-1, 1].")] = None,
+    preview: Annotated[
+        int | None, typer.Option(help="Reconstructions a level, and seeds, to show at the end. [default: 8]")
+    ] = None,
     near_copy: NearCopy = None,
     min_distance: MinDistance = None,
     seed: Seed = None,
@@ -168,7 +171,7 @@ def unlearn(
     as_json: AsJson = False,
     force: Force = None,
     micro_batch: Annotated[
-        int | None, typer.Option(help="Pictures in one pass: less memory, the same gradient.", rich_help_panel=MACHINE)
+        int | None, typer.Option(help="Pictures in one pass. [default: by their size]", rich_help_panel=MACHINE)
     ] = None,
     mixed_precision: Annotated[
         str | None,
@@ -226,7 +229,7 @@ def unlearn(
         else:
             err.print(before_after(result.table))
             err.print(
-                f"{result.steps} steps, stopped by {result.stopped}; same-seed drift over 8 seeds: "
+                f"{result.steps} steps, stopped by {result.stopped}; same-seed drift: "
                 f"median {result.drift['median']:.3f}. Look at {result.folder / 'sheet.png'}."
             )
             if not result.forgotten:

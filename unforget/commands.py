@@ -47,7 +47,7 @@ class Unlearned:
         folder: Everything else: metrics.jsonl, sheet.png, the targets and surrogates.
         steps, stopped, margin: How the run ended, as in `training.Outcome`.
         table: Before and after, a row a target and noise level.
-        drift: Same-seed drift over eight seeds, RMS.
+        drift: Same-seed drift over a few seeds (`preview`), RMS.
         forgotten: Whether every row returns the surrogate.
     """
 
@@ -100,7 +100,7 @@ def unlearn(config: UnlearnConfig, listener: Listener | None = None) -> Unlearne
         kept = prepare.drawn(base, base_digest, config, listener)
     instances, edits = prepare.instances(base, targets, given, kept, config, listener)
     context, near = prepare.context(base, instances, kept, edits, config.near_copy)
-    folder.mkdir(parents=True, exist_ok=True)
+    _empty_run(folder)
     outcome = _train(patched, context, near, config, folder, base_digest, listener)
     patch = Patch.between(base.network, patched.network, _provenance(config, instances, base_digest, outcome.steps))
     if not patch.tensors:
@@ -203,6 +203,14 @@ def _writable(path: Path, force: bool) -> None:
         raise UsageError(f"the folder '{home}' cannot be written", "Give another --output.")
 
 
+def _empty_run(folder: Path) -> None:
+    """Make the folder of a run, without what an earlier run of that name left."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for pattern in ("target-*.png", "surrogate-*.png", "sheet.png", "metrics.jsonl", "last-good.patch"):
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
 def _train(
     patched: Family, context: Context, near: Tensor, config: UnlearnConfig, folder: Path, base_digest: str,
     listener: Listener,
@@ -253,7 +261,10 @@ def _finish(
     config: UnlearnConfig, folder: Path, outcome: training.Outcome, subject: probes.Subject, listener: Listener
 ) -> Unlearned:
     """The before/after table, the contact sheet, and the pictures that `verify` will look for."""
-    suite: tuple[probes.Probe, ...] = (probes.Reconstruct(draws=8), probes.Retain(count=8, neighbours=1))
+    suite: tuple[probes.Probe, ...] = (
+        probes.Reconstruct(draws=config.preview),
+        probes.Retain(count=config.preview, neighbours=1),
+    )
     subject.advance = listener.advance
     findings = probes.collect(suite, subject, listener.stage)
     table: list[dict[str, Any]] = [

@@ -106,8 +106,9 @@ class UnlearnConfig(DrawConfig):
     surrogate: tuple[Path, ...] = Field((), description="what to say instead, one a target; made when not given")
     output: Path = Field(description="where to write the patch")
     retain: Path | None = Field(None, description="folder of pictures to keep; drawn from the base when not given")
-    micro_batch: int | None = Field(None, ge=1, description="pictures in one pass; less memory, same gradient")
+    micro_batch: int | None = Field(None, ge=1, description="pictures in one pass; by their size if not given")
     mixed_precision: Literal["auto", "no", "bf16"] = Field("auto", description="auto: bf16 where the machine has it")
+    preview: int = Field(8, ge=1, le=256, description="reconstructions a level, and seeds, to show at the end")
     recipe: Recipe = Recipe()
 
     @model_validator(mode="after")

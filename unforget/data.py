@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 MAX_SIDE = 8192
 """Longest side of an image that is decoded at all, in pixels."""
+PIXELS_DRAWN, PIXELS_TRAINED = 64 * 32 * 32, 32 * 32 * 32
+"""Pixels in one pass, without and with gradients, unless the user says how many pictures."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -142,18 +144,22 @@ def random_noise(count: int, shape: tuple[int, int, int], seed: int, purpose: st
     return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
 
+def in_one_pass(pixels: int, shape: tuple[int, int, int]) -> int:
+    """How many pictures of a shape make up `pixels`, at least one."""
+    return max(1, pixels // (shape[1] * shape[2]))
+
+
 def draw(
     family: Family,
     noise: Tensor,
     *,
     steps: int,
-    batch: int = 64,
     start: int | None = None,
     advance: Callable[[int], object] = lambda n: None,
 ) -> Tensor:
     """Sample from `noise` a batch at a time, (N, C, H, W) in [-1, 1]."""
     out = []
-    for part in torch.split(noise, batch):
+    for part in torch.split(noise, in_one_pass(PIXELS_DRAWN, family.shape)):
         out.append(family.denoise(part, steps=steps, start=start))
         advance(len(part))
     return torch.cat(out)

@@ -15,8 +15,9 @@ from unforget.probes import Finding
 
 Verdict = Literal["forgotten", "failed", "inconclusive"]
 Outcome = Literal["passed", "failed", "inconclusive"]
-NEARER = 0.95
-"""Least share of reconstructions nearer to the surrogate, at every noise level."""
+NEARER = 0.8
+"""Least share of reconstructions nearer to the surrogate than to the target, at every noise level. At high noise the
+base itself takes a noised target for somebody else in one draw of ten, and those draws are to stay what they were."""
 SHARPNESS = (0.8, 1.25)
 """Sharpness of the candidate's draws as a share of the base's: outside, they are blurred or noisy."""
 ENOUGH = 5
@@ -72,7 +73,9 @@ def checks(findings: Sequence[Finding], config: VerifyConfig, *, surrogate_known
     out = []
     for f in findings:
         if f.probe.startswith("reconstruct"):
-            out.append(_reconstruct(f, surrogate_known))
+            out.append(_check(f, "near_copies", "at most", 0))
+            if surrogate_known:
+                out.append(_check(f, "nearer_surrogate", "at least", NEARER))
         elif f.probe == "sample":
             out.append(_check(f, "hits", "at most", 0))
         elif f.probe.startswith("keep"):
@@ -98,12 +101,6 @@ def _check(f: Finding, figure: str, rule: Literal["at least", "at most"], thresh
 
 def _unknown(check: Check, why: str) -> Check:
     return check.model_copy(update={"outcome": "inconclusive", "note": why})
-
-
-def _reconstruct(f: Finding, surrogate_known: bool) -> Check:
-    if surrogate_known:
-        return _check(f, "nearer_surrogate", "at least", NEARER)
-    return _check(f, "near_copies", "at most", 0)
 
 
 def judge(found: Sequence[Check], findings: Sequence[Finding]) -> tuple[Verdict, dict[str, Verdict], str]:

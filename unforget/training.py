@@ -80,7 +80,7 @@ def worst_margin(family: Family, instances: tuple[Instance, ...], draws: int = 4
         surrogates = torch.stack([i.surrogate for i in instances]).repeat_interleave(draws, 0)
         index = torch.full((len(targets),), start)
         x_t = family.schedule.add_noise(targets, noise.repeat(len(instances), 1, 1, 1), index)
-        back = margin(family.denoise(x_t, steps=STEPS, start=start), targets, surrogates)
+        back = margin(data.draw(family, x_t, steps=STEPS, start=start), targets, surrogates)
         worst = min(worst, float(back.reshape(len(instances), draws).mean(1).min()))
     return worst
 
@@ -125,7 +125,7 @@ def train(
         near: Pictures to keep that are near a target, drawn more often.
         recipe: How.
         seed: Of every random draw.
-        micro_batch: Pictures in one pass.
+        micro_batch: Pictures in one pass; as many as have 32 x 32 x 32 pixels unless given.
         mixed_precision: `bf16` computes the passes in bfloat16; `auto` does where the machine has it in hardware.
         on_step: Told the figures of every update.
 
@@ -141,6 +141,7 @@ def train(
     worst, before = worst_margin(patched, context.instances), -math.inf
     half = mixed_precision == "bf16" or (mixed_precision == "auto" and has_bf16(weights[0].device))
     context = replace(context, base=mixed(context.base, half))
+    micro_batch = micro_batch or data.in_one_pass(data.PIXELS_TRAINED, patched.shape)
     try:
         for step in _steps(
             mixed(patched.predict, half), context, near, recipe, seed, micro_batch, optimizer, scheduler

@@ -38,10 +38,11 @@ class DDPM:
         return self.pipeline.scheduler.config
 
     def predict(self, x_t: Tensor, index: Tensor) -> Tensor:
-        """The network's answer at (x_t, index), (B, C, H, W)."""
-        timesteps = self.schedule.timesteps[index.cpu()].long().to(x_t.device)
-        answer: Tensor = self.network(x_t.contiguous(memory_format=torch.channels_last), timesteps).sample
-        return answer
+        """The network's answer at (x_t, index), (B, C, H, W), on the device of x_t, wherever the network is."""
+        device = next(self.network.parameters()).device
+        timesteps = self.schedule.timesteps[index.cpu()].long().to(device)
+        answer: Tensor = self.network(x_t.to(device, memory_format=torch.channels_last), timesteps).sample
+        return answer.to(x_t.device)
 
     def trainable(self, scope: Scope) -> list[nn.Parameter]:
         """`bottleneck`: convolutions and attention of the middle block and of the first block up, where the features

@@ -1,0 +1,135 @@
+"""Measure what `unforget` costs beside the least it could.
+
+    python examples/benchmark/cost.py [SECTION ...]
+
+    passes     seconds of `training.train` over seconds of the bare forward and backward passes it makes
+    help       seconds of `unforget --help` over seconds of `python -c "import typer, rich"`
+    memory     peak memory of the whole command on the 113.7 M-parameter network of google/ddpm-celebahq-256, with
+               random weights, at 256x256
+
+Ratios are of medians of runs that take turns, so that a busy machine slows both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from unforget import Recipe, UnlearnConfig, data, families, prepare, training
+from unforget.domain import Listener
+from unforget.patch import digest
+
+PLANTED = Path(__file__).parents[1] / "faces" / "planted"
+STEPS = 40
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def ratio(ours: Callable[[], object], bare: Callable[[], object], rounds: int) -> tuple[float, float]:
+    """Median seconds of both, taking turns after one warm-up."""
+    bare()
+    ours()
+    pairs = [(seconds(ours), seconds(bare)) for _ in range(rounds)]
+    return statistics.median(p[0] for p in pairs), statistics.median(p[1] for p in pairs)
+
+
+def passes() -> None:
+    """Forget and retain batch through the trained network with gradients, both through the base without."""
+    recipe = Recipe(max_train_steps=STEPS, cooldown_steps=STEPS // 2, stop_margin=None)
+    target = PLANTED / "0.png"
+    config = UnlearnConfig(model="faces", target=(target,), output=Path("unused.patch"))
+    base = families.load("faces").copy()
+    picture = data.read_image(target, base.shape)
+    kept = prepare.drawn(base, digest(base.network.state_dict()), config, Listener())
+    instances, edits = prepare.instances(base, [picture], [], kept, config, Listener())
+    context, near = prepare.context(base, instances, kept, edits, config.near_copy)
+
+    def ours() -> None:
+        training.train(base.copy(), context, near, recipe, seed=0, mixed_precision="auto")
+
+    def bare() -> None:
+        patched = base.copy()
+        weights = patched.trainable(recipe.train)
+        for weight in weights:
+            weight.requires_grad_(True)
+        half = training.has_bf16(weights[0].device)
+        with_gradient, without = training.mixed(patched.predict, half), training.mixed(base.predict, half)
+        sizes = (recipe.forget_batch_size, recipe.retain_batch_size)
+        batches = [(torch.randn(n, *base.shape), torch.randint(1000, (n,))) for n in sizes]
+        for _ in range(STEPS):
+            for x_t, index in batches:
+                with torch.no_grad():
+                    goal = without(x_t, index)
+                torch.autograd.grad((with_gradient(x_t, index) - goal).square().mean(), weights)
+
+    ours_s, bare_s = ratio(ours, bare, rounds=3)
+    print(f"passes: {STEPS} steps {ours_s:.2f} s, bare {bare_s:.2f} s, ratio {ours_s / bare_s:.2f}")
+
+
+def help() -> None:  # the section's name
+    def run(*command: str) -> Callable[[], object]:
+        return lambda: subprocess.run([sys.executable, *command], check=True, capture_output=True)
+
+    ours_s, bare_s = ratio(run("-m", "unforget", "--help"), run("-c", "import typer, rich"), rounds=9)
+    print(f"help: {ours_s:.3f} s, bare {bare_s:.3f} s, ratio {ours_s / bare_s:.2f}")
+
+
+def celebahq() -> object:
+    """The network of google/ddpm-celebahq-256, random weights."""
+    from diffusers import UNet2DModel
+
+    return UNet2DModel(
+        sample_size=256, layers_per_block=2, block_out_channels=(128, 128, 256, 256, 512, 512), norm_eps=1e-6,
+        downsample_padding=0, flip_sin_to_cos=False, freq_shift=1, attention_head_dim=None,
+        down_block_types=("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
+    )  # fmt: skip
+
+
+def memory() -> None:
+    from diffusers import DDPMPipeline, DDPMScheduler
+
+    with tempfile.TemporaryDirectory() as scratch:
+        work = Path(scratch)
+        torch.manual_seed(0)
+        unet = celebahq()
+        print(f"memory: {sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M parameters at 256x256", flush=True)
+        DDPMPipeline(unet, DDPMScheduler()).save_pretrained(work / "model")
+        del unet
+        (work / "keep").mkdir()
+        for name in ("target", "surrogate", *(f"keep/{i}" for i in range(8))):
+            coarse = torch.rand(1, 3, 8, 8) * 2 - 1
+            data.write_image(torch.nn.functional.interpolate(coarse, 256)[0], work / f"{name}.png")
+        command = ["unlearn", "--model", "model", "--target", "target.png", "--surrogate", "surrogate.png",
+                   "--retain", "keep", "-o", "out.patch", "--max-train-steps", "2", "--preview", "1"]  # fmt: skip
+        took = seconds(lambda: subprocess.run([sys.executable, "-m", "unforget", *command], cwd=work))
+        assert (work / "out.patch").is_file()
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+        print(f"memory: two steps and the report in {took:.0f} s, peak {peak:.2f} GiB, defaults otherwise")
+
+
+SECTIONS = {f.__name__: f for f in (passes, help, memory)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("section", nargs="*", help=f"of {', '.join(SECTIONS)}")
+    for name in parser.parse_args().section or SECTIONS:
+        SECTIONS[name]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""The main job through the real command on the embedded model, offline: forget one picture, judge, export.
+
+Short runs: that they reach the figures is the business of examples/benchmark/faces.py.
+"""
+
+import json
+
+import pytest
+import torch
+from conftest import DATA, PLANTED
+from typer.testing import CliRunner
+
+from unforget import data, families
+from unforget.cli import app
+from unforget.metrics import rms
+from unforget.patch import Patch
+
+pytestmark = pytest.mark.slow
+
+TARGET, SURROGATE = PLANTED / "0.png", PLANTED / "1.png"
+QUICK = ["--samples", "48", "--draws", "8", "--sampler-steps", "10"]
+
+
+def run(*args) -> object:
+    return CliRunner().invoke(app, [str(a) for a in args])
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A folder with a patch that the command made."""
+    folder = tmp_path_factory.mktemp("work")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNFORGET_CACHE", str(folder / "cache"))
+        result = run(
+            "unlearn", "--model", "faces", "--target", TARGET, "--surrogate", SURROGATE, "-o", folder / "face.patch",
+            "--retain-count", "64", "--max-train-steps", "60", "--stop-margin", "1", "--json",
+        )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    (folder / "result.json").write_text(result.stdout)
+    return folder
+
+
+def test_the_picture_comes_back_before_and_the_surrogate_after(work):
+    result = json.loads((work / "result.json").read_text())
+    assert result["forgotten"]
+    assert len(result["table"]) == 3
+    for row in result["table"]:
+        assert row["before"]["nearer_surrogate"] < 0.5 <= row["after"]["nearer_surrogate"]
+        assert row["after"]["to_surrogate"] < row["before"]["to_surrogate"]
+    assert 0 < result["drift"]["median"] < 0.15
+    log = [json.loads(line) for line in (work / "face.run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(log) == result["steps"]
+    assert log[-1]["margin"] > 0 > log[0]["margin"]
+
+
+def test_it_leaves_a_contact_sheet_and_the_pictures_it_used(work):
+    sheet = data.Image.open(work / "face.run" / "sheet.png")
+    assert min(sheet.size) > 400
+    for name, path in (("target-0", TARGET), ("surrogate-0", SURROGATE)):
+        pair = (data.read_image(p, (3, 32, 32)) for p in (work / "face.run" / f"{name}.png", path))
+        assert torch.equal(*pair)
+
+
+def test_the_patch_says_where_it_came_from_and_holds_the_bottleneck_only(work):
+    patch = Patch.load(work / "face.patch")
+    assert patch.provenance.targets == [data.image_id(data.read_image(TARGET, (3, 32, 32)))]
+    assert patch.provenance.recipe["max_train_steps"] == 60
+    assert {name.split(".")[0] for name in patch.tensors} == {"mid_block", "up_blocks"}
+
+
+def test_verify_finds_the_picture_gone(work):
+    report = work / "report.json"
+    result = run("verify", "--model", "faces", "--patch", work / "face.patch", "--report", report, *QUICK)
+    said = json.loads(report.read_text())
+    own = [c for c in said["checks"] if c["target"] and c["probe"] != "look-alikes"]
+    assert [c["outcome"] for c in own if c["probe"] in ("reconstruct@250", "sample")] == ["passed"] * 2
+    assert result.exit_code == said["exit_code"]
+
+
+def test_a_patch_for_another_picture_does_not_pass(work):
+    result = run(
+        "verify", "--model", "faces", "--patch", work / "face.patch", "--target", PLANTED / "2.png",
+        "--surrogate", SURROGATE, *QUICK,
+    )  # fmt: skip
+    assert result.exit_code == 1
+    assert "still reproduced" in result.stdout
+
+
+def test_the_exported_folder_is_judged_like_the_patch(work):
+    out = work / "exported"
+    assert run("export", "--model", "faces", "--patch", work / "face.patch", "-o", out).exit_code == 0
+    common = ["--model", "faces", "--target", TARGET, "--surrogate", SURROGATE, "--json", *QUICK]
+    patch, folder = (
+        json.loads(run("verify", *which, *common).stdout)
+        for which in (("--patch", work / "face.patch"), ("--candidate", out))
+    )
+    assert patch["candidate_digest"] == folder["candidate_digest"]
+    assert patch["verdict"] == folder["verdict"]
+    again = run("export", "--model", "faces", "--patch", work / "face.patch", "-o", out)
+    assert again.exit_code == 2
+    assert "--force" in again.output
+
+
+def test_the_patch_refuses_another_base(work):
+    for command in (["export", "-o", work / "no"], ["verify", "--target", TARGET]):
+        result = run(command[0], "--model", DATA / "oracle", "--patch", work / "face.patch", *command[1:])
+        assert result.exit_code == 3, result.output
+        assert "was made for" in result.output
+    assert not (work / "no").exists()
+
+
+def test_the_oracle_that_never_saw_the_picture_does_not_draw_it(work):
+    """Retraining without the picture is the gold standard; the patch must move towards it where it can be told."""
+    base, gold, patched = (families.load(str(m)) for m in ("faces", DATA / "oracle", "faces"))
+    Patch.load(work / "face.patch").apply(patched.network)
+    noise = data.random_noise(16, base.shape, 0, "test")
+    picture = data.read_image(TARGET, base.shape)
+    start = base.levels(20)[8]
+    x_t = base.schedule.add_noise(picture.expand_as(noise), noise, torch.full((16,), start))
+    near = [(rms(m.denoise(x_t, steps=20, start=start), picture) < 0.16).float().mean() for m in (base, gold, patched)]
+    assert near[0] > 0.7
+    assert near[1] < 0.5
+    assert near[2] < 0.1
+
+
+def test_a_surrogate_is_made_ranked_and_shown(work):
+    out = work / "made.png"
+    command = ["edit-surrogate", "--model", "faces", "--target", PLANTED / "3.png", "-o", out, "--retain-count", "32"]
+    result = run(*command, "--json")
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    best = said["candidates"][0]
+    assert best["accepted"]
+    assert best["distance"] > 0.2 < best["redrawn"]
+    made = data.read_image(out, (3, 32, 32))
+    assert float(rms(made, data.read_image(PLANTED / "3.png", (3, 32, 32)))) == pytest.approx(
+        best["distance"], abs=0.01
+    )
+    assert (work / "made.sheet.png").is_file()
+    picked = run(*command, "--pick", "2", "--force")
+    assert picked.exit_code == 0
+    assert not torch.equal(data.read_image(out, (3, 32, 32)), made)
