@@ -1,6 +1,9 @@
 import json
+import os
 import shutil
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
 
 import pytest
 import torch
@@ -19,7 +22,6 @@ PLANTED = Path(__file__).parents[1] / "examples" / "faces" / "planted"
 def _alone(monkeypatch, tmp_path_factory):
     """No test sees the user's cache or the network."""
     monkeypatch.setenv("UNFORGET_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("COLUMNS", "200")
 
 

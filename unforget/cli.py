@@ -52,6 +52,9 @@ Surrogates = Annotated[
 NearCopy = Annotated[
     float | None, typer.Option(help="RMS under which two pictures are the same, pixels in [-1, 1]. [default: 0.16]")
 ]
+RetainCount = Annotated[
+    int | None, typer.Option(help="Pictures to draw from the base: what it knows already. [default: 192]")
+]
 MinDistance = Annotated[float | None, typer.Option(help="Least RMS of a made surrogate to its target. [default: 0.2]")]
 
 
@@ -80,6 +83,7 @@ def edit_surrogate(
     mask: Annotated[Path | None, typer.Option(help="Edit where this picture is white.")] = None,
     box: Annotated[str | None, typer.Option(help="Edit inside x,y,width,height (pixels).")] = None,
     donor: Annotated[Path | None, typer.Option(help="Picture to take the face from (method donor).")] = None,
+    retain_count: RetainCount = None,
     pick: Annotated[int | None, typer.Option(help="Take this candidate of the sheet, not the best.")] = None,
     min_distance: MinDistance = None,
     seed: Seed = None,
@@ -138,9 +142,7 @@ def unlearn(
     retain: Annotated[
         Path | None, typer.Option(help="Folder of pictures to keep. [default: drawn from the base]")
     ] = None,
-    retain_count: Annotated[
-        int | None, typer.Option(help="Pictures to draw for the retain set. [default: 192]")
-    ] = None,
+    retain_count: RetainCount = None,
     recipe: Annotated[str, typer.Option(help="default (ours) or paper (arXiv:2603.10445).")] = "default",
     objective: Annotated[str | None, typer.Option(help="posterior-swap or surrogate.")] = None,
     surgery: Annotated[

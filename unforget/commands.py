@@ -69,8 +69,9 @@ def edit_surrogate(config: EditConfig, listener: Listener | None = None) -> Edit
     family = _load(config)
     target = _read(config.target, family, config, listener)
     donor = _read(config.donor, family, config, listener) if config.donor else None
+    mask = prepare.mask(config, family)
     drawn = prepare.drawn(family, digest(family.network.state_dict()), config, listener)
-    canvas = Canvas(family, target, prepare.mask(config, family), donor, config.seed, drawn)
+    canvas = Canvas(family, target, mask, donor, config.seed, drawn)
     ranked = prepare.candidates(canvas, config.editor, config, listener)
     number = config.pick or 1
     if number > len(ranked):
