@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 err = Console(stderr=True, highlight=False)
 
 
+SIGNS = {"at least": "\u2265", "at most": "\u2264"}
+
+
 def print_json(value: dict[str, Any]) -> None:
     """The result on stdout, for machines."""
     typer.echo(json.dumps(value, indent=2, default=str))
@@ -49,7 +52,7 @@ def checks_table(result: Report) -> Table:
     for c in result.checks:
         base = "" if c.base is None else f"{c.base:.3g}"
         table.add_row(
-            c.probe, (c.target or "")[:8], c.figure, base, f"{c.candidate:.3g}", f"{c.rule} {c.threshold:.3g}",
+            c.probe, (c.target or "")[:8], c.figure, base, f"{c.candidate:.3g}", f"{SIGNS[c.rule]} {c.threshold:.3g}",
             f"[{colour[c.outcome]}]{c.outcome}[/] {c.note}",
         )  # fmt: skip
     return table
