@@ -8,7 +8,7 @@ import torch
 
 from unforget import engine
 from unforget.domain import Noised
-from unforget.surgery import Project, Sum
+from unforget.surgery import Project, Sum, Weights
 
 
 def batch(seed: int, size: int = 4) -> Noised:
@@ -47,6 +47,30 @@ def test_summed_gradients_are_an_ordinary_training_loop(network):
         optimizer.zero_grad()
     for ours, theirs in zip(network.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_the_step_is_what_the_surgery_answers(network):
+    """The surgery's weights, not just its name: a rule of odd numbers, and projection where the gradients conflict."""
+    plain = copy.deepcopy(network)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    loss = mean_square(network)
+    rule = lambda gram: Weights(0.5, -2.0)  # noqa: E731
+    list(engine.run(pairs(1), loss, loss, surgery=rule, optimizer=optimizer, max_grad_norm=math.inf))
+    forget, retain = pairs(1)[0]
+    (0.5 * mean_square(plain)(forget) - 2 * mean_square(plain)(retain)).backward()
+    for ours, theirs in zip(network.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs - 0.1 * theirs.grad)
+
+
+def test_a_projected_step_never_raises_the_retain_loss_to_first_order(network):
+    """Opposed goals: without surgery the sum would move nothing, with it the retain loss still falls."""
+    x, up = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.ones(4, 3)
+    pair = [(Noised(x, 9 * up, torch.zeros(4).long(), x, x), Noised(x, -up, torch.zeros(4).long(), x, x))]
+    loss, optimizer = mean_square(network), torch.optim.SGD(network.parameters(), lr=1e-3)
+    before = float(loss(pair[0][1]).detach())
+    (step,) = engine.run(pair, loss, loss, surgery=Project(), optimizer=optimizer, max_grad_norm=math.inf)
+    assert step.gram.fr < -step.gram.rr  # the plain sum would have gone against the retain gradient
+    assert float(loss(pair[0][1]).detach()) < before
 
 
 def test_micro_batches_give_the_gradient_of_the_whole(network):
