@@ -39,7 +39,7 @@ LOOKALIKE = {0: 1, 1: 0}
 NEAR_COPY = 0.16
 SEEDS = 256
 STEPS = 25
-PAPER_RATES = (2e-5, 4e-5, 8e-5)
+PAPER_RATES = (1e-4, 2e-4, 4e-4)
 
 
 @dataclass
