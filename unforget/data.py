@@ -149,6 +149,11 @@ def in_one_pass(pixels: int, shape: tuple[int, int, int]) -> int:
     return max(1, pixels // (shape[1] * shape[2]))
 
 
+def start_level(family: Family, share: float, *, steps: int) -> int:
+    """The schedule row nearest to a share of the schedule, of those that sampling in `steps` visits."""
+    return min(family.levels(steps), key=lambda t: abs(t - share * len(family.schedule)))
+
+
 def draw(
     family: Family,
     noise: Tensor,

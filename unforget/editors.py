@@ -18,7 +18,7 @@ from PIL import Image, ImageFilter
 from pydantic import Field
 from torch import Tensor
 
-from unforget.data import draw, from_pil, random_noise, to_pil
+from unforget.data import draw, from_pil, random_noise, start_level, to_pil
 from unforget.domain import Family, Strategy
 from unforget.errors import UsageError
 from unforget.metrics import pairwise_rms, redrawn, rms, sharpness
@@ -88,7 +88,7 @@ class SDEdit(Strategy):
     def __call__(self, canvas: Canvas) -> list[Candidate]:
         family, out = canvas.family, []
         for strength in self.strengths:
-            start = min(family.levels(self.steps), key=lambda t: abs(t - strength * len(family.schedule)))
+            start = start_level(family, strength, steps=self.steps)
             noise = random_noise(self.seeds, family.shape, canvas.seed, f"sdedit {strength}").to(canvas.target)
             x_t = family.schedule.add_noise(canvas.target.expand_as(noise), noise, torch.full((self.seeds,), start))
             images = draw(family, x_t, steps=self.steps, start=start)
@@ -216,7 +216,7 @@ def rank(
 def _reconstructed(canvas: Canvas, images: Tensor) -> Tensor:
     """What the base makes of images that were noised a little."""
     family = canvas.family
-    start = min(family.levels(20), key=lambda t: abs(t - LEVEL * len(family.schedule)))
+    start = start_level(family, LEVEL, steps=20)
     noise = random_noise(len(images), family.shape, canvas.seed, "rank")
     x_t = family.schedule.add_noise(images, noise, torch.full((len(images),), start))
     return draw(family, x_t, steps=20, start=start)

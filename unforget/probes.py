@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from unforget.data import draw, random_noise
+from unforget.data import draw, random_noise, start_level
 from unforget.domain import Family, Instance, Strategy
 from unforget.metrics import lower_bound, pairwise_rms, rms, sharpness, upper_bound
 
@@ -88,8 +88,7 @@ class Reconstruct(Strategy):
         found = []
         for instance in subject.instances:
             for level in self.levels:
-                wanted = level / 1000 * len(subject.base.schedule)
-                start = min(subject.base.levels(self.steps), key=lambda t: abs(t - wanted))
+                start = start_level(subject.base, level / 1000, steps=self.steps)
                 noise = random_noise(self.draws, subject.base.shape, subject.seed, f"reconstruct {level}")
                 x_t = subject.base.schedule.add_noise(
                     instance.target.expand_as(noise), noise, torch.full((self.draws,), start)

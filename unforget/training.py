@@ -75,7 +75,7 @@ def worst_margin(family: Family, instances: tuple[Instance, ...], draws: int = 4
     worst = math.inf
     noise = data.random_noise(draws, family.shape, 0, "margin")
     for level in LEVELS:
-        start = min(family.levels(STEPS), key=lambda t: abs(t - level / 1000 * len(family.schedule)))
+        start = data.start_level(family, level / 1000, steps=STEPS)
         targets = torch.stack([i.target for i in instances]).repeat_interleave(draws, 0)
         surrogates = torch.stack([i.surrogate for i in instances]).repeat_interleave(draws, 0)
         index = torch.full((len(targets),), start)
@@ -89,7 +89,7 @@ def has_bf16(device: torch.device) -> bool:
     """Whether bfloat16 is computed in hardware there; emulated, it is slower than float32."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
+    return device.type == "cpu" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())  # private
 
 
 def mixed(predict: Predict, half: bool) -> Predict:
