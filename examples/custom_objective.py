@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from unforget import data, engine, families
-from unforget.domain import Instance, Noised
+from unforget.domain import Instance, Noised, Pool
 from unforget.surgery import EraseDiff
 
 TARGET = Path(__file__).parent / "faces" / "planted" / "3.png"
@@ -21,19 +21,19 @@ TARGET = Path(__file__).parent / "faces" / "planted" / "3.png"
 
 def main(steps: int) -> None:
     model = families.load("faces")
-    target = data.read_image(TARGET, model.shape)
-    keep = data.draw(model, data.random_noise(32, model.shape, 0, "retain"), steps=20)
+    target = data.read_image(TARGET, model.picture)
+    keep = Pool.of(data.draw(model, data.random_noise(32, model.shape, 0, "retain"), steps=20))
     uniform = torch.Generator().manual_seed(0)
 
     def forget(batch: Noised) -> Tensor:
         """Say uniform noise at the noised target."""
-        answer = model.predict(batch.x_t, batch.index)
+        answer = model.predict(batch.x_t, batch.index, batch.condition)
         return (answer - torch.rand(answer.shape, generator=uniform)).square().mean()
 
     def retain(batch: Noised) -> Tensor:
         """The ordinary denoising loss."""
         goal = model.schedule.target(batch.x_0, batch.noise, batch.index)
-        return (model.predict(batch.x_t, batch.index) - goal).square().mean()
+        return (model.predict(batch.x_t, batch.index, batch.condition) - goal).square().mean()
 
     model.network.requires_grad_(True)
     batches = data.batches(

@@ -5,7 +5,7 @@ from diffusers import DDPMScheduler
 from PIL import Image
 
 from unforget import data
-from unforget.domain import Instance
+from unforget.domain import Instance, Pool
 from unforget.errors import UsageError
 from unforget.schedule import Schedule
 
@@ -112,12 +112,12 @@ def test_drawing_in_batches_changes_nothing(tiny, monkeypatch):
 def test_the_retain_set_is_drawn_once(tiny):
     calls, denoise = [], tiny.denoise
     tiny.denoise = lambda *a, **k: calls.append(1) or denoise(*a, **k)
-    first = data.drawn_cached(tiny, "d" * 64, 4, seed=0, steps=2)
-    assert torch.equal(data.drawn_cached(tiny, "d" * 64, 4, seed=0, steps=2), first)
+    first = data.drawn_cached(tiny, "d" * 64, [""] * 4, seed=0, steps=2)
+    assert torch.equal(data.drawn_cached(tiny, "d" * 64, [""] * 4, seed=0, steps=2), first)
     assert len(calls) == 1
     for path in data.cache_folder().glob("retain-*"):
         path.write_bytes(b"damaged")
-    assert torch.equal(data.drawn_cached(tiny, "d" * 64, 4, seed=0, steps=2), first)
+    assert torch.equal(data.drawn_cached(tiny, "d" * 64, [""] * 4, seed=0, steps=2), first)
     assert len(calls) == 2
 
 
@@ -130,7 +130,7 @@ def draws(schedule, seed=0, **changes):
     target, surrogate, *keep = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(1))
     options = {"steps": 3, "forget_batch": 8, "retain_batch": 6, "neighbour_share": 0.5, "forget_range": (0.2, 0.5)}
     instances = [Instance(target, surrogate, "t"), Instance(surrogate, target, "u")]
-    keep = torch.stack(keep)
+    keep = Pool.of(torch.stack(keep))
     return list(data.batches(instances, keep, keep[:1], schedule, seed=seed, **{**options, **changes})), instances, keep
 
 
@@ -155,7 +155,7 @@ def test_levels_cover_their_range_evenly(schedule):
 def test_half_of_the_retain_batch_is_near_a_target(schedule):
     pairs, _, keep = draws(schedule)
     for _, retain in pairs:
-        assert all(torch.equal(x, keep[0]) for x in retain.x_0[:3])
+        assert all(torch.equal(x, keep.x_0[0]) for x in retain.x_0[:3])
 
 
 def test_batches_are_those_of_their_seed(schedule):

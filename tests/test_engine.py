@@ -14,7 +14,7 @@ from unforget.surgery import Project, Sum, Weights
 def batch(seed: int, size: int = 4) -> Noised:
     g = torch.Generator().manual_seed(seed)
     x, y = torch.randn(2, size, 3, generator=g)
-    return Noised(x, y, torch.zeros(size, dtype=torch.long), x, y)
+    return Noised(x, y, torch.zeros(size, dtype=torch.long), x, y, torch.zeros(size, dtype=torch.long))
 
 
 def mean_square(network):
@@ -65,7 +65,12 @@ def test_the_step_is_what_the_surgery_answers(network):
 def test_a_projected_step_never_raises_the_retain_loss_to_first_order(network):
     """Opposed goals: without surgery the sum would move nothing, with it the retain loss still falls."""
     x, up = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.ones(4, 3)
-    pair = [(Noised(x, 9 * up, torch.zeros(4).long(), x, x), Noised(x, -up, torch.zeros(4).long(), x, x))]
+    pair = [
+        (
+            Noised(x, 9 * up, torch.zeros(4).long(), x, x, torch.zeros(4).long()),
+            Noised(x, -up, torch.zeros(4).long(), x, x, torch.zeros(4).long()),
+        )
+    ]
     loss, optimizer = mean_square(network), torch.optim.SGD(network.parameters(), lr=1e-3)
     before = float(loss(pair[0][1]).detach())
     (step,) = engine.run(pair, loss, loss, surgery=Project(), optimizer=optimizer, max_grad_norm=math.inf)

@@ -25,7 +25,9 @@ def test_predict_is_the_network_at_the_schedule_s_timestep(tiny):
     x = torch.randn(2, *tiny.shape)
     index = torch.tensor([3, 700])
     with torch.no_grad():
-        torch.testing.assert_close(tiny.predict(x, index), tiny.pipeline.unet(x, index).sample, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            tiny.predict(x, index, index), tiny.pipeline.unet(x, index).sample, rtol=1e-4, atol=1e-5
+        )
 
 
 def test_denoise_is_ddim_of_diffusers(tiny):
@@ -43,7 +45,7 @@ def test_denoise_from_a_level_leaves_out_the_noisier_ones(tiny):
     assert tiny.levels(20)[:2] == [950, 900]
     seen = []
     predict = tiny.predict
-    tiny.predict = lambda x, i: seen.append(int(i[0])) or predict(x, i)
+    tiny.predict = lambda x, i, c: seen.append(int(i[0])) or predict(x, i, c)
     tiny.denoise(torch.zeros(1, *tiny.shape), steps=20, start=250)
     assert seen == [250, 200, 150, 100, 50, 0]
 
@@ -74,7 +76,7 @@ def test_the_saved_folder_opens_with_the_stock_loader(tiny, tmp_path):
 
 def refused(error, folder, sentence, **options):
     with pytest.raises(error, match=sentence) as caught:
-        families.load(str(folder), **options)
+        families.load(str(folder), families.Options(**options))
     assert caught.value.hint
 
 
@@ -132,7 +134,7 @@ def test_pickles_are_opened_on_request_only(folder):
     pipeline = tiny_pipeline()
     torch.save(pipeline.unet.state_dict(), folder / "unet" / "diffusion_pytorch_model.bin")
     refused(UsageError, folder, "pickled weights only")
-    opened = families.load(str(folder), allow_pickle=True)
+    opened = families.load(str(folder), families.Options(allow_pickle=True))
     assert digest(opened.network.state_dict()) == digest(pipeline.unet.state_dict())
 
 

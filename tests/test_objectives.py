@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from unforget.domain import Instance, Noised
+from unforget.domain import Instance, Noised, Pool
 from unforget.objectives import CleanSpace, Context, Linear, PosteriorSwap, Surrogate, Uniform
 from unforget.schedule import Schedule
 
@@ -15,7 +15,7 @@ def ideal(schedule: Schedule, pictures: torch.Tensor, counts: torch.Tensor, answ
     """The denoiser of a measure with atoms `pictures`: the posterior mean of `answers` (the pictures themselves)."""
     answers = pictures if answers is None else answers
 
-    def predict(x_t, index):
+    def predict(x_t, index, condition=None):
         a, s = schedule.column("alphas", index, x_t), schedule.column("sigmas", index, x_t)
         far = ((x_t[:, None] - a[:, None] * pictures) / s[:, None]).square().sum((2, 3, 4))
         belief = torch.softmax(counts.log() - far / 2, 1)
@@ -32,13 +32,13 @@ def scene(request):
     keep = torch.stack([f + 0.3 * rest[0], *rest[1:]])  # the first is a look-alike
     counts = torch.cat([torch.tensor([3.0]), torch.ones(len(keep))]).double()
     base = ideal(schedule, torch.cat([f[None], keep]), counts)
-    return Context(schedule, base, (Instance(f, s, "f"),), keep, torch.tensor([3.0]))
+    return Context(schedule, base, (Instance(f, s, "f"),), Pool.of(keep), torch.tensor([[3.0]]))
 
 
 def noised(context: Context, x_0, x_s, index, seed=1) -> Noised:
     noise = torch.randn(x_0.shape, generator=torch.Generator().manual_seed(seed), dtype=x_0.dtype)
     index = torch.as_tensor(index)
-    return Noised(x_0, noise, index, context.schedule.add_noise(x_0, noise, index), x_s)
+    return Noised(x_0, noise, index, context.schedule.add_noise(x_0, noise, index), x_s, torch.zeros_like(index))
 
 
 def forget_batch(context, index):
@@ -55,27 +55,27 @@ EXACT = PosteriorSwap(caution=1, fade=(0.9999, 1))
 
 def test_the_swap_is_the_ideal_denoiser_whose_target_became_its_surrogate(scene):
     f, s = scene.instances[0].target, scene.instances[0].surrogate
-    counts = torch.cat([scene.copies, torch.ones(len(scene.keep))]).double()
-    swapped = ideal(scene.schedule, torch.cat([f[None], scene.keep]), counts, torch.cat([s[None], scene.keep]))
+    counts = torch.cat([scene.copies[0], torch.ones(len(scene.keep.x_0))]).double()
+    swapped = ideal(scene.schedule, torch.cat([f[None], scene.keep.x_0]), counts, torch.cat([s[None], scene.keep.x_0]))
     batch = forget_batch(scene, LEVELS)
     goal = EXACT.goal(batch, scene)
     torch.testing.assert_close(goal, swapped(batch.x_t, batch.index), rtol=1e-6, atol=1e-6)
-    retain = noised(scene, scene.keep, scene.keep, [300] * len(scene.keep))
+    retain = noised(scene, scene.keep.x_0, scene.keep.x_0, [300] * len(scene.keep.x_0))
     torch.testing.assert_close(EXACT.goal(retain, scene), swapped(retain.x_t, retain.index), rtol=1e-6, atol=1e-6)
 
 
 def test_the_target_s_share_is_certain_when_clean_and_its_frequency_when_not(scene):
     shares = EXACT.shares(forget_batch(scene, LEVELS), scene)[0]
     assert shares[0] == pytest.approx(1, abs=1e-6)
-    assert shares[-1] == pytest.approx(3 / (3 + len(scene.keep)), abs=0.15)
-    kept = EXACT.shares(noised(scene, scene.keep, scene.keep, [5] * len(scene.keep)), scene)[0]
+    assert shares[-1] == pytest.approx(3 / (3 + len(scene.keep.x_0)), abs=0.15)
+    kept = EXACT.shares(noised(scene, scene.keep.x_0, scene.keep.x_0, [5] * len(scene.keep.x_0)), scene)[0]
     assert kept.max() < 1e-6
 
 
 def test_the_swapped_model_has_no_loss(scene):
     f, s = scene.instances[0].target, scene.instances[0].surrogate
-    counts = torch.cat([scene.copies, torch.ones(len(scene.keep))]).double()
-    swapped = ideal(scene.schedule, torch.cat([f[None], scene.keep]), counts, torch.cat([s[None], scene.keep]))
+    counts = torch.cat([scene.copies[0], torch.ones(len(scene.keep.x_0))]).double()
+    swapped = ideal(scene.schedule, torch.cat([f[None], scene.keep.x_0]), counts, torch.cat([s[None], scene.keep.x_0]))
     batch = forget_batch(scene, LEVELS)
     assert float(EXACT.forget(swapped, batch, scene)) < 1e-9
     assert float(EXACT.forget(scene.base, batch, scene)) > 1e-2
@@ -87,8 +87,8 @@ def test_surrogate_equal_to_the_target_is_the_ordinary_denoising_loss(scene):
     said = torch.zeros_like(f)
     objective = Surrogate(weighting=Uniform())
     usual = (said - scene.schedule.target(batch.x_0, batch.noise, batch.index)).square().mean()
-    torch.testing.assert_close(objective.forget(lambda x, i: said, batch, scene), usual, rtol=1e-6, atol=1e-8)
-    torch.testing.assert_close(objective.retain(lambda x, i: said, batch, scene), usual, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(objective.forget(lambda x, i, c: said, batch, scene), usual, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(objective.retain(lambda x, i, c: said, batch, scene), usual, rtol=1e-6, atol=1e-8)
 
 
 def test_following_the_forget_loss_leads_to_the_surrogate(scene):
@@ -97,7 +97,7 @@ def test_following_the_forget_loss_leads_to_the_surrogate(scene):
     optimizer = torch.optim.SGD([said], lr=5.0)
     for _ in range(400):
         optimizer.zero_grad()
-        Surrogate(weighting=Uniform()).forget(lambda x, i: said, batch, scene).backward()
+        Surrogate(weighting=Uniform()).forget(lambda x, i, c: said, batch, scene).backward()
         optimizer.step()
     clean, _ = scene.schedule.split(batch.x_t, said.detach(), batch.index)
     instance = scene.instances[0]
@@ -105,7 +105,7 @@ def test_following_the_forget_loss_leads_to_the_surrogate(scene):
 
 
 def test_distillation_keeps_the_base(scene):
-    batch = noised(scene, scene.keep, scene.keep, [400] * len(scene.keep))
+    batch = noised(scene, scene.keep.x_0, scene.keep.x_0, [400] * len(scene.keep.x_0))
     objective = Surrogate(weighting=CleanSpace(), distil=True)
     assert float(objective.retain(scene.base, batch, scene)) == 0
     assert float(Surrogate(weighting=CleanSpace()).retain(scene.base, batch, scene)) > 0
@@ -145,7 +145,7 @@ def test_at_the_highest_levels_the_goal_is_what_the_base_says(scene):
 def test_two_targets_move_apart(scene):
     g, u = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     both = Context(
-        scene.schedule, scene.base, (*scene.instances, Instance(g, u, "g")), scene.keep, torch.tensor([3.0, 1.0])
+        scene.schedule, scene.base, (*scene.instances, Instance(g, u, "g")), scene.keep, torch.tensor([[3.0], [1.0]])
     )
     shares = PosteriorSwap().shares(forget_batch(both, [50]), both)
     assert shares[:, 0].tolist() == pytest.approx([1, 0], abs=1e-6)

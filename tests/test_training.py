@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from unforget.config import Recipe
-from unforget.domain import Instance
+from unforget.domain import Instance, Pool
 from unforget.errors import CannotRun
 from unforget.objectives import CleanSpace, Context, PosteriorSwap
 from unforget.prepare import neighbours
@@ -44,8 +44,8 @@ def scene(tiny):
     g = torch.Generator().manual_seed(0)
     target, surrogate, *keep = torch.rand(6, *tiny.shape, generator=g) * 2 - 1
     base = tiny.copy()
-    keep = torch.stack(keep)
-    return Context(tiny.schedule, base.predict, (Instance(target, surrogate, "t"),), keep, torch.ones(1)), keep
+    keep = Pool.of(torch.stack(keep))
+    return Context(tiny.schedule, base.predict, (Instance(target, surrogate, "t"),), keep, torch.ones(1, 1)), keep
 
 
 def recipe(**changes):
@@ -82,7 +82,7 @@ def test_only_the_weights_in_scope_move(tiny, scene, scope):
 def test_mixed_precision_answers_in_float32_and_nearly_the_same(tiny):
     x_t, index = torch.randn(2, *tiny.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([300, 600])
     with torch.no_grad():
-        exact, half = tiny.predict(x_t, index), mixed(tiny.predict, True)(x_t, index)
+        exact, half = tiny.predict(x_t, index, index), mixed(tiny.predict, True)(x_t, index, index)
     assert half.dtype == torch.float32
     assert not torch.equal(half, exact)
     torch.testing.assert_close(half, exact, rtol=0, atol=0.05)
@@ -107,11 +107,12 @@ def test_it_stops_once_the_margin_is_held(tiny, scene):
 def test_a_loss_that_is_not_a_number_stops_with_the_last_good_weights(tiny, scene):
     context, keep = scene
     with pytest.raises(CannotRun, match="not a number at step 1"):
-        train(tiny, context, keep[:1] * math.nan, recipe(), seed=0)
+        train(tiny, context, Pool.of(keep.x_0[:1] * math.nan), recipe(), seed=0)
     assert all(bool(p.isfinite().all()) for p in tiny.network.parameters())
 
 
 def test_neighbours_are_the_nearest_to_any_target(scene):
     context, keep = scene
     close = context.instances[0].target + 0.01
-    assert torch.equal(neighbours(torch.cat([keep, close[None]]), context.instances, 1)[0], close)
+    targets = torch.stack([i.target for i in context.instances])
+    assert neighbours(torch.cat([keep.x_0, close[None]]), targets, 1).tolist() == [len(keep)]

@@ -31,7 +31,8 @@ Model = Annotated[
     str | None,
     typer.Option(
         "--model", "-m", "--pretrained-model-name-or-path", "--pretrained_model_name_or_path",
-        help="Alias (faces, ddpm-celebahq), diffusers folder, or hub id owner/name[@revision].",
+        help="Alias (faces, flags, ddpm-celebahq, sd3, sd3.5-medium, sd3.5-large), diffusers folder, .safetensors "
+        "file, or hub id owner/name[@revision].",
     ),
 ]  # fmt: skip
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file; options given here beat it.")]
@@ -53,7 +54,32 @@ NearCopy = Annotated[
     float | None, typer.Option(help="RMS under which two pictures are the same, pixels in [-1, 1]. [default: 0.16]")
 ]
 RetainCount = Annotated[
-    int | None, typer.Option(help="Pictures to draw from the base: what it knows already. [default: 192]")
+    int | None,
+    typer.Option(help="Pictures to draw from the base, to keep. [default: 192, more for many prompts]"),
+]
+Prompts = Annotated[
+    list[str] | None,
+    typer.Option("--prompt", "-p", help="Prompt under which the model draws the target; repeats. [default: none]"),
+]
+RetainPrompts = Annotated[
+    Path | None,
+    typer.Option(help="Text file with a prompt a line, for what must stay. [default: the model's, or a built-in list]"),
+]
+Guidance = Annotated[
+    float | None,
+    typer.Option(
+        "--guidance", "--guidance-scale", "--guidance_scale",
+        help="Classifier-free guidance of every draw. [default: the model's, or 7]",
+    ),
+]  # fmt: skip
+Resolution = Annotated[
+    int | None, typer.Option(help="Width and height of pictures, of a text-to-image model. [default: the model's]")
+]
+T5 = Annotated[
+    bool | None, typer.Option("--t5/--no-t5", help="Load the third text encoder, where there is one. [default: yes]")
+]
+PipelineConfig = Annotated[
+    Path | None, typer.Option(help="For a single file offline: a diffusers folder of that model, without weights.")
 ]
 MinDistance = Annotated[float | None, typer.Option(help="Least RMS of a made surrogate to its target. [default: 0.2]")]
 
@@ -83,11 +109,17 @@ def edit_surrogate(
     mask: Annotated[Path | None, typer.Option(help="Edit where this picture is white.")] = None,
     box: Annotated[str | None, typer.Option(help="Edit inside x,y,width,height (pixels).")] = None,
     donor: Annotated[Path | None, typer.Option(help="Picture to take the face from (method donor).")] = None,
+    prompt: Prompts = None,
+    retain_prompts: RetainPrompts = None,
     retain_count: RetainCount = None,
     pick: Annotated[int | None, typer.Option(help="Take this candidate of the sheet, not the best.")] = None,
     min_distance: MinDistance = None,
     seed: Seed = None,
     resize: Resize = None,
+    guidance: Guidance = None,
+    resolution: Resolution = None,
+    pipeline_config: PipelineConfig = None,
+    t5: T5 = None,
     config: ConfigFile = None,
     as_json: AsJson = False,
     force: Force = None,
@@ -142,6 +174,8 @@ def unlearn(
     retain: Annotated[
         Path | None, typer.Option(help="Folder of pictures to keep. [default: drawn from the base]")
     ] = None,
+    prompt: Prompts = None,
+    retain_prompts: RetainPrompts = None,
     retain_count: RetainCount = None,
     recipe: Annotated[str, typer.Option(help="default (ours) or paper (arXiv:2603.10445).")] = "default",
     objective: Annotated[str | None, typer.Option(help="posterior-swap or surrogate.")] = None,
@@ -149,7 +183,13 @@ def unlearn(
         str | None, typer.Option(help="project, pcgrad, sum, erasediff, fixed-norm, forget-only.")
     ] = None,
     weighting: Annotated[str | None, typer.Option(help="Of the noise levels: clean-space, linear, uniform.")] = None,
-    train: Annotated[str | None, typer.Option(help="Which weights: bottleneck or full. [default: bottleneck]")] = None,
+    train: Annotated[
+        str | None, typer.Option(help="bottleneck, full, lora. [default: bottleneck, lora for SD3]")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the LoRA. [default: 16]")] = None,
+    lora_alpha: Annotated[
+        int | None, typer.Option("--lora-alpha", "--lora_alpha", help="Its alpha. [default: 16]")
+    ] = None,
     retain_weight: Annotated[float | None, typer.Option(help="Weight of the retain loss.")] = None,
     learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--learning_rate", "--lr")] = None,
     max_train_steps: Annotated[
@@ -168,12 +208,29 @@ def unlearn(
     min_distance: MinDistance = None,
     seed: Seed = None,
     resize: Resize = None,
+    guidance: Guidance = None,
+    resolution: Resolution = None,
+    pipeline_config: PipelineConfig = None,
+    t5: T5 = None,
     config: ConfigFile = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
     as_json: AsJson = False,
     force: Force = None,
     micro_batch: Annotated[
         int | None, typer.Option(help="Pictures in one pass. [default: by their size]", rich_help_panel=MACHINE)
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option(
+            "--gradient-checkpointing/--no-gradient-checkpointing",
+            "--gradient_checkpointing",
+            help="Less memory, more time. [default: on for large models]",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
+    use_8bit_adam: Annotated[
+        bool | None,
+        typer.Option("--use-8bit-adam", "--use_8bit_adam", help="Needs bitsandbytes.", rich_help_panel=MACHINE),
     ] = None,
     mixed_precision: Annotated[
         str | None,
@@ -196,13 +253,14 @@ def unlearn(
     """
     with errors():
         from unforget.config import UnlearnConfig, build
-        from unforget.config import recipe as named
 
         strategy = {
             "objective": objective,
             "surgery": surgery,
             "train": train,
             "weighting": weighting,
+            "rank": rank,
+            "lora_alpha": lora_alpha,
             "retain_weight": retain_weight,
             "learning_rate": learning_rate,
             "max_train_steps": max_train_steps,
@@ -213,13 +271,16 @@ def unlearn(
         }
         fields = set(UnlearnConfig.model_fields)
         given = {k: v for k, v in locals().items() if k in fields and k != "recipe"}
-        if recipe != "default" or any(v is not None for v in strategy.values()):
-            given["recipe"] = named(recipe, **strategy)
+        changes = {k: v for k, v in strategy.items() if v is not None}
+        if recipe != "default" or changes:
+            given["recipe"] = {"name": recipe, "changes": changes}
         if target and not output:
             given["output"] = target[0].with_suffix(".patch").name
         resolved = build(UnlearnConfig, given, config)
         if dry_run:
-            print_json(resolved.model_dump(mode="json"))
+            from unforget.commands import recipe_of
+
+            print_json(resolved.model_copy(update={"recipe": recipe_of(resolved)}).model_dump(mode="json"))
             return
         from unforget.commands import EXIT_UNLEARN
         from unforget.commands import unlearn as command
@@ -247,6 +308,8 @@ def verify(
     candidate: Annotated[Path | None, typer.Option(help="Or a diffusers folder to judge.")] = None,
     target: Targets = None,
     surrogate: Surrogates = None,
+    prompt: Prompts = None,
+    retain_prompts: RetainPrompts = None,
     keep: Annotated[list[Path] | None, typer.Option(help="Picture that must still be drawn; repeats.")] = None,
     samples: Annotated[int | None, typer.Option(help="Images to draw from each model. [default: 256]")] = None,
     draws: Annotated[int | None, typer.Option(help="Reconstructions a noise level. [default: 32]")] = None,
@@ -263,6 +326,10 @@ def verify(
     sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet here; it shows the target.")] = None,
     seed: Seed = None,
     resize: Resize = None,
+    guidance: Guidance = None,
+    resolution: Resolution = None,
+    pipeline_config: PipelineConfig = None,
+    t5: T5 = None,
     config: ConfigFile = None,
     as_json: AsJson = False,
     force: Force = None,
@@ -297,7 +364,11 @@ def export(
     model: Model = None,
     patch: Annotated[Path | None, typer.Option(help="Patch to put on the base.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
-    format: Annotated[str | None, typer.Option(help="diffusers. [default: diffusers]")] = None,
+    format: Annotated[str | None, typer.Option(help="diffusers or lora. [default: diffusers]")] = None,
+    guidance: Guidance = None,
+    resolution: Resolution = None,
+    pipeline_config: PipelineConfig = None,
+    t5: T5 = None,
     config: ConfigFile = None,
     force: Force = None,
     device: Device = None,

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from unforget import data, families, prepare, probes, report, training
-from unforget.config import EditConfig, ExportConfig, ModelConfig, UnlearnConfig, VerifyConfig
-from unforget.domain import Family, Instance, Listener
+from unforget.config import EditConfig, ExportConfig, ModelConfig, Recipe, UnlearnConfig, VerifyConfig, recipe
+from unforget.domain import Family, Instance, Listener, Pool
 from unforget.editors import Canvas
 from unforget.errors import CannotRun, ExitCode, NothingChanged, UsageError
+from unforget.metrics import rms
 from unforget.objectives import Context
 from unforget.patch import Patch, Provenance, digest
 from unforget.sheets import candidate_sheet, evidence_sheet
@@ -71,7 +72,8 @@ def edit_surrogate(config: EditConfig, listener: Listener | None = None) -> Edit
     donor = _read(config.donor, family, config, listener) if config.donor else None
     mask = prepare.mask(config, family)
     drawn = prepare.drawn(family, digest(family.network.state_dict()), config, listener)
-    canvas = Canvas(family, target, mask, donor, config.seed, drawn)
+    row = prepare.conditions(family, config.prompt)[-1]
+    canvas = Canvas(family, target, mask, donor, config.seed, drawn.x_0, row)
     ranked = prepare.candidates(canvas, config.editor, config, listener)
     number = config.pick or 1
     if number > len(ranked):
@@ -90,27 +92,47 @@ def unlearn(config: UnlearnConfig, listener: Listener | None = None) -> Unlearne
     folder = config.output.with_suffix(".run")
     _writable(config.output, config.force)
     _writable(folder, config.force)
+    how = recipe_of(config)
     patched = _load(config)
     targets = [_read(p, patched, config, listener) for p in config.target]
     given = [_read(p, patched, config, listener) for p in config.surrogate]
     prepare.distinct(targets, given)
-    kept = data.read_folder(config.retain, patched.shape, resize=config.resize) if config.retain else None
-    base = patched.copy()
-    base_digest = digest(base.network.state_dict())
-    if kept is None:
-        kept = prepare.drawn(base, base_digest, config, listener)
+    retain = data.read_folder(config.retain, patched.picture, resize=config.resize) if config.retain else None
+    base_digest = digest(patched.network.state_dict())
+    prepare.conditions(patched, config.prompt)
+    base = patched.reference(how.train)
+    kept = Pool.of(retain) if retain is not None else prepare.drawn(base, base_digest, config, listener)
     instances, edits = prepare.instances(base, targets, given, kept, config, listener)
-    context, near = prepare.context(base, instances, kept, edits, config.near_copy)
+    context, near = prepare.context(base, instances, kept, edits, config.near_copy, listener)
+    patched.release()
+    _checkpointing(patched, config)
     _empty_run(folder)
-    outcome = _train(patched, context, near, config, folder, base_digest, listener)
-    patch = Patch.between(base.network, patched.network, _provenance(config, instances, base_digest, outcome.steps))
+    record = _provenance(config, how, instances, base_digest)
+    outcome = _train(base, patched, context, near, config, how, folder, record, listener)
+    patch = Patch.between(base.network, patched.network, record.model_copy(update={"steps": outcome.steps}))
     if not patch.tensors:
         shutil.rmtree(folder)
         raise NothingChanged("the run ended with the weights it began with", "Raise --learning-rate.")
     patch.save(config.output)
-    return _finish(
-        config, folder, outcome, probes.Subject(base, patched, instances, kept[:0], config.near_copy), listener
-    )
+    subject = probes.Subject(
+        base, patched, instances, torch.empty(0, *base.picture), config.near_copy,
+        stay=tuple(dict.fromkeys(context.keep.condition.tolist())),
+    )  # fmt: skip
+    return _finish(config, folder, outcome, subject, listener)
+
+
+def recipe_of(config: UnlearnConfig) -> Recipe:
+    """The recipe that a run follows: the one given, or the named one of the model's kind."""
+    if isinstance(config.recipe, Recipe):
+        return config.recipe
+    return recipe(config.recipe.name, families.kind(config.model), **config.recipe.changes)
+
+
+PRIVATE = {
+    "model", "patch", "candidate", "target", "surrogate", "keep", "prompt", "retain_prompts", "pipeline_config",
+    "report", "sheet", "force", "threads", "device",
+}  # fmt: skip
+"""Settings of `verify` that name files, prompts or the machine: they stay out of the report."""
 
 
 def verify(config: VerifyConfig, listener: Listener | None = None) -> report.Report:
@@ -123,9 +145,12 @@ def verify(config: VerifyConfig, listener: Listener | None = None) -> report.Rep
     candidate = _candidate(config, base)
     instances, known = _read_instances(config, base, listener)
     keep = [_read(p, base, config, listener) for p in config.keep]
+    listed = data.read_lines(config.retain_prompts) if config.retain_prompts else base.retain_prompts
+    gone = set(instances[0].conditions[1:])
+    stay = tuple(r for r in dict.fromkeys(base.condition(listed).tolist()) if r not in gone)
     subject = probes.Subject(
-        base, candidate, instances, torch.stack(keep) if keep else torch.empty(0, *base.shape), config.near_copy,
-        config.sampler_steps, config.seed, listener.advance,
+        base, candidate, instances, torch.stack(keep) if keep else torch.empty(0, *base.picture), config.near_copy,
+        config.sampler_steps, config.seed, listener.advance, stay,
     )  # fmt: skip
     suite: tuple[probes.Probe, ...] = (
         probes.Reconstruct(levels=config.levels, draws=config.draws),
@@ -142,8 +167,7 @@ def verify(config: VerifyConfig, listener: Listener | None = None) -> report.Rep
         targets=targets,
         checks=judged,
         findings=[{"probe": f.probe, "target": f.target, "base": f.base, "candidate": f.patched} for f in findings],
-        settings=config.model_dump(mode="json", exclude={"model", "patch", "candidate", "target", "surrogate", "keep",
-                                                         "report", "sheet", "force", "threads", "device"}),
+        settings=config.model_dump(mode="json", exclude=PRIVATE),
         base_digest=digest(base.network.state_dict()),
         candidate_digest=digest(candidate.network.state_dict()),
         versions=_versions(),
@@ -156,24 +180,28 @@ def verify(config: VerifyConfig, listener: Listener | None = None) -> report.Rep
 
 
 def export(config: ExportConfig, listener: Listener | None = None) -> Path:
-    """Write base plus patch as a checkpoint that the stock loader opens, and open it to be sure."""
+    """Write base plus patch as a checkpoint, or the patch as a LoRA, that the stock loader opens, and open it."""
     listener = listener or Listener()
     _writable(config.output, config.force)
+    patch = Patch.load(config.patch)
+    if config.format == "lora" and patch.provenance.adapter is None:
+        raise UsageError("the patch holds whole weights, not a LoRA", "Unlearn with --train lora, or export diffusers.")
     family = _load(config)
-    Patch.load(config.patch).apply(family.network, name=config.model)
+    base = family.copy() if config.format == "lora" else None
+    patch.apply(family.network, name=config.model)
     beside = config.output.with_name(f".{config.output.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     try:
         listener.stage("export", 2)
-        family.save(beside)
+        if base is None:
+            family.save(beside)
+            again = families.load(str(beside), _options(config))
+        else:
+            assert patch.provenance.adapter is not None
+            base.save_lora(beside, patch.tensors, **patch.provenance.adapter)
+            again = base.load_lora(beside)
         listener.advance(1)
-        again = families.load(str(beside))
-        noise = data.random_noise(1, family.shape, config.seed, "export")
-        # Equal weights may still be added up in another order: kernels depend on how memory is aligned.
-        if digest(again.network.state_dict()) != digest(family.network.state_dict()) or not torch.allclose(
-            again.denoise(noise, steps=4), family.denoise(noise, steps=4), atol=1e-3
-        ):
-            raise CannotRun("the checkpoint does not read back as it was written", "Nothing was kept; check the disk.")
+        _same(again, family, config.seed, exact=base is None)
         listener.advance(1)
         if config.output.exists():
             shutil.rmtree(config.output)
@@ -183,14 +211,43 @@ def export(config: ExportConfig, listener: Listener | None = None) -> Path:
     return config.output
 
 
+def _same(again: Family, family: Family, seed: int, *, exact: bool) -> None:
+    """Refuse a checkpoint that was not read back as what was written: weights, and the picture drawn from one seed."""
+    noise = data.random_noise(1, family.shape, seed, "export")
+    pictures = [data.draw(f, noise, steps=4, condition=f.condition([f.retain_prompts[0]])) for f in (again, family)]
+    weights = [digest(f.network.state_dict()) if exact else "" for f in (again, family)]
+    # Equal weights may still be added up in another order (kernels depend on how memory is aligned), and a LoRA beside
+    # a weight rounds otherwise than one merged into it.
+    if weights[0] != weights[1] or float(rms(*pictures)) > (1e-3 if exact else 1e-2):
+        raise CannotRun("the checkpoint does not read back as it was written", "Nothing was kept; check the disk.")
+
+
 def _load(config: ModelConfig) -> Family:
     if config.threads:
         torch.set_num_threads(config.threads)
-    return families.load(config.model, allow_pickle=config.allow_pickle, device=config.device)
+    return families.load(config.model, _options(config))
+
+
+def _options(config: ModelConfig) -> families.Options:
+    return families.Options(
+        config.allow_pickle, config.device, config.resolution, config.guidance, config.pipeline_config, config.t5
+    )
+
+
+LARGE = 500_000_000
+"""Weights from which on gradients are checkpointed unless the user says no."""
+
+
+def _checkpointing(family: Family, config: UnlearnConfig) -> None:
+    wanted = config.gradient_checkpointing
+    if wanted is None:
+        wanted = sum(p.numel() for p in family.network.parameters()) >= LARGE
+    if wanted:
+        family.network.enable_gradient_checkpointing()  # type: ignore[operator]
 
 
 def _read(path: Path, family: Family, config: ModelConfig, listener: Listener) -> Tensor:
-    return data.read_image(path, family.shape, resize=config.resize, note=listener.note)
+    return data.read_image(path, family.picture, resize=config.resize, note=listener.note)
 
 
 def _writable(path: Path, force: bool) -> None:
@@ -213,11 +270,11 @@ def _empty_run(folder: Path) -> None:
 
 
 def _train(
-    patched: Family, context: Context, near: Tensor, config: UnlearnConfig, folder: Path, base_digest: str,
-    listener: Listener,
+    base: Family, patched: Family, context: Context, near: Pool, config: UnlearnConfig, how: Recipe, folder: Path,
+    record: Provenance, listener: Listener,
 ) -> training.Outcome:  # fmt: skip
     """Train with a log; if it breaks off, leave the last good weights beside the log."""
-    listener.stage("unlearn", config.recipe.max_train_steps)
+    listener.stage("unlearn", how.max_train_steps)
     done = 0
     with (folder / "metrics.jsonl").open("w") as log:
 
@@ -230,26 +287,27 @@ def _train(
 
         try:
             return training.train(
-                patched, context, near, config.recipe, seed=config.seed, micro_batch=config.micro_batch,
-                mixed_precision=config.mixed_precision, on_step=on_step,
+                patched, context, near, how, seed=config.seed, micro_batch=config.micro_batch,
+                mixed_precision=config.mixed_precision, use_8bit_adam=config.use_8bit_adam, on_step=on_step,
             )  # fmt: skip
         except CannotRun:
             if done:
-                provenance = _provenance(config, context.instances, base_digest, done)
-                state = patched.network.state_dict()
-                Patch(state, provenance).save(folder / "last-good.patch")
+                last = Patch.between(base.network, patched.network, record.model_copy(update={"steps": done}))
+                last.save(folder / "last-good.patch")
             raise
 
 
-def _provenance(config: UnlearnConfig, instances: Sequence[Instance], base_digest: str, steps: int) -> Provenance:
+def _provenance(config: UnlearnConfig, how: Recipe, instances: Sequence[Instance], base_digest: str) -> Provenance:
     return Provenance(
         base=config.model if not Path(config.model).exists() else Path(config.model).name,
         base_digest=base_digest,
         targets=[i.id for i in instances],
         surrogates=[data.image_id(i.surrogate) for i in instances],
-        recipe=config.recipe.model_dump(mode="json"),
+        prompts=list(config.prompt),
+        adapter={"rank": how.rank, "alpha": how.lora_alpha} if how.train == "lora" else None,
+        recipe=how.model_dump(mode="json"),
         seed=config.seed,
-        steps=steps,
+        steps=0,
         versions=_versions(),
     )
 
@@ -289,9 +347,9 @@ def _candidate(config: VerifyConfig, base: Family) -> Family:
         family = base.copy()
         Patch.load(config.patch).apply(family.network, name=config.model)
         return family
-    family = families.load(str(config.candidate), allow_pickle=config.allow_pickle, device=config.device)
+    family = families.load(str(config.candidate), _options(config))
     shapes = [{n: t.shape for n, t in m.network.state_dict().items()} for m in (base, family)]
-    if shapes[0] != shapes[1] or base.shape != family.shape:
+    if shapes[0] != shapes[1] or base.picture != family.picture:
         raise CannotRun(f"'{config.candidate}' has another architecture than {config.model}", "Give its own base.")
     if not torch.equal(base.schedule.alphas, family.schedule.alphas):
         raise CannotRun(f"'{config.candidate}' has another noise schedule than {config.model}", "Give its own base.")
@@ -308,13 +366,16 @@ def _read_instances(config: VerifyConfig, base: Family, listener: Listener) -> t
         raise UsageError("no target to look for", "Give --target FILE; the patch holds only digests of its targets.")
     pictures = [_read(p, base, config, listener) for p in targets]
     replaced = [_read(p, base, config, listener) for p in surrogates]
+    prompts: Sequence[str] = config.prompt
     if config.patch is not None:
-        known = set(Patch.load(config.patch).provenance.targets)
+        made = Patch.load(config.patch).provenance
+        known, prompts = set(made.targets), prompts or made.prompts
         for path, picture in zip(targets, pictures, strict=True):
             if data.image_id(picture) not in known:
                 listener.note(f"{path} is not among the targets that the patch was made for")
     pairs = zip(pictures, replaced or pictures, strict=True)
-    return tuple(Instance(t, s, data.image_id(t)) for t, s in pairs), bool(replaced)
+    rows = prepare.conditions(base, prompts)
+    return tuple(Instance(t, s, data.image_id(t), rows) for t, s in pairs), bool(replaced)
 
 
 EXIT_UNLEARN = {True: ExitCode.OK, False: ExitCode.FAILED}

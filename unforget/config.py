@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from unforget.domain import Scope
 from unforget.editors import Editor, SDEdit
 from unforget.errors import UsageError
-from unforget.objectives import CleanSpace, Objective, PosteriorSwap, Surrogate
+from unforget.objectives import CleanSpace, Linear, Objective, PosteriorSwap, Surrogate
 from unforget.surgery import Project, Surgery
 
 
@@ -36,6 +36,8 @@ class Recipe(Config):
     neighbour_share: float = Field(0.5, ge=0, le=1)
     forget_range: tuple[float, float] = (0.05, 0.65)
     max_grad_norm: float = Field(1.0, gt=0)
+    rank: int = Field(16, ge=1, le=1024)
+    lora_alpha: int = Field(16, ge=1)
     stop_margin: float | None = Field(0.4, ge=-1, le=1)
 
     @model_validator(mode="after")
@@ -46,7 +48,7 @@ class Recipe(Config):
         return self
 
 
-RECIPES: dict[str, Recipe] = {
+DDPM: dict[str, Recipe] = {
     "default": Recipe(),
     # arXiv:2603.10445 on google/ddpm-celebahq-256: all weights, batch 8, 240 steps. Its learning rate of 5e-6 belongs
     # to a model of 114 M parameters.
@@ -64,12 +66,54 @@ RECIPES: dict[str, Recipe] = {
         stop_margin=None,
     ),
 }
+SD3: dict[str, Recipe] = {
+    # A prompt says at pure noise what will be drawn, so forgetting reaches up to there.
+    "default": Recipe(
+        objective=PosteriorSwap(weighting=CleanSpace(cap=1.0, retain=4.0)),
+        train="lora",
+        learning_rate=2e-3,
+        max_train_steps=200,
+        cooldown_steps=80,
+        forget_range=(0.05, 1.0),
+        neighbour_share=0.25,
+        stop_margin=None,
+    ),
+    # arXiv:2603.10445 on Stable Diffusion 3: LoRA, 100 steps, batch 8; the rate belongs to 2 B parameters.
+    "paper": Recipe(
+        objective=Surrogate(weighting=Linear(beta=2e-4)),
+        train="lora",
+        learning_rate=1e-5,
+        max_train_steps=100,
+        warmup_steps=0,
+        cooldown_steps=0,
+        forget_batch_size=8,
+        retain_batch_size=8,
+        neighbour_share=0,
+        forget_range=(0.001, 1.0),
+        stop_margin=None,
+    ),
+}
+RECIPES = {"ddpm": DDPM, "sd3": SD3}
+"""Named recipes by kind of family."""
+
+
+class Choice(Config):
+    """A named recipe and what to change in it, before it is known what kind of model it is for; see `recipe`."""
+
+    name: str = "default"
+    changes: dict[str, Any] = {}
 
 
 class ModelConfig(Config):
     """What every command asks about the model and the machine."""
 
-    model: str = Field(description="alias (faces, ddpm-celebahq), diffusers folder, or hub id owner/name[@revision]")
+    model: str = Field(
+        description="alias (faces, flags, sd3, ...), diffusers folder, .safetensors file, or owner/name[@revision]"
+    )
+    pipeline_config: Path | None = Field(None, description="diffusers folder that says what a single file holds")
+    t5: bool = Field(True, description="load the third text encoder, where the model has one")
+    resolution: int | None = Field(None, ge=8, description="width and height of pictures; the model's own if not given")
+    guidance: float | None = Field(None, ge=1, le=100, description="classifier-free guidance of every draw")
     allow_pickle: bool = Field(False, description="also open pickled .bin weights; only from sources you trust")
     device: str = Field("cpu", description="where to compute: cpu, cuda, cuda:1, mps")
     threads: int | None = Field(None, ge=1, description="CPU threads; all cores unless given")
@@ -81,7 +125,9 @@ class ModelConfig(Config):
 class DrawConfig(ModelConfig):
     """What both commands that make surrogates ask about the pictures that the base draws."""
 
-    retain_count: int = Field(192, ge=8, le=100_000, description="pictures to draw for the retain set")
+    prompt: tuple[str, ...] = Field((), description="prompt under which the model draws the target; repeats")
+    retain_prompts: Path | None = Field(None, description="text file, one prompt a line, for the pictures to keep")
+    retain_count: int | None = Field(None, ge=8, le=100_000, description="pictures to draw for the retain set")
     sampler_steps: int = Field(20, ge=2, le=1000, description="sampler steps for them")
     near_copy: float = Field(0.16, gt=0, lt=2, description="RMS under which two pictures are the same one")
     min_distance: float = Field(0.2, gt=0, lt=2, description="least RMS of a made surrogate to its target")
@@ -109,7 +155,9 @@ class UnlearnConfig(DrawConfig):
     micro_batch: int | None = Field(None, ge=1, description="pictures in one pass; by their size if not given")
     mixed_precision: Literal["auto", "no", "bf16"] = Field("auto", description="auto: bf16 where the machine has it")
     preview: int = Field(8, ge=1, le=256, description="reconstructions a level, and seeds, to show at the end")
-    recipe: Recipe = Recipe()
+    gradient_checkpointing: bool | None = Field(None, description="less memory, more time; on for large models")
+    use_8bit_adam: bool = Field(False, description="optimiser state in 8 bits (needs bitsandbytes)")
+    recipe: Recipe | Choice = Choice()
 
     @model_validator(mode="after")
     def _paired(self) -> Self:
@@ -126,6 +174,8 @@ class VerifyConfig(ModelConfig):
     target: tuple[Path, ...] = Field((), description="picture that must be gone; found beside the patch if not given")
     surrogate: tuple[Path, ...] = Field((), description="its surrogate, in the same order")
     keep: tuple[Path, ...] = Field((), description="picture that must still be drawn; repeats")
+    prompt: tuple[str, ...] = Field((), description="prompts to look under; the patch's own if not given")
+    retain_prompts: Path | None = Field(None, description="text file, one prompt a line, for what must stay")
     samples: int = Field(256, ge=1, le=1_000_000, description="images to draw from each model")
     draws: int = Field(32, ge=1, le=4096, description="reconstructions a noise level")
     levels: tuple[int, ...] = Field((250, 400, 550), min_length=1, description="noise levels to reconstruct from")
@@ -152,7 +202,7 @@ class ExportConfig(ModelConfig):
 
     patch: Path = Field(description="patch to put on the base")
     output: Path = Field(description="folder to write")
-    format: Literal["diffusers"] = Field("diffusers", description="layout of the checkpoint")
+    format: Literal["diffusers", "lora"] = Field("diffusers", description="layout of the checkpoint")
 
 
 C = TypeVar("C", bound=Config)
@@ -179,20 +229,22 @@ COMMANDS = {
 }
 
 
-def recipe(name: str, **changes: Any) -> Recipe:
+def recipe(name: str, kind: str = "ddpm", /, **changes: Any) -> Recipe:
     """A named recipe with some fields changed.
 
     Args:
-        name: A key of `RECIPES`.
+        name: A recipe of that kind of family.
+        kind: A key of `RECIPES`.
         changes: Fields of `Recipe`; `surgery` may be a kind, `weighting` a kind and `retain_weight` a number,
             which reach into the objective. None means unchanged.
 
     Raises:
         UsageError: If the name is unknown or a value is out of bounds.
     """
-    if name not in RECIPES:
-        raise UsageError(f"there is no recipe '{name}'", f"Known: {', '.join(RECIPES)}.")
-    values = RECIPES[name].model_dump()
+    known = RECIPES[kind]
+    if name not in known:
+        raise UsageError(f"there is no recipe '{name}'", f"Known: {', '.join(known)}.")
+    values = known[name].model_dump()
     given = {k: v for k, v in changes.items() if v is not None}
     if "objective" in given:
         values["objective"] = {"kind": given.pop("objective")}

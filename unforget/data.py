@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from unforget.domain import Family, Instance, Noised
+from unforget.domain import Family, Instance, Noised, Pool
 from unforget.errors import UsageError
 from unforget.metrics import pairwise_rms
 
@@ -26,6 +27,8 @@ MAX_SIDE = 8192
 """Longest side of an image that is decoded at all, in pixels."""
 PIXELS_DRAWN, PIXELS_TRAINED = 64 * 32 * 32, 32 * 32 * 32
 """Pixels in one pass, without and with gradients, unless the user says how many pictures."""
+UNPROMPTED = 0.2
+"""Share of the prompted pictures to keep that training shows under the empty prompt."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -100,6 +103,17 @@ def read_folder(folder: Path, shape: tuple[int, int, int], *, resize: bool = Fal
     return torch.stack([read_image(p, shape, resize=resize) for p in paths])
 
 
+def read_lines(path: Path) -> tuple[str, ...]:
+    """The lines of a text file that are not empty: prompts."""
+    try:
+        lines = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read '{path}': {error}", "Give a text file with one prompt a line.") from None
+    if not lines:
+        raise UsageError(f"'{path}' holds no prompt", "Write one prompt a line.")
+    return lines
+
+
 def from_pil(image: Image.Image) -> Tensor:
     """An 8-bit RGB or grey picture as (C, H, W) in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image)).reshape(image.height, image.width, -1)
@@ -160,12 +174,24 @@ def draw(
     *,
     steps: int,
     start: int | None = None,
+    condition: Tensor | None = None,
     advance: Callable[[int], object] = lambda n: None,
 ) -> Tensor:
-    """Sample from `noise` a batch at a time, (N, C, H, W) in [-1, 1]."""
-    out = []
-    for part in torch.split(noise, in_one_pass(PIXELS_DRAWN, family.shape)):
-        out.append(family.denoise(part, steps=steps, start=start))
+    """Sample pictures from `noise` (or from noised x_0 at `start`) a batch at a time, (N, C, H, W) in [-1, 1].
+
+    Args:
+        family: The model.
+        noise: What to start from, (N, ...).
+        steps: Steps of a whole sampling run.
+        start: Schedule row to start from, if not pure noise.
+        condition: Prompts, (N,), or (1,) for the same everywhere.
+        advance: Told how many pictures are done.
+    """
+    if condition is None:
+        condition = torch.zeros(1, dtype=torch.long)
+    out, size = [], in_one_pass(PIXELS_DRAWN, family.picture)
+    for part, rows in zip(torch.split(noise, size), torch.split(condition.expand(len(noise)), size), strict=True):
+        out.append(family.decode(family.denoise(part, steps=steps, start=start, condition=rows)))
         advance(len(part))
     return torch.cat(out)
 
@@ -177,10 +203,22 @@ def cache_folder() -> Path:
 
 
 def drawn_cached(
-    family: Family, digest: str, count: int, *, seed: int, steps: int, advance: Callable[[int], object] = lambda n: None
-) -> Tensor:
-    """`count` images that the base draws for these seeds, from the cache if it was asked before."""
-    path = cache_folder() / f"retain-1-{digest[:16]}-{count}-{seed}-{steps}.safetensors"
+    family: Family, digest: str, prompts: Sequence[str], *, seed: int, steps: int,
+    advance: Callable[[int], object] = lambda n: None,
+) -> Tensor:  # fmt: skip
+    """One picture for every prompt that the base draws for this seed, from the cache if it was asked before.
+
+    Args:
+        family: The base.
+        digest: Of its weights.
+        prompts: Empty ones for a model without.
+        seed: Of the draws.
+        steps: Sampler steps.
+        advance: Told how many pictures are done.
+    """
+    count = len(prompts)
+    asked = hashlib.sha256(json.dumps([digest, list(prompts), seed, steps, family.picture]).encode()).hexdigest()
+    path = cache_folder() / f"retain-2-{asked[:32]}.safetensors"
     if path.is_file():
         try:
             images: Tensor = load_file(path)["images"]
@@ -188,7 +226,8 @@ def drawn_cached(
             return images.float() / 127.5 - 1
         except Exception:  # a damaged cache is only a cache
             path.unlink(missing_ok=True)
-    images = draw(family, random_noise(count, family.shape, seed, "retain"), steps=steps, advance=advance)
+    noise = random_noise(count, family.shape, seed, "retain")
+    images = draw(family, noise, steps=steps, condition=family.condition(prompts), advance=advance)
     eight = ((images + 1) * 127.5).round().to(torch.uint8)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -208,8 +247,8 @@ def nearest(images: Tensor, target: Tensor, count: int) -> Tensor:
 
 def batches(
     instances: Sequence[Instance],
-    keep: Tensor,
-    neighbours: Tensor,
+    keep: Pool,
+    neighbours: Pool,
     schedule: Schedule,
     *,
     steps: int,
@@ -222,26 +261,33 @@ def batches(
 ) -> Iterator[tuple[Noised, Noised]]:
     """Pairs of noised batches; every draw comes from one CPU generator.
 
-    Targets take turns. Of a retain batch, `neighbour_share` are pictures near a target, the rest any.
+    Targets take turns, each under every prompt of its own. Of a retain batch, `neighbour_share` are pictures near a
+    target, the rest any; where they have prompts, some are shown without, as guidance asks.
     """
     generator = torch.Generator().manual_seed(seed)
-    targets = torch.stack([i.target for i in instances])
-    surrogates = torch.stack([i.surrogate for i in instances])
+    cases = [(i, c) for i in instances for c in i.conditions]
+    targets = torch.stack([i.target for i, _ in cases])
+    surrogates = torch.stack([i.surrogate for i, _ in cases])
+    asked = torch.tensor([c for _, c in cases])
     near = round(retain_batch * neighbour_share) if len(neighbours) else 0
     for step in range(steps):
-        turn = (torch.arange(forget_batch) + step * forget_batch) % len(instances)
-        forget = noised(targets[turn], surrogates[turn], schedule, generator, forget_range)
-        x_0 = torch.cat([_choose(neighbours, near, generator), _choose(keep, retain_batch - near, generator)])
-        yield forget, noised(x_0, x_0, schedule, generator, retain_range)
+        turn = (torch.arange(forget_batch) + step * forget_batch) % len(cases)
+        forget = noised(targets[turn], surrogates[turn], asked[turn], schedule, generator, forget_range)
+        kept = Pool.cat(_choose(neighbours, near, generator), _choose(keep, retain_batch - near, generator))
+        condition = kept.condition
+        if condition.any():
+            condition = condition.where(torch.rand(len(kept), generator=generator) >= UNPROMPTED, 0)
+        yield forget, noised(kept.x_0, kept.x_0, condition, schedule, generator, retain_range)
 
 
-def _choose(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    return images[torch.randint(len(images), (count,), generator=generator)] if count else images[:0]
+def _choose(pool: Pool, count: int, generator: torch.Generator) -> Pool:
+    return pool[torch.randint(len(pool), (count,), generator=generator)] if count else pool[:0]
 
 
 def noised(
-    x_0: Tensor, x_s: Tensor, schedule: Schedule, generator: torch.Generator, span: tuple[float, float]
-) -> Noised:
+    x_0: Tensor, x_s: Tensor, condition: Tensor, schedule: Schedule, generator: torch.Generator,
+    span: tuple[float, float],
+) -> Noised:  # fmt: skip
     """Noise at levels that cover `span` (shares of the schedule) evenly, in random order."""
     size = len(x_0)
     low, high = (round(s * len(schedule)) for s in span)
@@ -249,4 +295,4 @@ def noised(
     index = low + (place * (high - low)).long().clamp(max=high - low - 1)
     index = index[torch.randperm(size, generator=generator)]
     noise = torch.randn(x_0.shape, generator=generator)
-    return Noised(x_0, noise, index, schedule.add_noise(x_0, noise, index), x_s)
+    return Noised(x_0, noise, index, schedule.add_noise(x_0, noise, index), x_s, condition)

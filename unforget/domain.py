@@ -1,25 +1,28 @@
 """The nouns that the other modules share: protocols and records without behaviour.
 
-Images are float tensors in [-1, 1]; a batch of them is (B, C, H, W). `index` is a row of the noise schedule, (B,).
+Pictures are float tensors in [-1, 1]; a batch of them is (B, C, H, W). What the network works on, x_0 and x_t, are the
+pictures themselves or, in a latent model, their latents. `index` is a row of the noise schedule, (B,), and `condition`
+a row of the family's table of prompts, (B,), where 0 is the empty prompt (and the only one of a model without prompts).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+import torch
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
     from unforget.schedule import Schedule
 
 
-Scope = Literal["bottleneck", "full"]
-"""Which weights are trained: `bottleneck`, those that tell one picture from another, or `full`, all."""
+Scope = Literal["bottleneck", "full", "lora"]
+"""Which weights are trained: `bottleneck`, those that tell one picture from another; `full`, all; `lora`, a low-rank
+adapter on the attention projections beside frozen weights."""
 
 
 class Strategy(BaseModel):
@@ -30,29 +33,56 @@ class Strategy(BaseModel):
 
 @dataclass(frozen=True)
 class Instance:
-    """One picture to forget and what the model may say instead.
+    """One picture to forget and what the model may say instead, as pictures or encoded.
 
     Attributes:
-        target: The picture, (C, H, W) in [-1, 1].
+        target: The picture, (C, H, W) in [-1, 1], or its latent.
         surrogate: Its replacement, same shape.
         id: First 16 hex digits of the digest of the target's pixels.
+        conditions: Rows of the prompts under which it is to be forgotten.
     """
 
     target: Tensor
     surrogate: Tensor
     id: str
+    conditions: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Pictures or latents, (N, ...), and the condition that each was drawn under, (N,)."""
+
+    x_0: Tensor
+    condition: Tensor
+
+    def __len__(self) -> int:
+        return len(self.x_0)
+
+    def __getitem__(self, which: Tensor | slice) -> Pool:
+        return Pool(self.x_0[which], self.condition[which])
+
+    @classmethod
+    def of(cls, x_0: Tensor, condition: Tensor | None = None) -> Pool:
+        """A pool, under the empty prompt unless other conditions are given."""
+        return cls(x_0, torch.zeros(len(x_0), dtype=torch.long) if condition is None else condition)
+
+    @classmethod
+    def cat(cls, *pools: Pool) -> Pool:
+        """Several pools as one."""
+        return cls(torch.cat([p.x_0 for p in pools]), torch.cat([p.condition for p in pools]))
 
 
 @dataclass(frozen=True)
 class Noised:
-    """Clean images, the noise put on them, and the level: all that a denoising loss needs.
+    """Clean images or latents, the noise put on them, and the level: all that a denoising loss needs.
 
     Attributes:
-        x_0: Clean images, (B, C, H, W).
+        x_0: Clean ones, (B, C, H, W).
         noise: Standard normal, (B, C, H, W).
         index: Noise levels, (B,).
         x_t: x_0 with the noise added, (B, C, H, W).
-        x_s: What each must become (the surrogate of each target), or x_0 itself for images to keep.
+        x_s: What each must become (the surrogate of each target), or x_0 itself for what is to stay.
+        condition: Prompts, (B,).
     """
 
     x_0: Tensor
@@ -60,12 +90,13 @@ class Noised:
     index: Tensor
     x_t: Tensor
     x_s: Tensor
+    condition: Tensor
 
 
 class Predict(Protocol):
-    """A network's answer at (x_t, index), in its own parameterization."""
+    """A network's answer at (x_t, index, condition), in its own parameterization."""
 
-    def __call__(self, x_t: Tensor, index: Tensor) -> Tensor: ...
+    def __call__(self, x_t: Tensor, index: Tensor, condition: Tensor) -> Tensor: ...
 
 
 class Family(Protocol):
@@ -74,26 +105,54 @@ class Family(Protocol):
     schedule: Schedule
     network: nn.Module
     """The network whose weights are trained."""
+    kind: str
+    """Its own name, a key of `config.RECIPES`."""
     shape: tuple[int, int, int]
-    """(C, H, W) of one image."""
+    """(C, H, W) of what the network works on."""
+    picture: tuple[int, int, int]
+    """(C, H, W) of one picture."""
     name: str
     """What the user called the model."""
+    prompts: list[str]
+    """The prompts of the table, by row; the first is empty."""
+    retain_prompts: tuple[str, ...]
+    """Prompts under which the pictures to keep are drawn, unless the user gives others."""
 
     @property
     def scheduler_config(self) -> Any:
         """Configuration of its diffusers scheduler, from which others are built."""
         ...
 
-    def predict(self, x_t: Tensor, index: Tensor) -> Tensor:
-        """The network's answer at (x_t, index)."""
+    def condition(self, prompts: Sequence[str]) -> Tensor:
+        """The row of each prompt in the family's table, (len(prompts),); new ones are embedded and added."""
         ...
 
-    def trainable(self, scope: Scope) -> list[nn.Parameter]:
-        """The weights of a scope, in the network's order."""
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Pictures as the network works on them, without noise: the mean of a posterior, not a draw from it."""
         ...
 
-    def denoise(self, x_t: Tensor, *, steps: int, start: int | None = None) -> Tensor:
-        """Deterministic sampling from noise, or from level `start` of the schedule; returns images."""
+    def decode(self, x_0: Tensor) -> Tensor:
+        """The inverse of `encode`, in [-1, 1]."""
+        ...
+
+    def release(self) -> None:
+        """Let go of what only `condition` needs."""
+        ...
+
+    def predict(self, x_t: Tensor, index: Tensor, condition: Tensor) -> Tensor:
+        """The network's answer at (x_t, index, condition)."""
+        ...
+
+    def trainable(self, scope: Scope, *, rank: int = 16, alpha: int = 16, seed: int = 0) -> list[nn.Parameter]:
+        """The weights of a scope, in the network's order; rank, alpha and seed make the adapter of `lora`.
+
+        Raises:
+            UsageError: If the family has no such scope.
+        """
+        ...
+
+    def denoise(self, x_t: Tensor, *, steps: int, start: int | None = None, condition: Tensor | None = None) -> Tensor:
+        """Deterministic sampling from noise, or from level `start` of the schedule, under prompts; returns x_0."""
         ...
 
     def levels(self, steps: int) -> list[int]:
@@ -104,8 +163,20 @@ class Family(Protocol):
         """An independent model with equal, frozen weights."""
         ...
 
+    def reference(self, scope: Scope) -> Family:
+        """The model as it is now, whatever happens to the weights of a scope."""
+        ...
+
     def save(self, folder: Path) -> None:
         """Write a folder that the stock loader opens."""
+        ...
+
+    def save_lora(self, folder: Path, factors: dict[str, Tensor], *, rank: int, alpha: int) -> None:
+        """Write the factors of a LoRA as a folder that the stock loader opens beside the base."""
+        ...
+
+    def load_lora(self, folder: Path) -> Family:
+        """This model with that LoRA on, through the stock loader."""
         ...
 
 

@@ -65,6 +65,7 @@ class Canvas:
         donor: A picture to take a face from, (C, H, W), if one was given.
         seed: Of every random draw.
         drawn: Pictures that the base draws, (M, C, H, W), if any are known.
+        condition: Row of the prompt to edit under.
     """
 
     family: Family
@@ -73,6 +74,16 @@ class Canvas:
     donor: Tensor | None = None
     seed: int = 0
     drawn: Tensor | None = None
+    condition: int = 0
+
+    def noised(self, noise: Tensor, start: int, pictures: Tensor | None = None) -> Tensor:
+        """The target, or other pictures (N, C, H, W), noised to a schedule row as the network works on them."""
+        x_0 = self.family.encode(self.target[None] if pictures is None else pictures).expand_as(noise)
+        return self.family.schedule.add_noise(x_0, noise, torch.full((len(noise),), start))
+
+    def redraw(self, x_t: Tensor, steps: int, start: int) -> Tensor:
+        """Pictures that the base makes of noised ones, under the canvas's prompt."""
+        return draw(self.family, x_t, steps=steps, start=start, condition=torch.tensor([self.condition]))
 
 
 class SDEdit(Strategy):
@@ -89,9 +100,8 @@ class SDEdit(Strategy):
         family, out = canvas.family, []
         for strength in self.strengths:
             start = start_level(family, strength, steps=self.steps)
-            noise = random_noise(self.seeds, family.shape, canvas.seed, f"sdedit {strength}").to(canvas.target)
-            x_t = family.schedule.add_noise(canvas.target.expand_as(noise), noise, torch.full((self.seeds,), start))
-            images = draw(family, x_t, steps=self.steps, start=start)
+            noise = random_noise(self.seeds, family.shape, canvas.seed, f"sdedit {strength}")
+            images = canvas.redraw(canvas.noised(noise, start), self.steps, start)
             out += [Candidate(image, f"sdedit {strength:.2f} #{i}") for i, image in enumerate(_within(canvas, images))]
         return out
 
@@ -106,6 +116,8 @@ class RePaint(Strategy):
     jump_n_sample: int = Field(3, ge=1, description="how often to go back and repaint")
 
     def __call__(self, canvas: Canvas) -> list[Candidate]:
+        if canvas.family.kind != "ddpm":
+            raise UsageError("repaint is for models that draw pixels", "Give --method inpaint.")
         scheduler = RePaintScheduler.from_config(canvas.family.scheduler_config)
         scheduler.set_timesteps(self.steps, self.jump_length, self.jump_n_sample)
         generator = torch.Generator().manual_seed(canvas.seed)
@@ -114,7 +126,8 @@ class RePaint(Strategy):
         with torch.no_grad():
             for t in scheduler.timesteps:
                 if t < last:
-                    prediction = canvas.family.predict(x_t, torch.full((self.seeds,), int(t)))
+                    index = torch.full((self.seeds,), int(t))
+                    prediction = canvas.family.predict(x_t, index, torch.zeros_like(index))
                     # RePaint's mask is 1 where the picture is kept.
                     x_t = scheduler.step(prediction, t, x_t, known, 1 - canvas.mask, generator).prev_sample
                 else:
@@ -218,20 +231,19 @@ def _reconstructed(canvas: Canvas, images: Tensor) -> Tensor:
     family = canvas.family
     start = start_level(family, LEVEL, steps=20)
     noise = random_noise(len(images), family.shape, canvas.seed, "rank")
-    x_t = family.schedule.add_noise(images, noise, torch.full((len(images),), start))
-    return draw(family, x_t, steps=20, start=start)
+    return canvas.redraw(canvas.noised(noise, start, images), 20, start)
 
 
 def _strays(canvas: Canvas, images: Tensor, others: Tensor, near_copy: float) -> Tensor:
     """`Candidate.strays` of each image (N,), the others being those that are no copies of the target."""
-    schedule, target = canvas.family.schedule, canvas.target
+    family, target = canvas.family, canvas.target
     others = others[rms(others, target) >= near_copy]
     if not len(others):
         return torch.zeros(len(images))
-    noise = random_noise(STRAYS, canvas.family.shape, canvas.seed, "strays").to(target)
-    index = torch.full((STRAYS,), int(STRAY_LEVEL * len(schedule)))
-    x_t = schedule.add_noise(target.expand_as(noise), noise, index)
-    alpha, sigma = (schedule.column(name, index, others)[:1] for name in ("alphas", "sigmas"))
-    far = pairwise_rms(x_t, alpha * others).square() * target.numel() / sigma.flatten().square()
+    start = int(STRAY_LEVEL * len(family.schedule))
+    noise = random_noise(STRAYS, family.shape, canvas.seed, "strays")
+    x_t, index = canvas.noised(noise, start), torch.tensor([start])
+    alpha, sigma = (family.schedule.column(name, index, noise) for name in ("alphas", "sigmas"))
+    far = pairwise_rms(x_t, alpha * family.encode(others)).square() * noise[0].numel() / sigma.flatten().square()
     taken_for = torch.softmax(-far / 2, 1).mean(0)
     return (pairwise_rms(images, others) > rms(others, target)).float() @ taken_for

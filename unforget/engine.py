@@ -105,7 +105,7 @@ def _gradient(
 
 
 def _split(batch: Noised, size: int) -> Iterator[Noised]:
-    columns = [torch.split(c, size) for c in (batch.x_0, batch.noise, batch.index, batch.x_t, batch.x_s)]
+    columns = [torch.split(c, size) for c in vars(batch).values()]
     for row in zip(*columns, strict=True):
         yield Noised(*row)
 

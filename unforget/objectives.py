@@ -24,7 +24,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from unforget.domain import Instance, Noised, Predict, Strategy
+from unforget.domain import Instance, Noised, Pool, Predict, Strategy
 from unforget.schedule import Schedule
 
 
@@ -35,15 +35,16 @@ class Context:
     Attributes:
         schedule: The noise schedule of both networks.
         base: The frozen network.
-        instances: What is to be forgotten.
-        keep: Pictures the base draws that are not near-copies of a target, (M, C, H, W).
-        copies: How many near-copies of each target the base drew beside them, at least 1, (len(instances),).
+        instances: What is to be forgotten, as the network works on it.
+        keep: What the base draws that is to stay.
+        copies: How many near-copies of each target the base drew under each condition beside it, at least 1 where the
+            target is to be forgotten, (len(instances), conditions).
     """
 
     schedule: Schedule
     base: Predict
     instances: tuple[Instance, ...]
-    keep: Tensor
+    keep: Pool
     copies: Tensor
 
 
@@ -100,16 +101,16 @@ class Surrogate(Strategy):
         """Mean squared distance to the surrogate target, a scalar."""
         goal = context.schedule.target_towards(batch.x_s, batch.x_t, batch.index)
         weight, _ = self.weighting(context.schedule, batch)
-        return _mean_square(weight, patched(batch.x_t, batch.index) - goal)
+        return _mean_square(weight, patched(batch.x_t, batch.index, batch.condition) - goal)
 
     def retain(self, patched: Predict, batch: Noised, context: Context) -> Tensor:
         """Mean squared distance to the usual target, or to the base's answer, a scalar."""
         _, weight = self.weighting(context.schedule, batch)
         if self.distil:
-            goal = context.base(batch.x_t, batch.index)
+            goal = context.base(batch.x_t, batch.index, batch.condition)
         else:
             goal = context.schedule.target(batch.x_0, batch.noise, batch.index)
-        return _mean_square(weight, patched(batch.x_t, batch.index) - goal)
+        return _mean_square(weight, patched(batch.x_t, batch.index, batch.condition) - goal)
 
 
 class PosteriorSwap(Strategy):
@@ -130,38 +131,48 @@ class PosteriorSwap(Strategy):
     def forget(self, patched: Predict, batch: Noised, context: Context) -> Tensor:
         """Mean squared distance to the swapped belief at noised targets, a scalar."""
         weight, _ = self.weighting(context.schedule, batch)
-        return _mean_square(weight, patched(batch.x_t, batch.index) - self.goal(batch, context))
+        return _mean_square(weight, patched(batch.x_t, batch.index, batch.condition) - self.goal(batch, context))
 
     def retain(self, patched: Predict, batch: Noised, context: Context) -> Tensor:
         """The same at images to keep, where the swap mostly is nothing: a distillation from the base."""
         _, weight = self.weighting(context.schedule, batch)
-        return _mean_square(weight, patched(batch.x_t, batch.index) - self.goal(batch, context))
+        return _mean_square(weight, patched(batch.x_t, batch.index, batch.condition) - self.goal(batch, context))
 
     def goal(self, batch: Noised, context: Context) -> Tensor:
         """The prediction of the model whose targets became their surrogates, (B, C, H, W)."""
         schedule, x_t, index = context.schedule, batch.x_t, batch.index
-        change = context.keep.new_zeros(x_t.shape)
+        change = torch.zeros_like(x_t)
         for instance, share in zip(context.instances, self.shares(batch, context), strict=True):
             change = change + share.reshape(-1, 1, 1, 1) * (instance.surrogate - instance.target)
         slope = schedule.column("target_x0", index, x_t) - schedule.column(
             "target_noise", index, x_t
         ) * schedule.column("alphas", index, x_t) / schedule.column("sigmas", index, x_t)
-        return context.base(x_t, index) + slope * change
+        return context.base(x_t, index, batch.condition) + slope * change
 
     def shares(self, batch: Noised, context: Context) -> Tensor:
-        """P(x_0 = f | x_t) of every target f, faded out at the highest levels, (len(instances), B), in [0, 1]."""
+        """P(x_0 = f | x_t, prompt) of every target f, faded out at the highest levels, (len(instances), B), in [0, 1].
+
+        Under a prompt, what the base drew for that prompt competes with the target; under the empty one, everything.
+        """
         targets = torch.stack([i.target for i in context.instances])
-        pictures = torch.cat([targets, context.keep]).flatten(1)
+        pictures = torch.cat([targets, context.keep.x_0]).flatten(1)
         alpha = context.schedule.column("alphas", batch.index, batch.x_t).reshape(-1, 1)
         sigma = context.schedule.column("sigmas", batch.index, batch.x_t).reshape(-1, 1)
         x_t = batch.x_t.flatten(1)
         # ||x_t - alpha x||^2 without the term that all pictures share.
         distance = alpha.square() * pictures.square().sum(1) - 2 * alpha * (x_t @ pictures.T)
-        count = torch.cat([self.caution * context.copies.to(pictures), pictures.new_ones(len(context.keep))])
-        belief = torch.softmax(count.log() - distance / (2 * sigma.square()), dim=1)
+        asked = batch.condition[:, None]
+        copies = context.copies.T.to(pictures)[batch.condition]
+        rivals = ((asked == 0) | (asked == context.keep.condition)).to(pictures)
+        # A target that is not to be forgotten under this prompt counts nothing; should nothing count, no share is left.
+        count = torch.cat([self.caution * copies, rivals], 1)
+        belief = torch.softmax(count.log() - distance / (2 * sigma.square()), dim=1)[:, : len(targets)].nan_to_num(0.0)
         low, high = self.fade
         level = batch.index.to(belief) / len(context.schedule)
-        return belief[:, : len(targets)].T * ((high - level) / (high - low)).clamp(0, 1)
+        fade = ((high - level) / (high - low)).clamp(0, 1)[:, None]
+        # Where a prompt draws hardly anything else there is nothing to spare, at any level.
+        alone = copies >= rivals.sum(1, keepdim=True)
+        return (belief * torch.where(alone, torch.ones_like(belief), fade)).T
 
 
 Objective = Annotated[Surrogate | PosteriorSwap, Field(discriminator="kind")]

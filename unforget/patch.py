@@ -42,6 +42,10 @@ class Provenance(BaseModel):
     targets: list[str]
     """Ids of the targets: digests of their pixels."""
     surrogates: list[str]
+    prompts: list[str] = []
+    """Prompts under which they were forgotten, beside the empty one."""
+    adapter: dict[str, int] | None = None
+    """Rank and alpha of a LoRA, whose factors the tensors then are; None where they are whole weights."""
     recipe: dict[str, Any]
     seed: int
     steps: int
@@ -51,14 +55,19 @@ class Provenance(BaseModel):
 
 @dataclass(frozen=True)
 class Patch:
-    """The trained tensors, as they are after the run, and their provenance."""
+    """The trained tensors, as they are after the run (or the factors of a LoRA), and their provenance."""
 
     tensors: dict[str, Tensor]
     provenance: Provenance
 
     @classmethod
     def between(cls, base: nn.Module, patched: nn.Module, provenance: Provenance) -> Patch:
-        """The tensors of `patched` that differ from `base`."""
+        """The tensors of `patched` that differ from `base`; the adapter, if one network serves as both."""
+        if base is patched:
+            from peft import get_peft_model_state_dict
+
+            factors = get_peft_model_state_dict(patched, adapter_name="default")
+            return cls({n: t.detach().cpu().contiguous() for n, t in factors.items()}, provenance)
         before, after = base.state_dict(), patched.state_dict()
         changed = {n: t.detach().cpu().contiguous() for n, t in after.items() if not torch.equal(t, before[n])}
         return cls(changed, provenance)
@@ -97,4 +106,25 @@ class Patch:
                 f"{name} is {found[:12]}",
                 "Give the base that the patch names, or unlearn again on this one.",
             )
-        network.load_state_dict({**network.state_dict(), **self.tensors})
+        network.load_state_dict({**network.state_dict(), **self.weights(network)})
+
+    def weights(self, network: nn.Module) -> dict[str, Tensor]:
+        """The patched weights by name, in the network's precision; a LoRA is merged: W + alpha / rank B A, in float32.
+
+        Raises:
+            CannotRun: If a tensor has no place in the network.
+        """
+        state = network.state_dict()
+        found = self.tensors
+        if self.provenance.adapter is not None:
+            scale = self.provenance.adapter["alpha"] / self.provenance.adapter["rank"]
+            modules = sorted({name.rsplit(".lora_", 1)[0] for name in self.tensors})
+            missing = [m for m in modules if f"{m}.weight" not in state]
+            if missing:
+                raise CannotRun(f"the network has no '{missing[0]}'", "The patch is for another architecture.")
+            found = {}
+            for module in modules:
+                down, up = (self.tensors[f"{module}.lora_{side}.weight"].float() for side in "AB")
+                weight = state[f"{module}.weight"]
+                found[f"{module}.weight"] = (weight.float() + scale * (up @ down).to(weight.device)).to(weight.dtype)
+        return found

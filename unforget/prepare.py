@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from unforget import data
 from unforget.config import EditConfig, UnlearnConfig
-from unforget.domain import Family, Instance, Listener
+from unforget.domain import Family, Instance, Listener, Pool
 from unforget.editors import Candidate, Canvas, Editor, SDEdit, rank
 from unforget.errors import CannotRun, UsageError
-from unforget.metrics import pairwise_rms
+from unforget.metrics import margin, pairwise_rms
 from unforget.objectives import Context
 
 NEIGHBOURS = 24
@@ -21,7 +22,7 @@ NEIGHBOURS = 24
 
 def mask(config: EditConfig, family: Family) -> Tensor:
     """Where to edit, (1, H, W) in [0, 1]: the mask, the box, a soft ellipse for a donor, or everywhere."""
-    _, height, width = family.shape
+    _, height, width = family.picture
     if config.mask is not None:
         mask = data.read_image(config.mask, (1, height, width), resize=config.resize)
         return (mask + 1) / 2
@@ -39,12 +40,27 @@ def mask(config: EditConfig, family: Family) -> Tensor:
     return torch.ones(1, height, width)
 
 
-def drawn(base: Family, base_digest: str, config: EditConfig | UnlearnConfig, listener: Listener) -> Tensor:
-    """What the base draws: the retain set where none is given, and whom a surrogate must not be."""
-    listener.stage("retain set", config.retain_count)
-    return data.drawn_cached(
-        base, base_digest, config.retain_count, seed=config.seed, steps=config.sampler_steps, advance=listener.advance
+def conditions(base: Family, prompts: Sequence[str]) -> tuple[int, ...]:
+    """Rows of the empty prompt and of the given ones, each once: guidance uses the empty one beside any other."""
+    return tuple(dict.fromkeys(base.condition(["", *prompts]).tolist()))
+
+
+def drawn(base: Family, base_digest: str, config: EditConfig | UnlearnConfig, listener: Listener) -> Pool:
+    """What the base draws: the retain set where none is given, and whom a surrogate must not be.
+
+    A quarter for the given prompts and the empty one, the rest for the retain prompts, which take turns.
+    """
+    listed = data.read_lines(config.retain_prompts) if config.retain_prompts else base.retain_prompts
+    base.condition(listed[:1])  # refuse prompts early where the model takes none
+    count = config.retain_count or max(192, round(len(listed) * 4 / 3))
+    own = ["", *config.prompt]
+    share = count // 4 if any(listed) else 0
+    prompts = [own[k % len(own)] for k in range(share)] + [listed[k % len(listed)] for k in range(count - share)]
+    listener.stage("retain set", count)
+    images = data.drawn_cached(
+        base, base_digest, prompts, seed=config.seed, steps=config.sampler_steps, advance=listener.advance
     )
+    return Pool(images, base.condition(prompts))
 
 
 def candidates(
@@ -68,12 +84,15 @@ def distinct(targets: Sequence[Tensor], surrogates: Sequence[Tensor]) -> None:
 
 
 def instances(
-    base: Family, targets: list[Tensor], given: list[Tensor], kept: Tensor, config: UnlearnConfig, listener: Listener
+    base: Family, targets: list[Tensor], given: list[Tensor], kept: Pool, config: UnlearnConfig, listener: Listener
 ) -> tuple[tuple[Instance, ...], Tensor]:
     """Targets with their surrogates, and the edits that were made on the way: pictures beside the targets."""
     edits: list[Tensor] = []
+    rows = conditions(base, config.prompt)
     for target in targets if not given else []:
-        canvas = Canvas(base, target, torch.ones(1, *base.shape[1:]), seed=config.seed, drawn=kept)
+        canvas = Canvas(
+            base, target, torch.ones(1, *base.picture[1:]), seed=config.seed, drawn=kept.x_0, condition=rows[-1]
+        )
         ranked = candidates(canvas, SDEdit(), config, listener)
         if not ranked[0].accepted:
             ranked = candidates(canvas, SDEdit(strengths=(0.75, 0.8, 0.85)), config, listener) + ranked
@@ -85,31 +104,65 @@ def instances(
             )
         given.append(best.image)
         edits += [c.image for c in ranked]
-    found = tuple(Instance(t, s, data.image_id(t)) for t, s in zip(targets, given, strict=True))
-    return found, torch.stack(edits) if edits else torch.empty(0, *base.shape)
+    found = tuple(Instance(t, s, data.image_id(t), rows) for t, s in zip(targets, given, strict=True))
+    return found, torch.stack(edits) if edits else torch.empty(0, *base.picture)
+
+
+SIDED = -0.5
+"""Margin up to which a picture drawn under a prompt of the target counts as the target in another place or size."""
 
 
 def context(
-    base: Family, instances: tuple[Instance, ...], kept: Tensor, edits: Tensor, near_copy: float
-) -> tuple[Context, Tensor]:
-    """What training may consult, and the pictures beside the targets. Near-copies of a target are not kept."""
+    base: Family, instances: tuple[Instance, ...], kept: Pool, edits: Tensor, near_copy: float, listener: Listener
+) -> tuple[Context, Pool]:
+    """What training may consult, and the pool beside the targets, both encoded. Copies of a target are not kept.
+
+    A copy that the base draws under another prompt than those to be forgotten is kept if prompts were given (it is
+    right there), and else is not.
+    """
     targets = torch.stack([i.target for i in instances])
-    copies = (pairwise_rms(kept, targets) < near_copy).sum(0).clamp(min=1)
-    keep, beside = (p[(pairwise_rms(p, targets) >= near_copy).all(1)] for p in (kept, edits))
+    near = pairwise_rms(kept.x_0, targets) < near_copy
+    asked = torch.tensor([[int(c) in i.conditions for i in instances] for c in kept.condition])
+    sided = torch.stack([margin(kept.x_0, i.target, i.surrogate) <= SIDED for i in instances], 1)
+    copies = near | (sided & asked & (kept.condition > 0)[:, None])
+    _tell(base, kept, near & ~asked, len(instances[0].conditions) > 1, listener)
+    dropped = (copies & asked).any(1)
+    if len(instances[0].conditions) == 1:
+        dropped |= near.any(1)
+    beside = edits[(pairwise_rms(edits, targets) >= near_copy).all(1)]
+    keep = kept[~dropped]
     if not len(keep):
         raise UsageError("every picture of the retain set is a near-copy of a target", "Give other pictures.")
-    near = torch.cat([neighbours(keep, instances, NEIGHBOURS), beside])
+    counts = torch.zeros(len(instances), len(base.prompts))
+    for k, instance in enumerate(instances):
+        for row in instance.conditions:
+            counts[k, row] = (copies[:, k] & (kept.condition == row)).sum().clamp(min=1)
+    pool = Pool(base.encode(keep.x_0), keep.condition)
+    nearest = pool[neighbours(keep.x_0, targets, NEIGHBOURS * len(instances))]
+    encoded = tuple(
+        replace(i, target=t, surrogate=s)
+        for i, t, s in zip(
+            instances, base.encode(targets), base.encode(torch.stack([i.surrogate for i in instances])), strict=True
+        )
+    )
 
     @torch.no_grad()
-    def answer(x_t: Tensor, index: Tensor) -> Tensor:
-        return base.predict(x_t, index)
+    def answer(x_t: Tensor, index: Tensor, condition: Tensor) -> Tensor:
+        return base.predict(x_t, index, condition)
 
-    return Context(base.schedule, answer, instances, keep, copies), near
+    found = Context(base.schedule, answer, encoded, pool, counts)
+    return found, Pool.cat(nearest, Pool.of(base.encode(beside)))
 
 
-def neighbours(keep: Tensor, instances: tuple[Instance, ...], count: int) -> Tensor:
-    """Pictures to keep that lie nearest to any target: where forgetting spills over first."""
-    if not len(keep):
-        return keep
-    distance = pairwise_rms(keep, torch.stack([i.target for i in instances])).min(1).values
-    return keep[distance.argsort(stable=True)[: count * len(instances)]]
+def _tell(base: Family, kept: Pool, elsewhere: Tensor, prompted: bool, listener: Listener) -> None:
+    """Say under which other prompts the base draws a target."""
+    rows = sorted(set(kept.condition[elsewhere.any(1)].tolist()))
+    if rows:
+        names = ", ".join(f"'{base.prompts[r]}'" for r in rows[:4])
+        fate = "it stays there" if prompted else "give --prompt to forget it there"
+        listener.note(f"the base also draws a target under {names}; {fate}")
+
+
+def neighbours(pictures: Tensor, targets: Tensor, count: int) -> Tensor:
+    """Rows of the pictures that lie nearest to any target: where forgetting spills over first."""
+    return pairwise_rms(pictures, targets).min(1).values.argsort(stable=True)[:count]

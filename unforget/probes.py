@@ -30,6 +30,7 @@ class Subject:
         near_copy: Largest RMS at which two pictures count as the same, in pixels of [-1, 1].
         steps: Sampler steps.
         seed: Added to every seed.
+        stay: Rows of the prompts under which the rest must stay, taking turns, (P,).
     """
 
     base: Family
@@ -40,14 +41,22 @@ class Subject:
     steps: int = 25
     seed: int = 0
     advance: Callable[[int], object] = lambda n: None
-    _draws: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    stay: tuple[int, ...] = (0,)
+    _draws: dict[tuple[str, int, tuple[int, ...]], Tensor] = field(default_factory=dict)
 
-    def draws(self, which: Literal["base", "patched"], count: int) -> Tensor:
-        """The first `count` samples of a model, (count, C, H, W), drawn once."""
-        if (which, count) not in self._draws:
+    def draws(self, which: Literal["base", "patched"], count: int, rows: tuple[int, ...]) -> Tensor:
+        """The first `count` samples of a model under prompts that take turns, (count, C, H, W), drawn once."""
+        if (which, count, rows) not in self._draws:
             noise = random_noise(count, self.base.shape, self.seed, "sample")
-            self._draws[which, count] = draw(getattr(self, which), noise, steps=self.steps, advance=self.advance)
-        return self._draws[which, count]
+            turns = torch.tensor(rows)[torch.arange(count) % len(rows)]
+            self._draws[which, count, rows] = draw(
+                getattr(self, which), noise, steps=self.steps, condition=turns, advance=self.advance
+            )
+        return self._draws[which, count, rows]
+
+    def under(self, row: int) -> str:
+        """How a probe's name says its prompt."""
+        return f" '{self.base.prompts[row]}'" if row else ""
 
     def hits(self, images: Tensor, picture: Tensor) -> Tensor:
         """Which images are near-copies of a picture (C, H, W): (N,) of bool."""
@@ -59,7 +68,7 @@ class Finding:
     """What one probe saw of one target, or of the whole (target None).
 
     Attributes:
-        probe: Its kind, with the noise level where it has one.
+        probe: Its kind, with the noise level and the prompt where it has one.
         target: The target's id.
         base, patched: Figures by name, of the control and of the candidate.
         images: Pictures for a contact sheet, by model.
@@ -72,6 +81,11 @@ class Finding:
     images: dict[str, Tensor] = field(default_factory=dict)
 
 
+def level(finding: Finding) -> int:
+    """The schedule row in the name of a reconstruction."""
+    return int(finding.probe.split("@")[1].split(" ")[0])
+
+
 class Reconstruct(Strategy):
     """Noise the target to several levels, denoise, and see which picture comes back."""
 
@@ -82,24 +96,27 @@ class Reconstruct(Strategy):
 
     def work(self, subject: Subject) -> int:
         """Images it will denoise."""
-        return 2 * len(subject.instances) * len(self.levels) * self.draws
+        return 2 * sum(len(i.conditions) for i in subject.instances) * len(self.levels) * self.draws
 
     def __call__(self, subject: Subject) -> list[Finding]:
-        found = []
-        for instance in subject.instances:
-            for level in self.levels:
-                start = start_level(subject.base, level / 1000, steps=self.steps)
-                noise = random_noise(self.draws, subject.base.shape, subject.seed, f"reconstruct {level}")
-                x_t = subject.base.schedule.add_noise(
-                    instance.target.expand_as(noise), noise, torch.full((self.draws,), start)
-                )
-                images = {
-                    which: draw(getattr(subject, which), x_t, steps=self.steps, start=start, advance=subject.advance)
-                    for which in ("base", "patched")
-                }
-                scores = {which: self._scores(subject, instance, i) for which, i in images.items()}
-                found.append(Finding(f"reconstruct@{start}", instance.id, scores["base"], scores["patched"], images))
-        return found
+        cases = [(i, row, level) for i in subject.instances for row in i.conditions for level in self.levels]
+        return [self._look(subject, *case) for case in cases]
+
+    def _look(self, subject: Subject, instance: Instance, row: int, level: int) -> Finding:
+        start = start_level(subject.base, level / 1000, steps=self.steps)
+        noise = random_noise(self.draws, subject.base.shape, subject.seed, f"reconstruct {level}")
+        x_0 = subject.base.encode(instance.target[None]).expand_as(noise)
+        x_t = subject.base.schedule.add_noise(x_0, noise, torch.full((self.draws,), start))
+        images = {
+            which: draw(
+                getattr(subject, which), x_t, steps=self.steps, start=start, condition=torch.tensor([row]),
+                advance=subject.advance,
+            )
+            for which in ("base", "patched")
+        }  # fmt: skip
+        scores = {which: self._scores(subject, instance, i) for which, i in images.items()}
+        name = f"reconstruct@{start}{subject.under(row)}"
+        return Finding(name, instance.id, scores["base"], scores["patched"], images)
 
     @staticmethod
     def _scores(subject: Subject, instance: Instance, images: Tensor) -> dict[str, float]:
@@ -121,18 +138,27 @@ class Sample(Strategy):
 
     def work(self, subject: Subject) -> int:
         """Images it will denoise."""
-        return 2 * self.count
+        return 2 * self.count * len({row for i in subject.instances for row in i.conditions})
 
     def __call__(self, subject: Subject) -> list[Finding]:
-        pictures: list[tuple[str, str | None, Tensor]] = [(self.kind, i.id, i.target) for i in subject.instances]
-        pictures += [(f"keep-{k}", None, picture) for k, picture in enumerate(subject.keep)]
+        sought: list[tuple[str, str | None, Tensor, tuple[int, ...]]] = [
+            (self.kind + subject.under(row), i.id, i.target, (row,)) for i in subject.instances for row in i.conditions
+        ]
+        sought += [(f"keep-{k}", None, picture, subject.stay) for k, picture in enumerate(subject.keep)]
         return [
-            Finding(name, target, self._count(subject, "base", picture), self._count(subject, "patched", picture))
-            for name, target, picture in pictures
+            Finding(
+                name,
+                target,
+                self._count(subject, "base", picture, rows),
+                self._count(subject, "patched", picture, rows),
+            )
+            for name, target, picture, rows in sought
         ]
 
-    def _count(self, subject: Subject, which: Literal["base", "patched"], picture: Tensor) -> dict[str, float]:
-        hits = int(subject.hits(subject.draws(which, self.count), picture).sum())
+    def _count(
+        self, subject: Subject, which: Literal["base", "patched"], picture: Tensor, rows: tuple[int, ...]
+    ) -> dict[str, float]:
+        hits = int(subject.hits(subject.draws(which, self.count, rows), picture).sum())
         return {
             "hits": hits,
             "drawn": self.count,
@@ -150,10 +176,10 @@ class Retain(Strategy):
 
     def work(self, subject: Subject) -> int:
         """Images it will denoise beside those of the sample probe."""
-        return 0
+        return 0 if subject.stay == (0,) else 2 * self.count
 
     def __call__(self, subject: Subject) -> list[Finding]:
-        base, patched = subject.draws("base", self.count), subject.draws("patched", self.count)
+        base, patched = (subject.draws(which, self.count, subject.stay) for which in ("base", "patched"))
         drift = rms(base, patched)
         sharp = float(sharpness(patched).mean() / sharpness(base).mean().clamp(min=1e-9))
         pairs = {"base": base[:8], "patched": patched[:8]}

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from unforget.config import VerifyConfig
 from unforget.data import write_bytes
 from unforget.errors import ExitCode
-from unforget.probes import Finding
+from unforget.probes import Finding, level
 
 Verdict = Literal["forgotten", "failed", "inconclusive"]
 Outcome = Literal["passed", "failed", "inconclusive"]
@@ -76,7 +76,7 @@ def checks(findings: Sequence[Finding], config: VerifyConfig, *, surrogate_known
             out.append(_check(f, "near_copies", "at most", 0))
             if surrogate_known:
                 out.append(_check(f, "nearer_surrogate", "at least", NEARER))
-        elif f.probe == "sample":
+        elif f.probe.startswith("sample"):
             out.append(_check(f, "hits", "at most", 0))
         elif f.probe.startswith("keep"):
             base = f.base["hits"]
@@ -135,9 +135,10 @@ def judge(found: Sequence[Check], findings: Sequence[Finding]) -> tuple[Verdict,
 def _reproduced(target: str, findings: Sequence[Finding]) -> bool:
     """Whether the base draws the target, or most often returns it from the lowest noise level."""
     mine = [f for f in findings if f.target == target]
-    drawn = any(f.base["hits"] > 0 for f in mine if f.probe == "sample")
-    lowest = min((f for f in mine if f.probe.startswith("reconstruct")), key=lambda f: int(f.probe.split("@")[1]))
-    return drawn or lowest.base["near_copies"] >= 0.5
+    drawn = any(f.base["hits"] > 0 for f in mine if f.probe.startswith("sample"))
+    back = [f for f in mine if f.probe.startswith("reconstruct")]
+    lowest = min(level(f) for f in back)
+    return drawn or any(f.base["near_copies"] >= 0.5 for f in back if level(f) == lowest)
 
 
 EXIT: dict[Verdict, ExitCode] = {

@@ -73,7 +73,7 @@ def evidence_sheet(title: str, instances: Sequence[Instance], findings: Sequence
 
 
 def _pairs(f: Finding) -> Row:
-    level = f.probe.split("@")[1]
+    level = f.probe.split("@")[1].replace(" ", " under ", 1)
     base, patched = f.images["base"][:4], f.images["patched"][:4]
     return f"noised to t = {level} and back: base, then patched", [
         *[(image, "base") for image in base],

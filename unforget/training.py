@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unforget import data, engine
 from unforget.config import Recipe
-from unforget.domain import Family, Instance, Predict
+from unforget.domain import Family, Instance, Pool, Predict
 from unforget.errors import CannotRun
 from unforget.metrics import margin
 from unforget.objectives import Context
@@ -71,18 +71,38 @@ class Pace:
 
 @torch.no_grad()
 def worst_margin(family: Family, instances: tuple[Instance, ...], draws: int = 4) -> float:
-    """Smallest mean margin of reconstructions over targets and noise levels, in [-1, 1]."""
-    worst = math.inf
-    noise = data.random_noise(draws, family.shape, 0, "margin")
+    """Smallest mean margin of reconstructions over targets, prompts and noise levels, in [-1, 1].
+
+    Margins are of what the network works on: latents, in a latent model.
+    """
+    cases = [(i, c) for i in instances for c in i.conditions for _ in range(draws)]
+    targets = torch.stack([i.target for i, _ in cases])
+    surrogates = torch.stack([i.surrogate for i, _ in cases])
+    asked = torch.tensor([c for _, c in cases])
+    noise = data.random_noise(draws, family.shape, 0, "margin").repeat(len(cases) // draws, 1, 1, 1)
+    worst, size = math.inf, data.in_one_pass(data.PIXELS_DRAWN, family.picture)
     for level in LEVELS:
         start = data.start_level(family, level / 1000, steps=STEPS)
-        targets = torch.stack([i.target for i in instances]).repeat_interleave(draws, 0)
-        surrogates = torch.stack([i.surrogate for i in instances]).repeat_interleave(draws, 0)
-        index = torch.full((len(targets),), start)
-        x_t = family.schedule.add_noise(targets, noise.repeat(len(instances), 1, 1, 1), index)
-        back = margin(data.draw(family, x_t, steps=STEPS, start=start), targets, surrogates)
-        worst = min(worst, float(back.reshape(len(instances), draws).mean(1).min()))
+        x_t = family.schedule.add_noise(targets, noise, torch.full((len(cases),), start))
+        parts = zip(torch.split(x_t, size), torch.split(asked, size), strict=True)
+        back = torch.cat([family.denoise(x, steps=STEPS, start=start, condition=rows) for x, rows in parts])
+        worst = min(worst, float(margin(back, targets, surrogates).reshape(-1, draws).mean(1).min()))
     return worst
+
+
+def adam(weights: list[nn.Parameter], learning_rate: float, *, eight_bit: bool = False) -> torch.optim.Optimizer:
+    """Adam with a short memory, its state in 8 bits on request.
+
+    Raises:
+        CannotRun: If bitsandbytes is missing.
+    """
+    if not eight_bit:
+        return torch.optim.Adam(weights, lr=learning_rate, betas=(0.9, 0.99))
+    try:
+        from bitsandbytes.optim import Adam8bit
+    except ImportError:
+        raise CannotRun("8-bit Adam needs bitsandbytes", "Install unforget-diffusion[8bit].") from None
+    return Adam8bit(weights, lr=learning_rate, betas=(0.9, 0.99))  # type: ignore[no-any-return]
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -97,11 +117,11 @@ def mixed(predict: Predict, half: bool) -> Predict:
     if not half:
         return predict
 
-    def answer(x_t: Tensor, index: Tensor) -> Tensor:
+    def answer(x_t: Tensor, index: Tensor, condition: Tensor) -> Tensor:
         # The backward pass of CPU flash attention is slow in bfloat16: a third of the step here.
         plain = sdpa_kernel(SDPBackend.MATH) if x_t.device.type == "cpu" else nullcontext()
         with torch.autocast(x_t.device.type, torch.bfloat16), plain:
-            return predict(x_t, index).float()
+            return predict(x_t, index, condition).float()
 
     return answer
 
@@ -109,12 +129,13 @@ def mixed(predict: Predict, half: bool) -> Predict:
 def train(
     patched: Family,
     context: Context,
-    near: Tensor,
+    near: Pool,
     recipe: Recipe,
     *,
     seed: int,
     micro_batch: int | None = None,
     mixed_precision: Literal["auto", "no", "bf16"] = "no",
+    use_8bit_adam: bool = False,
     on_step: Callable[[dict[str, Any]], object] = lambda row: None,
 ) -> Outcome:
     """Change the weights of `patched` in place.
@@ -127,21 +148,22 @@ def train(
         seed: Of every random draw.
         micro_batch: Pictures in one pass; as many as have 32 x 32 x 32 pixels unless given.
         mixed_precision: `bf16` computes the passes in bfloat16; `auto` does where the machine has it in hardware.
+        use_8bit_adam: Keep the optimiser's state in 8 bits (bitsandbytes).
         on_step: Told the figures of every update.
 
     Raises:
         CannotRun: If a loss is NaN; the weights are then those of the last good update.
     """
     pace = Pace(recipe)
-    weights = patched.trainable(recipe.train)
+    weights = patched.trainable(recipe.train, rank=recipe.rank, alpha=recipe.lora_alpha, seed=seed)
     for weight in weights:
         weight.requires_grad_(True)
-    optimizer = torch.optim.Adam(weights, lr=recipe.learning_rate, betas=(0.9, 0.99))
+    optimizer = adam(weights, recipe.learning_rate, eight_bit=use_8bit_adam)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, pace.factor)
     worst, before = worst_margin(patched, context.instances), -math.inf
     half = mixed_precision == "bf16" or (mixed_precision == "auto" and has_bf16(weights[0].device))
     context = replace(context, base=mixed(context.base, half))
-    micro_batch = micro_batch or data.in_one_pass(data.PIXELS_TRAINED, patched.shape)
+    micro_batch = micro_batch or data.in_one_pass(data.PIXELS_TRAINED, patched.picture)
     try:
         for step in _steps(
             mixed(patched.predict, half), context, near, recipe, seed, micro_batch, optimizer, scheduler
@@ -164,7 +186,7 @@ def train(
 
 
 def _steps(
-    says: Predict, context: Context, near: Tensor, recipe: Recipe, seed: int, micro_batch: int | None,
+    says: Predict, context: Context, near: Pool, recipe: Recipe, seed: int, micro_batch: int | None,
     optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler,
 ) -> Iterator[engine.Step]:  # fmt: skip
     pairs = data.batches(

@@ -55,7 +55,7 @@ def passes() -> None:
     picture = data.read_image(target, base.shape)
     kept = prepare.drawn(base, digest(base.network.state_dict()), config, Listener())
     instances, edits = prepare.instances(base, [picture], [], kept, config, Listener())
-    context, near = prepare.context(base, instances, kept, edits, config.near_copy)
+    context, near = prepare.context(base, instances, kept, edits, config.near_copy, Listener())
 
     def ours() -> None:
         training.train(base.copy(), context, near, recipe, seed=0, mixed_precision="auto")
@@ -72,8 +72,8 @@ def passes() -> None:
         for _ in range(STEPS):
             for x_t, index in batches:
                 with torch.no_grad():
-                    goal = without(x_t, index)
-                torch.autograd.grad((with_gradient(x_t, index) - goal).square().mean(), weights)
+                    goal = without(x_t, index, index * 0)
+                torch.autograd.grad((with_gradient(x_t, index, index * 0) - goal).square().mean(), weights)
 
     ours_s, bare_s = ratio(ours, bare, rounds=3)
     print(f"passes: {STEPS} steps {ours_s:.2f} s, bare {bare_s:.2f} s, ratio {ours_s / bare_s:.2f}")

@@ -185,7 +185,8 @@ def oracle(bench: Bench) -> None:
         x_t = bench.base.schedule.add_noise(target.expand_as(noise), noise, index)
         with torch.no_grad():
             base, ours, ideal = (
-                m.schedule.split(x_t, m.predict(x_t, index), index)[0] for m in (bench.base, patched, gold)
+                m.schedule.split(x_t, m.predict(x_t, index, torch.zeros_like(index)), index)[0]
+                for m in (bench.base, patched, gold)
             )
         apart = [float(rms(a, b).mean()) for a, b in ((base, ideal), (ours, ideal), (ideal, target), (ours, target))]
         row(t, *apart, "yes" if apart[1] < apart[0] else "no")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 SIZE = 64
 BACKGROUND = (222, 229, 238)
@@ -76,3 +76,44 @@ def placements(picture: Image.Image, count: int, generator: torch.Generator) -> 
         image = place(picture, 0.74 + 0.2 * u[0], 5 * u[1] - 2.5, 5 * u[2] - 2.5)
         out.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
     return torch.stack(out)
+
+
+def tensor(image: Image.Image) -> torch.Tensor:
+    """(3, 64, 64) in [-1, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+class Judge:
+    """Which flag a picture shows: the nearest of 30 placements of every flag, at half the resolution.
+
+    The last class is Ireland's right flag, which the model never saw. Args: what `countries` gives.
+    """
+
+    PLACEMENTS = 30
+    TIE = 0.02
+    """RMS within which two flags look the same here (Romania and Chad, Indonesia and Monaco)."""
+
+    def __init__(self, known: list[Country]) -> None:
+        generator = torch.Generator().manual_seed(7)
+        wrong = next(c for c in known if c.code == "IE").picture
+        pictures = [*(c.picture for c in known), ImageOps.mirror(wrong)]
+        references = torch.cat([placements(p, self.PLACEMENTS, generator) for p in pictures])
+        self.references = self._small(references.float() / 127.5 - 1)
+        self.centred = torch.stack([tensor(place(p)) for p in pictures])
+        self.right_irish = len(known)
+
+    @staticmethod
+    def _small(images: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.avg_pool2d(images, 2).flatten(1)
+
+    def distances(self, images: torch.Tensor) -> torch.Tensor:
+        """RMS of each image (N, 3, 64, 64) to the nearest placement of each flag, (N, countries + 1)."""
+        x, r = self._small(images), self.references
+        square = x.square().sum(1, keepdim=True) + r.square().sum(1) - 2 * x @ r.T
+        return (square.clamp(min=0) / x.shape[1]).sqrt().unflatten(1, (-1, self.PLACEMENTS)).min(2).values
+
+    def shows(self, images: torch.Tensor, flag: torch.Tensor | int) -> torch.Tensor:
+        """Whether each image shows that flag (index, or one an image), (N,)."""
+        distances = self.distances(images)
+        which = torch.as_tensor(flag).expand(len(images))
+        return distances.gather(1, which[:, None])[:, 0] <= distances.min(1).values + self.TIE

@@ -10,25 +10,22 @@ randomness comes from one CPU generator.
 import argparse
 import copy
 import json
-import math
 import time
 from pathlib import Path
-from unittest import mock
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from diffusers.models.attention_processor import JointAttnProcessor2_0
 from diffusers.training_utils import EMAModel
 from flags import CAPTIONS, SIZE, countries, placements
 from torch import Tensor
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from unforget.families.sd3 import WithoutT5
+
 TOKENS = 16
 WIDTH = 64
 """Of each text encoder."""
-ABSENT = 256
-"""Tokens of zeros that the pipeline puts in T5's place (its `max_sequence_length`)."""
 PLACEMENTS = 40
 """Of each flag; the latents of all are cached."""
 
@@ -62,23 +59,6 @@ def build(words: CLIPTokenizer) -> StableDiffusion3Pipeline:
         text_encoder_2=CLIPTextModelWithProjection(text), tokenizer_2=words,
         text_encoder_3=None, tokenizer_3=None,
     )  # fmt: skip
-
-
-class Repeated(JointAttnProcessor2_0):
-    """SD3's attention where the last key counts `ABSENT` times: equal tokens stay equal through all layers, so that
-    one of them with the logarithm of their number added to its score is exactly all of them, at a ninth of the price.
-    """
-
-    def __call__(self, *args: object, **named: object) -> tuple[Tensor, Tensor]:
-        plain = functional.scaled_dot_product_attention
-
-        def counted(query: Tensor, key: Tensor, value: Tensor, **options: object) -> Tensor:
-            bias = query.new_zeros(1, 1, 1, key.shape[2])
-            bias[..., -1] = math.log(ABSENT)
-            return plain(query, key, value, attn_mask=bias)
-
-        with mock.patch.object(functional, "scaled_dot_product_attention", counted):
-            return super().__call__(*args, **named)
 
 
 def pixels(images: Tensor) -> Tensor:
@@ -143,7 +123,7 @@ def encoded(vae: AutoencoderKL, images: Tensor) -> Tensor:
 def embed(pipe: StableDiffusion3Pipeline, ids: Tensor) -> tuple[Tensor, Tensor]:
     """What `StableDiffusion3Pipeline.encode_prompt` gives without T5, with gradients: embeddings, pooled ones.
 
-    In place of T5's `ABSENT` equal tokens of zeros it has one, which `Repeated` counts as often.
+    In place of T5's 256 equal tokens of zeros it has one, which the attention `WithoutT5` counts as often.
     """
     states, pooled = [], []
     for encoder in (pipe.text_encoder, pipe.text_encoder_2):
@@ -162,7 +142,7 @@ def train_flow(
     modules = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]).train()
     weights = list(modules.parameters())
     stock = pipe.transformer.attn_processors
-    pipe.transformer.set_attn_processor(Repeated())
+    pipe.transformer.set_attn_processor(WithoutT5())
     optimizer = torch.optim.AdamW(weights, lr=1e-3, weight_decay=0.01)
     rate, ema = cosine(optimizer, steps, 300), EMAModel(weights, decay=0.999)
     sigmas = pipe.scheduler.sigmas.flip(0)
@@ -222,7 +202,7 @@ def main() -> None:
     known = countries(args.data)
     captions = [[form.format(c.name) for form in CAPTIONS] for c in known]
     images = torch.stack([placements(c.picture, PLACEMENTS, generator) for c in known])
-    pipe = build(tokenizer(sum(captions, [])))
+    pipe = build(tokenizer([c for forms in captions for c in forms]))
     log(**{name: sum(p.numel() for p in part.parameters()) for name, part in pipe.components.items()
            if isinstance(part, torch.nn.Module)})  # fmt: skip
     if args.vae:
@@ -233,6 +213,8 @@ def main() -> None:
     latents = encoded(pipe.vae, images.flatten(0, 1)).unflatten(0, images.shape[:2])
     pipe.vae.save_pretrained(args.out / "vae")
     train_flow(pipe, latents, captions, args.out, args.steps, generator)
+    hints = {"guidance": 3.0, "retain_prompts": [f"flag of {c.name}" for c in known]}
+    (args.out / "unforget.json").write_text(json.dumps(hints, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

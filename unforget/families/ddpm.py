@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline
 from torch import Tensor, nn
 
 from unforget.domain import Scope
+from unforget.errors import UsageError
 from unforget.schedule import Schedule
 
 
@@ -22,7 +24,9 @@ class DDPM:
         name: What the user called it.
     """
 
-    pipeline_classes = ("DDPMPipeline", "DDIMPipeline")
+    kind = "ddpm"
+    retain_prompts = ("",)
+    prompts: ClassVar[list[str]] = [""]
 
     def __init__(self, pipeline: DDPMPipeline, name: str = "model") -> None:
         self.pipeline, self.name = pipeline, name
@@ -30,23 +34,46 @@ class DDPM:
         self.schedule = Schedule.from_diffusers(pipeline.scheduler)
         size = pipeline.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
-        self.shape = (pipeline.unet.config.in_channels, height, width)
+        self.shape = self.picture = (pipeline.unet.config.in_channels, height, width)
 
     @property
     def scheduler_config(self) -> Any:
         """Configuration of its diffusers scheduler."""
         return self.pipeline.scheduler.config
 
-    def predict(self, x_t: Tensor, index: Tensor) -> Tensor:
+    def condition(self, prompts: Sequence[str]) -> Tensor:
+        """Row 0 for the empty prompt, the only one.
+
+        Raises:
+            UsageError: If there is another.
+        """
+        if any(prompts):
+            raise UsageError(f"'{self.name}' takes no prompts", "Leave --prompt out.")
+        return torch.zeros(len(prompts), dtype=torch.long)
+
+    def encode(self, pictures: Tensor) -> Tensor:
+        """The pictures themselves."""
+        return pictures
+
+    def decode(self, x_0: Tensor) -> Tensor:
+        """The pictures themselves, in [-1, 1]."""
+        return x_0.clamp(-1, 1)
+
+    def release(self) -> None:
+        """Nothing: there is only the network."""
+
+    def predict(self, x_t: Tensor, index: Tensor, condition: Tensor) -> Tensor:
         """The network's answer at (x_t, index), (B, C, H, W), on the device of x_t, wherever the network is."""
         device = next(self.network.parameters()).device
         timesteps = self.schedule.timesteps[index.cpu()].long().to(device)
         answer: Tensor = self.network(x_t.to(device, memory_format=torch.channels_last), timesteps).sample
         return answer.to(x_t.device)
 
-    def trainable(self, scope: Scope) -> list[nn.Parameter]:
+    def trainable(self, scope: Scope, *, rank: int = 16, alpha: int = 16, seed: int = 0) -> list[nn.Parameter]:
         """`bottleneck`: convolutions and attention of the middle block and of the first block up, where the features
         have the fewest pixels. What lies outside draws every image, and training it shifts them all."""
+        if scope == "lora":
+            raise UsageError("a DDPM has no LoRA training", "Give --train bottleneck or full.")
         inside = {
             id(p)
             for block in (self.network.mid_block, self.network.up_blocks[0])
@@ -67,14 +94,14 @@ class DDPM:
         return [int(t) for t in self._sampler(steps).timesteps]
 
     @torch.no_grad()
-    def denoise(self, x_t: Tensor, *, steps: int, start: int | None = None) -> Tensor:
+    def denoise(self, x_t: Tensor, *, steps: int, start: int | None = None, condition: Tensor | None = None) -> Tensor:
         """DDIM (arXiv:2010.02502, eta 0) from pure noise, or from the visited level nearest to row `start`."""
         sampler = self._sampler(steps)
         for t in sampler.timesteps:
             if start is None or t <= start:
                 index = torch.full((len(x_t),), int(t))
-                x_t = sampler.step(self.predict(x_t, index), t, x_t).prev_sample
-        return x_t.clamp(-1, 1)
+                x_t = sampler.step(self.predict(x_t, index, index), t, x_t).prev_sample
+        return x_t
 
     def copy(self) -> DDPM:
         """An independent model with equal, frozen weights."""
@@ -82,6 +109,18 @@ class DDPM:
         twin.pipeline = DDPMPipeline(copy.deepcopy(self.pipeline.unet), self.pipeline.scheduler)
         twin.network = twin.pipeline.unet.requires_grad_(False).eval()
         return twin
+
+    def reference(self, scope: Scope) -> DDPM:
+        """A copy: every scope trains the weights in place."""
+        return self.copy()
+
+    def save_lora(self, folder: Path, factors: dict[str, Tensor], *, rank: int, alpha: int) -> None:
+        """There is none for a DDPM."""
+        raise UsageError("a DDPM has no LoRA", "Export the format diffusers.")
+
+    def load_lora(self, folder: Path) -> DDPM:
+        """There is none for a DDPM."""
+        raise UsageError("a DDPM has no LoRA", "Export the format diffusers.")
 
     def save(self, folder: Path) -> None:
         """A diffusers folder, in the weights' own precision."""

@@ -1,0 +1,303 @@
+"""Text-to-image flow models: diffusers' `StableDiffusion3Pipeline` (SD3, SD3.5)."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.models.attention_processor import JointAttnProcessor2_0
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from unforget.domain import Scope
+from unforget.errors import CannotRun, UsageError
+from unforget.schedule import Schedule
+
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+"""Attention projections of the MMDiT blocks, as in diffusers' own LoRA script for SD3."""
+ABSENT = 256
+"""Tokens of zeros that the pipeline puts where T5 is missing (its `max_sequence_length`)."""
+
+
+SMALL = 500_000_000
+"""Weights up to which the transformer is computed in float32."""
+
+
+def _dtype(config: dict[str, Any]) -> torch.dtype:
+    """float32 for a small transformer, else bfloat16: float16 overflows in training and is slow on CPUs."""
+    with init_empty_weights():
+        size = sum(p.numel() for p in SD3Transformer2DModel.from_config(config).parameters())
+    return torch.float32 if size <= SMALL else torch.bfloat16
+
+
+def from_pretrained(where: dict[str, str], *, use_safetensors: bool | None, t5: bool) -> Any:
+    """The pipeline of a folder or hub id, without T5 where it has none or none is wanted.
+
+    Stock `from_pretrained` refuses a folder without T5 unless told so; every part that is null in its index is.
+    """
+    index = StableDiffusion3Pipeline.load_config(**where)
+    absent = [n for n in (*ENCODERS, *TOKENIZERS) if index.get(n, [None])[0] is None]
+    if not t5:
+        absent += [ENCODERS[2], TOKENIZERS[2]]
+    dtype = _dtype(SD3Transformer2DModel.load_config(**where, subfolder="transformer"))
+    return StableDiffusion3Pipeline.from_pretrained(
+        **where, use_safetensors=use_safetensors, dtype=dtype, **dict.fromkeys(absent)
+    )
+
+
+def from_single_file(path: str, config: Path | None, *, t5: bool) -> Any:
+    """The pipeline of one checkpoint file; `config` is a diffusers folder of that model, else the hub is asked."""
+    absent = {} if t5 else dict.fromkeys((ENCODERS[2], TOKENIZERS[2]))
+    return StableDiffusion3Pipeline.from_single_file(
+        path, config=None if config is None else str(config), local_files_only=config is not None,
+        dtype=torch.bfloat16, **absent,
+    )  # fmt: skip
+
+
+class _LastCounts(TorchFunctionMode):
+    """Attention where the last key counts `ABSENT` times."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is functional.scaled_dot_product_attention:
+            query, key = args[:2]
+            kwargs["attn_mask"] = query.new_zeros(1, 1, 1, key.shape[2])
+            kwargs["attn_mask"][..., -1] = math.log(ABSENT)
+        return func(*args, **kwargs)
+
+
+class WithoutT5(JointAttnProcessor2_0):  # type: ignore[misc]
+    """SD3's attention for one token in place of T5's 256 equal ones.
+
+    Context has no positions, so equal tokens stay equal through all layers; one of them, with the logarithm of their
+    number added to its score, is exactly all of them.
+    """
+
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any = None, *args: Any, **named: Any
+    ) -> Any:
+        if encoder_hidden_states is None:  # SD3.5's second attention sees the image alone
+            return super().__call__(attn, hidden_states, None, *args, **named)
+        with _LastCounts():
+            return super().__call__(attn, hidden_states, encoder_hidden_states, *args, **named)
+
+
+class SD3:
+    """A `StableDiffusion3Pipeline` behind the `Family` protocol; x_0 is the scaled, shifted posterior mean of its VAE.
+
+    Prompts are embedded once, by `condition`; after `release` the text encoders are gone and only known prompts work.
+
+    Args:
+        pipeline: The loaded pipeline, with two text encoders or three.
+        name: What the user called it.
+        guidance: Classifier-free guidance of every draw; 1 is none.
+        resolution: Width and height of pictures, pixels; the model's own unless given.
+        retain_prompts: Prompts for the pictures to keep.
+        device: Where network, autoencoder and (while they embed) text encoders work.
+    """
+
+    kind = "sd3"
+
+    def __init__(
+        self, pipeline: StableDiffusion3Pipeline, name: str = "model", *, guidance: float = 7.0,
+        resolution: int | None = None, retain_prompts: Sequence[str] = (), device: str = "cpu",
+    ) -> None:  # fmt: skip
+        self.pipeline, self.name, self.guidance, self.device = pipeline, name, guidance, torch.device(device)
+        self.network = pipeline.transformer.to(self.device).eval().requires_grad_(False)
+        self.schedule = Schedule.from_diffusers(pipeline.scheduler)
+        self.retain_prompts = tuple(retain_prompts)
+        config, factor = self.network.config, pipeline.vae_scale_factor
+        side = resolution or config.sample_size * factor
+        unit = factor * config.patch_size
+        if side % unit or side // unit > config.pos_embed_max_size:
+            raise UsageError(
+                f"'{name}' cannot draw {side}x{side} pixels",
+                f"Give a --resolution that is a multiple of {unit}, {unit * config.pos_embed_max_size} at most.",
+            )
+        self.shape = (config.in_channels, side // factor, side // factor)
+        self.picture = (3, side, side)
+        self.short = pipeline.text_encoder_3 is None
+        if self.short:
+            self.network.set_attn_processor(WithoutT5())
+        self.plain = False
+        self.prompts: list[str] = []
+        self._embeds: list[Tensor] = []
+        self._pooled: list[Tensor] = []
+        self.condition([""])
+
+    @property
+    def scheduler_config(self) -> Any:
+        """Configuration of its diffusers scheduler."""
+        return self.pipeline.scheduler.config
+
+    @torch.no_grad()
+    def condition(self, prompts: Sequence[str]) -> Tensor:
+        """The row of each prompt, (len(prompts),); row 0 is the empty one.
+
+        Raises:
+            UsageError: If a prompt is longer than the tokenizer allows.
+            CannotRun: If the text encoders were released and a prompt is new.
+        """
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self.prompts:
+                self._check_length(prompt)
+                embeds, _, pooled, _ = self.pipeline.encode_prompt(
+                    prompt, prompt, prompt, device=self.device, do_classifier_free_guidance=False
+                )
+                length = self.pipeline.tokenizer_max_length + 1 if self.short else embeds.shape[1]
+                self.prompts.append(prompt)
+                self._embeds.append(embeds[0, :length])
+                self._pooled.append(pooled[0])
+        return torch.tensor([self.prompts.index(p) for p in prompts])
+
+    def _check_length(self, prompt: str) -> None:
+        if self.pipeline.text_encoder is None:
+            raise CannotRun(f"the prompt '{prompt}' came after the text encoders were released", "Name it earlier.")
+        found = len(self.pipeline.tokenizer(prompt).input_ids)
+        most = self.pipeline.tokenizer_max_length
+        if found > most:
+            raise UsageError(
+                f"the prompt '{prompt[:40]}...' has {found} tokens, the tokenizer allows {most}", "Shorten it."
+            )
+
+    def release(self) -> None:
+        """Drop the text encoders: the prompts known so far stay."""
+        for name in ENCODERS:
+            setattr(self.pipeline, name, None)
+
+    @torch.no_grad()
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Scaled, shifted posterior means, (N, 16, H / 8, W / 8), float32, on the CPU."""
+        vae = self.pipeline.vae
+        parts = [vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mode() for part in torch.split(pictures, 8)]
+        if not parts:
+            return torch.empty(0, *self.shape)
+        latents: Tensor = (torch.cat(parts).float() - vae.config.shift_factor) * vae.config.scaling_factor
+        return latents.cpu()
+
+    @torch.no_grad()
+    def decode(self, x_0: Tensor) -> Tensor:
+        """Pictures in [-1, 1], (N, 3, H, W), on the CPU."""
+        vae = self.pipeline.vae
+        x_0 = x_0 / vae.config.scaling_factor + vae.config.shift_factor
+        parts = [vae.decode(part.to(vae.device, vae.dtype)).sample.float().cpu() for part in torch.split(x_0, 8)]
+        return torch.cat(parts).clamp(-1, 1)
+
+    def predict(self, x_t: Tensor, index: Tensor, condition: Tensor) -> Tensor:
+        """The network's answer at (x_t, index, condition), float32, on the device of x_t."""
+        return self._says(x_t, self.schedule.timesteps[index.cpu()], condition)
+
+    def _says(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        dtype = self._embeds[0].dtype
+        rows = condition.tolist()
+        with self._adapter():
+            answer: Tensor = self.network(
+                x_t.to(self.device, dtype),
+                torch.stack([self._embeds[r] for r in rows]).to(self.device),
+                torch.stack([self._pooled[r] for r in rows]).to(self.device),
+                timesteps.to(self.device, torch.float32),
+                return_dict=False,
+            )[0]
+        return answer.float().to(x_t.device)
+
+    @contextmanager
+    def _adapter(self) -> Iterator[None]:
+        """Switch the LoRA off for the length of a call, where this is the view without it."""
+        if not self.plain or not getattr(self.network, "_hf_peft_config_loaded", False):
+            yield
+            return
+        self.network.disable_adapters()
+        try:
+            yield
+        finally:
+            self.network.enable_adapters()
+
+    def trainable(self, scope: Scope, *, rank: int = 16, alpha: int = 16, seed: int = 0) -> list[nn.Parameter]:
+        """`full`, or `lora`: an adapter on `LORA_TARGETS`, added now unless it is there."""
+        if scope == "bottleneck":
+            raise UsageError(f"'{self.name}' has no bottleneck", "Give --train lora or full.")
+        if scope == "full":
+            return list(self.network.parameters())
+        if not getattr(self.network, "_hf_peft_config_loaded", False):
+            from peft import LoraConfig
+
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                self.network.add_adapter(
+                    LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
+                )
+        return [p for name, p in self.network.named_parameters() if ".lora_" in name]
+
+    def _sampler(self, steps: int) -> Any:
+        sampler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler_config)
+        sampler.set_timesteps(steps)
+        return sampler
+
+    def levels(self, steps: int) -> list[int]:
+        """The schedule rows nearest to the levels that `denoise` visits, from noisy to clean."""
+        return [self.schedule.index_of(float(t)) for t in self._sampler(steps).timesteps]
+
+    @torch.no_grad()
+    def denoise(self, x_t: Tensor, *, steps: int, start: int | None = None, condition: Tensor | None = None) -> Tensor:
+        """Euler steps along the flow with classifier-free guidance, as the pipeline does; returns latents."""
+        condition = torch.zeros(len(x_t), dtype=torch.long) if condition is None else condition
+        sampler, first = self._sampler(steps), 0
+        if start is not None:
+            first = sum(row > start for row in self.levels(steps))
+        sampler.set_begin_index(first)
+        for t in sampler.timesteps[first:]:
+            x_t = sampler.step(self._guided(x_t, t.expand(len(x_t)), condition), t, x_t).prev_sample
+        return x_t
+
+    def _guided(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+        if self.guidance == 1 or not condition.any():
+            return self._says(x_t, timesteps, condition)
+        rows = torch.cat([torch.zeros_like(condition), condition])
+        plain, asked = self._says(torch.cat([x_t, x_t]), timesteps.repeat(2), rows).chunk(2)
+        return plain + self.guidance * (asked - plain)
+
+    def copy(self) -> SD3:
+        """An independent model with equal, frozen weights; autoencoder and text encoders are shared."""
+        twin = copy.copy(self)
+        parts = {**self.pipeline.components, "transformer": copy.deepcopy(self.network)}
+        twin.pipeline = StableDiffusion3Pipeline(**parts)
+        twin.network = twin.pipeline.transformer.requires_grad_(False).eval()
+        return twin
+
+    def reference(self, scope: Scope) -> SD3:
+        """For `lora` the same network with the adapter off, no second copy; else a copy."""
+        if scope != "lora":
+            return self.copy()
+        view = copy.copy(self)
+        view.plain = True
+        return view
+
+    def save(self, folder: Path) -> None:
+        """A diffusers folder, in the weights' own precision."""
+        self.pipeline.save_pretrained(folder)
+
+    def save_lora(self, folder: Path, factors: dict[str, Tensor], *, rank: int, alpha: int) -> None:
+        """What `pipeline.load_lora_weights(folder)` opens, with PEFT's configuration in its header."""
+        from peft import LoraConfig
+
+        layers = sorted({name.rsplit(".lora_", 1)[0] for name in factors})
+        metadata: dict[str, Any] = LoraConfig(r=rank, lora_alpha=alpha).to_dict()  # type: ignore[no-untyped-call]
+        metadata["target_modules"] = layers
+        StableDiffusion3Pipeline.save_lora_weights(
+            folder, transformer_lora_layers=factors, transformer_lora_adapter_metadata=metadata
+        )
+
+    def load_lora(self, folder: Path) -> SD3:
+        """This model with that LoRA beside its weights."""
+        self.pipeline.load_lora_weights(folder, use_safetensors=True)
+        return self
