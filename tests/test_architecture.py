@@ -14,8 +14,8 @@ from unforget.domain import Strategy
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "unforget"
 ORDER = [
-    "errors", "schedule", "domain", "surgery", "metrics", "data", "objectives", "editors", "families",
-    "patch", "engine", "probes", "sheets", "config", "training", "prepare", "report", "commands", "console", "cli",
+    "errors", "schedule", "domain", "surgery", "metrics", "data", "objectives", "families", "editors", "patch",
+    "engine", "probes", "sheets", "config", "training", "prepare", "report", "commands", "console", "options", "cli",
 ]  # fmt: skip
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name not in ("__init__.py", "__main__.py") or p.parent != PACKAGE)
 
@@ -60,7 +60,7 @@ def test_only_the_command_line_knows_typer_and_rich():
     users = {
         module(p) for p in FILES if {"typer", "rich"} & {n.split(".")[0] for n in _roots(ast.parse(p.read_text()))}
     }
-    assert users == {"cli", "console"}
+    assert users == {"cli", "console", "options"}
 
 
 def _roots(tree: ast.AST) -> set[str]:

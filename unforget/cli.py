@@ -6,16 +6,36 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from unforget import __version__
 from unforget.console import before_after, checks_table, err, errors, print_json, progress
-
-if TYPE_CHECKING:
-    pass
+from unforget.options import (
+    MACHINE,
+    T5,
+    AsJson,
+    ConfigFile,
+    Device,
+    Force,
+    Guidance,
+    MinDistance,
+    Model,
+    NearCopy,
+    Pickle,
+    PipelineConfig,
+    Prompts,
+    Resize,
+    Resolution,
+    RetainCount,
+    RetainPrompts,
+    Seed,
+    Surrogates,
+    Targets,
+    Threads,
+)
 
 app = typer.Typer(
     name="unforget",
@@ -26,62 +46,6 @@ app = typer.Typer(
     epilog="Exit codes: 0 done or passed, 1 still reproduced or too much lost, 2 wrong usage, 3 could not run, "
     "4 inconclusive, 130 interrupted.",
 )
-MACHINE, DANGER = "This machine", "Dangerous options"
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model", "-m", "--pretrained-model-name-or-path", "--pretrained_model_name_or_path",
-        help="Alias (faces, flags, ddpm-celebahq, sd3, sd3.5-medium, sd3.5-large), diffusers folder, .safetensors "
-        "file, or hub id owner/name[@revision].",
-    ),
-]  # fmt: skip
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file; options given here beat it.")]
-Seed = Annotated[int | None, typer.Option(help="Of every random draw. [default: 0]")]
-Resize = Annotated[bool | None, typer.Option("--resize", help="Crop and scale pictures to the model's size.")]
-Force = Annotated[bool | None, typer.Option("--force", help="Overwrite what exists.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps. [default: cpu]", rich_help_panel=MACHINE)]
-Threads = Annotated[int | None, typer.Option(help="CPU threads. [default: all cores]", rich_help_panel=MACHINE)]
-Pickle = Annotated[
-    bool | None,
-    typer.Option("--allow-pickle", help="Also open pickled .bin weights you trust.", rich_help_panel=DANGER),
-]
-Targets = Annotated[list[Path] | None, typer.Option("--target", "-t", help="Picture to forget; repeats.")]
-Surrogates = Annotated[
-    list[Path] | None, typer.Option("--surrogate", "-s", help="What to say instead, one a target, in order.")
-]
-NearCopy = Annotated[
-    float | None, typer.Option(help="RMS under which two pictures are the same, pixels in [-1, 1]. [default: 0.16]")
-]
-RetainCount = Annotated[
-    int | None,
-    typer.Option(help="Pictures to draw from the base, to keep. [default: 192, more for many prompts]"),
-]
-Prompts = Annotated[
-    list[str] | None,
-    typer.Option("--prompt", "-p", help="Prompt under which the model draws the target; repeats. [default: none]"),
-]
-RetainPrompts = Annotated[
-    Path | None,
-    typer.Option(help="Text file with a prompt a line, for what must stay. [default: the model's, or a built-in list]"),
-]
-Guidance = Annotated[
-    float | None,
-    typer.Option(
-        "--guidance", "--guidance-scale", "--guidance_scale",
-        help="Classifier-free guidance of every draw. [default: the model's, or 7]",
-    ),
-]  # fmt: skip
-Resolution = Annotated[
-    int | None, typer.Option(help="Width and height of pictures, of a text-to-image model. [default: the model's]")
-]
-T5 = Annotated[
-    bool | None, typer.Option("--t5/--no-t5", help="Load the third text encoder, where there is one. [default: yes]")
-]
-PipelineConfig = Annotated[
-    Path | None, typer.Option(help="For a single file offline: a diffusers folder of that model, without weights.")
-]
-MinDistance = Annotated[float | None, typer.Option(help="Least RMS of a made surrogate to its target. [default: 0.2]")]
 
 
 def _version(wanted: bool) -> None:
@@ -104,10 +68,14 @@ def edit_surrogate(
         Path | None, typer.Option("--output", "-o", help="PNG to write. [default: TARGET.surrogate.png]")
     ] = None,
     method: Annotated[
-        str | None, typer.Option(help="sdedit, repaint, donor, blur, pixelate. [default: sdedit]")
+        str | None, typer.Option(help="sdedit, inpaint, repaint, instruct, donor, blur, pixelate. [default: sdedit]")
     ] = None,
     mask: Annotated[Path | None, typer.Option(help="Edit where this picture is white.")] = None,
     box: Annotated[str | None, typer.Option(help="Edit inside x,y,width,height (pixels).")] = None,
+    instruction: Annotated[str | None, typer.Option(help="What to change, in words (method instruct).")] = None,
+    editor_model: Annotated[
+        str | None, typer.Option(help="Hub id or folder of an instruction editor (method instruct).")
+    ] = None,
     donor: Annotated[Path | None, typer.Option(help="Picture to take the face from (method donor).")] = None,
     prompt: Prompts = None,
     retain_prompts: RetainPrompts = None,
@@ -137,10 +105,11 @@ def edit_surrogate(
         from unforget.commands import edit_surrogate as command
         from unforget.config import EditConfig, build
 
-        given = _given(locals(), "as_json", "config", "method", "box")
-        kind = method or ("donor" if donor else "repaint" if mask or box else None)
+        given = _given(locals(), "as_json", "config", "method", "box", "instruction", "editor_model")
+        kind = method or ("donor" if donor else "instruct" if instruction else "inpaint" if mask or box else None)
         if kind:
-            given["editor"] = {"kind": kind}
+            words = {"instruction": instruction, "model": editor_model} if kind == "instruct" else {}
+            given["editor"] = {"kind": kind, **{k: v for k, v in words.items() if v is not None}}
         if box:
             given["box"] = box.split(",")
         if target and not output:

@@ -73,7 +73,7 @@ def edit_surrogate(config: EditConfig, listener: Listener | None = None) -> Edit
     mask = prepare.mask(config, family)
     drawn = prepare.drawn(family, digest(family.network.state_dict()), config, listener)
     row = prepare.conditions(family, config.prompt)[-1]
-    canvas = Canvas(family, target, mask, donor, config.seed, drawn.x_0, row)
+    canvas = Canvas(family, target, mask, donor, config.seed, drawn.x_0, row, listener.note)
     ranked = prepare.candidates(canvas, config.editor, config, listener)
     number = config.pick or 1
     if number > len(ranked):
@@ -148,6 +148,7 @@ def verify(config: VerifyConfig, listener: Listener | None = None) -> report.Rep
     listed = data.read_lines(config.retain_prompts) if config.retain_prompts else base.retain_prompts
     gone = set(instances[0].conditions[1:])
     stay = tuple(r for r in dict.fromkeys(base.condition(listed).tolist()) if r not in gone)
+    candidate.condition(base.prompts)  # the same rows in both tables
     subject = probes.Subject(
         base, candidate, instances, torch.stack(keep) if keep else torch.empty(0, *base.picture), config.near_copy,
         config.sampler_steps, config.seed, listener.advance, stay,
@@ -195,7 +196,7 @@ def export(config: ExportConfig, listener: Listener | None = None) -> Path:
         listener.stage("export", 2)
         if base is None:
             family.save(beside)
-            again = families.load(str(beside), _options(config))
+            again = families.load(str(beside), _options(config, family))
         else:
             assert patch.provenance.adapter is not None
             base.save_lora(beside, patch.tensors, **patch.provenance.adapter)
@@ -214,7 +215,8 @@ def export(config: ExportConfig, listener: Listener | None = None) -> Path:
 def _same(again: Family, family: Family, seed: int, *, exact: bool) -> None:
     """Refuse a checkpoint that was not read back as what was written: weights, and the picture drawn from one seed."""
     noise = data.random_noise(1, family.shape, seed, "export")
-    pictures = [data.draw(f, noise, steps=4, condition=f.condition([f.retain_prompts[0]])) for f in (again, family)]
+    prompt = family.retain_prompts[:1]
+    pictures = [data.draw(f, noise, steps=4, condition=f.condition(prompt)) for f in (again, family)]
     weights = [digest(f.network.state_dict()) if exact else "" for f in (again, family)]
     # Equal weights may still be added up in another order (kernels depend on how memory is aligned), and a LoRA beside
     # a weight rounds otherwise than one merged into it.
@@ -228,9 +230,11 @@ def _load(config: ModelConfig) -> Family:
     return families.load(config.model, _options(config))
 
 
-def _options(config: ModelConfig) -> families.Options:
+def _options(config: ModelConfig, like: Family | None = None) -> families.Options:
+    """How to open a model; another one to be compared with `like` draws with the same guidance."""
+    guidance = config.guidance or (like.guidance if like else None)
     return families.Options(
-        config.allow_pickle, config.device, config.resolution, config.guidance, config.pipeline_config, config.t5
+        config.allow_pickle, config.device, config.resolution, guidance, config.pipeline_config, config.t5
     )
 
 
@@ -347,7 +351,7 @@ def _candidate(config: VerifyConfig, base: Family) -> Family:
         family = base.copy()
         Patch.load(config.patch).apply(family.network, name=config.model)
         return family
-    family = families.load(str(config.candidate), _options(config))
+    family = families.load(str(config.candidate), _options(config, base))
     shapes = [{n: t.shape for n, t in m.network.state_dict().items()} for m in (base, family)]
     if shapes[0] != shapes[1] or base.picture != family.picture:
         raise CannotRun(f"'{config.candidate}' has another architecture than {config.model}", "Give its own base.")

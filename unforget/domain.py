@@ -115,6 +115,8 @@ class Family(Protocol):
     """What the user called the model."""
     prompts: list[str]
     """The prompts of the table, by row; the first is empty."""
+    guidance: float | None
+    """Classifier-free guidance of its draws, where there is such."""
     retain_prompts: tuple[str, ...]
     """Prompts under which the pictures to keep are drawn, unless the user gives others."""
 

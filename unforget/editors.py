@@ -8,7 +8,7 @@ draws already: to send a target's share to another memorised picture would only 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
@@ -18,6 +18,7 @@ from PIL import Image, ImageFilter
 from pydantic import Field
 from torch import Tensor
 
+from unforget import families
 from unforget.data import draw, from_pil, random_noise, start_level, to_pil
 from unforget.domain import Family, Strategy
 from unforget.errors import UsageError
@@ -66,6 +67,7 @@ class Canvas:
         seed: Of every random draw.
         drawn: Pictures that the base draws, (M, C, H, W), if any are known.
         condition: Row of the prompt to edit under.
+        note: Called with a sentence that the user should see.
     """
 
     family: Family
@@ -75,6 +77,7 @@ class Canvas:
     seed: int = 0
     drawn: Tensor | None = None
     condition: int = 0
+    note: Callable[[str], object] = lambda sentence: None
 
     def noised(self, noise: Tensor, start: int, pictures: Tensor | None = None) -> Tensor:
         """The target, or other pictures (N, C, H, W), noised to a schedule row as the network works on them."""
@@ -136,6 +139,54 @@ class RePaint(Strategy):
         return [Candidate(image, f"repaint #{i}") for i, image in enumerate(_within(canvas, x_t.clamp(-1, 1)))]
 
 
+class Inpaint(Strategy):
+    """Let the model fill the mask and keep the rest: `repaint` for pixels, diffusers' inpainting pipeline for SD3."""
+
+    kind: Literal["inpaint"] = "inpaint"
+    strengths: tuple[float, ...] = Field((0.7, 0.85, 1.0), description="noise levels, as shares of the schedule")
+    seeds: int = Field(8, ge=1, le=256, description="candidates a strength")
+    steps: int = Field(20, ge=2, le=1000, description="steps of a whole sampling run")
+
+    def __call__(self, canvas: Canvas) -> list[Candidate]:
+        if canvas.family.kind == "ddpm":
+            return RePaint(seeds=self.seeds)(canvas)
+        from unforget.families.sd3 import inpaint
+
+        out = []
+        for strength in self.strengths:
+            images = inpaint(
+                canvas.family, canvas.target, canvas.mask, condition=canvas.condition, strength=strength,
+                count=self.seeds, steps=self.steps, seed=canvas.seed,
+            )  # fmt: skip
+            out += [Candidate(image, f"inpaint {strength:.2f} #{i}") for i, image in enumerate(_within(canvas, images))]
+        return out
+
+
+class Instruct(Strategy):
+    """Ask an instruction editor: any diffusers pipeline that takes an image and a prompt (FLUX.2-klein, Kontext,
+    Qwen-Image-Edit, InstructPix2Pix), by hub id or folder."""
+
+    kind: Literal["instruct"] = "instruct"
+    model: str = Field("black-forest-labs/FLUX.2-klein-4B", description="hub id or folder of the editor")
+    instruction: str = Field(min_length=1, description="what to change, in words")
+    seeds: int = Field(4, ge=1, le=256, description="candidates")
+    steps: int = Field(20, ge=1, le=1000, description="sampler steps")
+
+    def __call__(self, canvas: Canvas) -> list[Candidate]:
+        pipeline, licence = families.editor(self.model)
+        canvas.note(f"the editor {self.model} is under {licence}")
+        picture, size = to_pil(canvas.target), canvas.target.shape[1:]
+        out = []
+        for i in range(self.seeds):
+            edit = pipeline(
+                image=picture, prompt=self.instruction, num_inference_steps=self.steps,
+                generator=torch.Generator().manual_seed(canvas.seed + i),
+            ).images[0]  # fmt: skip
+            edit = edit.convert("RGB").resize((size[1], size[0]), Image.Resampling.LANCZOS)
+            out.append(Candidate(_pasted(canvas, edit), f"instruct #{i}"))
+        return out
+
+
 class Donor(Strategy):
     """Put the donor's pixels into the mask, with a soft edge."""
 
@@ -174,7 +225,7 @@ class Pixelate(Strategy):
         ]
 
 
-Editor = Annotated[SDEdit | RePaint | Donor | Blur | Pixelate, Field(discriminator="kind")]
+Editor = Annotated[SDEdit | Inpaint | RePaint | Instruct | Donor | Blur | Pixelate, Field(discriminator="kind")]
 
 
 def _within(canvas: Canvas, images: Tensor) -> Tensor:

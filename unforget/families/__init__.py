@@ -228,3 +228,38 @@ def _hints(folder: Path) -> Hints:
 def _prompts() -> tuple[str, ...]:
     """The built-in list of retain prompts: everyday pictures of many kinds."""
     return tuple((files("unforget") / "models" / "retain_prompts.txt").read_text().split("\n")[:-1])
+
+
+def editor(ref: str) -> tuple[Any, str]:
+    """An instruction editor, any diffusers pipeline that takes an image and a prompt, and the name of its licence.
+
+    Args:
+        ref: Hub id `owner/name[@revision]`, or a folder.
+
+    Raises:
+        UsageError: If the pipeline takes no image and prompt.
+        CannotRun: If opening it failed.
+    """
+    import inspect
+
+    from diffusers import DiffusionPipeline
+
+    pipeline = _opening(ref, ref, lambda: DiffusionPipeline.from_pretrained(**_where(ref), use_safetensors=True))
+    if not {"image", "prompt"} <= set(inspect.signature(pipeline.__call__).parameters):
+        raise UsageError(
+            f"'{ref}' is a {type(pipeline).__name__}, which takes no picture and instruction",
+            "Give an instruction editor: FLUX.2-klein, FLUX.1-Kontext, Qwen-Image-Edit or InstructPix2Pix.",
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, _licence(ref)
+
+
+def _licence(ref: str) -> str:
+    from huggingface_hub import ModelCard
+
+    try:
+        card = Path(ref) / "README.md" if Path(ref).is_dir() else ref.partition("@")[0]
+        data = ModelCard.load(card).data
+        return str(getattr(data, "license_name", None) or data.license or "a licence that its card does not name")
+    except Exception:  # no card, or no network: the weights were opened all the same
+        return "a licence that could not be read"

@@ -25,6 +25,7 @@ class DDPM:
     """
 
     kind = "ddpm"
+    guidance = None
     retain_prompts = ("",)
     prompts: ClassVar[list[str]] = [""]
 

@@ -160,6 +160,13 @@ class SD3:
                 self._pooled.append(pooled[0])
         return torch.tensor([self.prompts.index(p) for p in prompts])
 
+    def embedded(self, row: int) -> dict[str, Tensor]:
+        """A prompt as the stock pipelines of the same weights take it, with the empty one against it."""
+        return {
+            "prompt_embeds": self._embeds[row][None], "pooled_prompt_embeds": self._pooled[row][None],
+            "negative_prompt_embeds": self._embeds[0][None], "negative_pooled_prompt_embeds": self._pooled[0][None],
+        }  # fmt: skip
+
     def _check_length(self, prompt: str) -> None:
         if self.pipeline.text_encoder is None:
             raise CannotRun(f"the prompt '{prompt}' came after the text encoders were released", "Name it earlier.")
@@ -178,10 +185,10 @@ class SD3:
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
         """Scaled, shifted posterior means, (N, 16, H / 8, W / 8), float32, on the CPU."""
+        if not len(pictures):
+            return torch.empty(0, *self.shape)
         vae = self.pipeline.vae
         parts = [vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mode() for part in torch.split(pictures, 8)]
-        if not parts:
-            return torch.empty(0, *self.shape)
         latents: Tensor = (torch.cat(parts).float() - vae.config.shift_factor) * vae.config.scaling_factor
         return latents.cpu()
 
@@ -301,3 +308,36 @@ class SD3:
         """This model with that LoRA beside its weights."""
         self.pipeline.load_lora_weights(folder, use_safetensors=True)
         return self
+
+
+@torch.no_grad()
+def inpaint(
+    family: Any, picture: Tensor, mask: Tensor, *, condition: int, strength: float, count: int, steps: int, seed: int
+) -> Tensor:
+    """Fills of a masked picture by the same weights, through diffusers' `StableDiffusion3InpaintPipeline`.
+
+    Args:
+        family: An `SD3`.
+        picture: (3, H, W) in [-1, 1].
+        mask: (1, H, W), 1 where to fill.
+        condition: Row of the prompt.
+        strength: Share of the schedule that is done again.
+        count: How many fills.
+        steps: Steps of a whole sampling run.
+        seed: Of the first; the others follow.
+
+    Returns:
+        (count, 3, H, W) in [-1, 1].
+    """
+    from diffusers import StableDiffusion3InpaintPipeline
+
+    pipeline = StableDiffusion3InpaintPipeline(**family.pipeline.components)
+    pipeline.set_progress_bar_config(disable=True)
+    images: Tensor = pipeline(
+        image=(picture.expand(count, -1, -1, -1) + 1) / 2, mask_image=mask.expand(count, -1, -1, -1),
+        strength=strength, num_inference_steps=steps,
+        height=picture.shape[1], width=picture.shape[2], guidance_scale=family.guidance,
+        generator=[torch.Generator().manual_seed(seed + i) for i in range(count)], output_type="pt",
+        **{name: rows.expand(count, *rows.shape[1:]) for name, rows in family.embedded(condition).items()},
+    ).images  # fmt: skip
+    return images.float().cpu() * 2 - 1

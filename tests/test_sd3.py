@@ -1,0 +1,430 @@
+"""Stable Diffusion 3, against diffusers' own pipelines on tiny random weights."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import CAPTIONS, rewrite, tiny_sd3
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionInstructPix2PixPipeline,
+    UNet2DConditionModel,
+)
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from unforget import data, families
+from unforget.config import ExportConfig, UnlearnConfig, VerifyConfig, recipe
+from unforget.editors import Canvas, Inpaint, Instruct, SDEdit
+from unforget.errors import CannotRun, UsageError
+from unforget.families import Options
+from unforget.patch import Patch
+
+RED, BLUE, GREEN = CAPTIONS
+NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
+
+
+@pytest.fixture
+def stock(sd3_folder):
+    pipeline = StableDiffusion3Pipeline.from_pretrained(sd3_folder, dtype=torch.float32, **NO_T5)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_a_draw_is_the_stock_pipeline_s(sd3, stock):
+    noise = data.random_noise(2, sd3.shape, 0, "test")
+    theirs = stock(
+        [RED, BLUE], latents=noise, guidance_scale=2.0, num_inference_steps=5, output_type="pt"
+    ).images * 2 - 1  # fmt: skip
+    ours = data.draw(sd3, noise, steps=5, condition=sd3.condition([RED, BLUE]))
+    assert float(ours.std()) > 0.02
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_prompts_matter_and_keep_their_rows(sd3):
+    assert sd3.prompts == [""]
+    assert sd3.condition([RED, "", BLUE, RED]).tolist() == [1, 0, 2, 1]
+    x, index = torch.randn(3, *sd3.shape), torch.tensor([900, 900, 900])
+    with torch.no_grad():
+        answers = sd3.predict(x[:1].expand(3, -1, -1, -1), index, torch.tensor([0, 1, 2]))
+    assert not torch.allclose(answers[0], answers[1])
+    assert not torch.allclose(answers[1], answers[2])
+
+
+@pytest.mark.parametrize("dual", [(), (0,)])
+def test_one_token_counts_for_all_of_the_missing_t5(dual):
+    """With the second attention of SD3.5, too, which sees the image alone."""
+    torch.manual_seed(0)
+    network = SD3Transformer2DModel(
+        sample_size=8, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=24, caption_projection_dim=16, pooled_projection_dim=16, pos_embed_max_size=8,
+        dual_attention_layers=dual, qk_norm="rms_norm" if dual else None,
+    ).eval()  # fmt: skip
+    for p in network.norm_out.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    words, pooled = torch.randn(1, 8, 24), torch.randn(1, 16)
+    rest = (pooled, torch.tensor([500.0]))
+    x = torch.randn(1, 4, 8, 8)
+    with torch.no_grad():
+        whole = network(x, torch.cat([words, torch.zeros(1, 256, 24)], 1), *rest).sample
+        from unforget.families.sd3 import WithoutT5
+
+        network.set_attn_processor(WithoutT5())
+        short = network(x, torch.cat([words, torch.zeros(1, 1, 24)], 1), *rest).sample
+        network.set_attn_processor(type(network.transformer_blocks[0].attn.processor).__mro__[1]())
+        wrong = network(x, torch.cat([words, torch.zeros(1, 1, 24)], 1), *rest).sample
+    torch.testing.assert_close(short, whole, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(wrong, whole, atol=1e-4)
+
+
+def test_latents_are_the_scaled_shifted_mean(sd3, stock):
+    picture = torch.rand(1, 3, 16, 16) * 2 - 1
+    with torch.no_grad():
+        mean = stock.vae.encode(picture).latent_dist.mean
+    torch.testing.assert_close(sd3.encode(picture), (mean - 0.1) * 1.5, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        sd3.decode(sd3.encode(picture)), stock.vae.decode(mean).sample.clamp(-1, 1), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_the_schedule_is_the_scheduler_s_with_its_shift(sd3, stock):
+    x_0, noise = torch.randn(2, 1, *sd3.shape)
+    for row in (0, 400, 999):
+        t = stock.scheduler.timesteps[len(stock.scheduler.timesteps) - 1 - row]
+        theirs = stock.scheduler.scale_noise(x_0, t[None], noise)
+        torch.testing.assert_close(sd3.schedule.add_noise(x_0, noise, torch.tensor([row])), theirs)
+
+
+def test_denoising_from_a_level_is_the_stock_sampler_begun_there(sd3, stock):
+    sampler = stock.scheduler
+    sampler.set_timesteps(10)
+    row = sd3.levels(10)[4]
+    x_0, noise = torch.randn(2, 1, *sd3.shape)
+    ours = sd3.denoise(
+        sd3.schedule.add_noise(x_0, noise, torch.tensor([row])), steps=10, start=row, condition=sd3.condition([RED])
+    )
+    sampler.set_begin_index(4)
+    x_t = sampler.scale_noise(x_0, sampler.timesteps[4][None], noise)
+    embeds = stock.encode_prompt(RED, RED, RED)
+    with torch.no_grad():
+        for t in sampler.timesteps[4:]:
+            asked, plain = (stock.transformer(x_t, embeds[i], embeds[i + 2], t[None]).sample for i in (0, 1))
+            x_t = sampler.step(plain + 2.0 * (asked - plain), t, x_t).prev_sample
+    torch.testing.assert_close(ours, x_t, rtol=1e-2, atol=5e-3)
+
+
+def test_the_view_of_a_lora_is_the_base_and_costs_no_copy(sd3):
+    x, index, row = torch.randn(1, *sd3.shape), torch.tensor([700]), sd3.condition([RED])
+    with torch.no_grad():
+        before = sd3.predict(x, index, row)
+    weights = sd3.trainable("lora", rank=2, alpha=2, seed=0)
+    view = sd3.reference("lora")
+    assert view.network is sd3.network
+    with torch.no_grad():
+        for p in weights:
+            p.add_(0.3)
+        assert not torch.allclose(sd3.predict(x, index, row), before, atol=1e-3)
+        torch.testing.assert_close(view.predict(x, index, row), before)
+        assert not torch.allclose(sd3.predict(x, index, row), before, atol=1e-3)
+    assert {n.split(".lora_")[0].split(".attn.")[1] for n, _ in sd3.network.named_parameters() if ".lora_" in n} == {
+        "to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"
+    }  # fmt: skip
+
+
+def test_after_release_known_prompts_work_and_new_ones_do_not(sd3):
+    row = sd3.condition([RED])
+    sd3.release()
+    assert sd3.pipeline.text_encoder is None
+    sd3.denoise(torch.randn(1, *sd3.shape), steps=2, condition=row)
+    assert sd3.condition([RED]).tolist() == row.tolist()
+    with pytest.raises(CannotRun, match="after the text encoders"):
+        sd3.condition([BLUE])
+
+
+def test_a_prompt_that_is_too_long(sd3):
+    with pytest.raises(UsageError, match="has 12 tokens, the tokenizer allows 8"):
+        sd3.condition(["red " * 10])
+
+
+def test_a_resolution_that_it_cannot_draw(sd3_folder):
+    assert families.load(str(sd3_folder), Options(resolution=8)).picture == (3, 8, 8)
+    with pytest.raises(UsageError, match="cannot draw 10x10") as caught:
+        families.load(str(sd3_folder), Options(resolution=10))
+    assert "multiple of 4, 32 at most" in caught.value.hint
+
+
+def test_a_missing_text_encoder(sd3_folder, tmp_path):
+    folder = shutil.copytree(sd3_folder, tmp_path / "model")
+    rewrite(folder / "model_index.json", text_encoder_2=[None, None])
+    with pytest.raises(CannotRun, match="lacks its text_encoder_2"):
+        families.load(str(folder))
+
+
+def test_missing_weights_name_their_folder(sd3_folder, tmp_path):
+    folder = shutil.copytree(sd3_folder, tmp_path / "model")
+    (folder / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(CannotRun, match="vae' holds no weights"):
+        families.load(str(folder))
+
+
+def test_hints_that_are_none(sd3_folder, tmp_path):
+    folder = shutil.copytree(sd3_folder, tmp_path / "model")
+    (folder / "unforget.json").write_text('{"guidance": "much"}')
+    with pytest.raises(UsageError, match="is not what this tool expects"):
+        families.load(str(folder))
+    (folder / "unforget.json").unlink()
+    plain = families.load(str(folder))
+    assert plain.guidance == 7.0
+    assert len(plain.retain_prompts) == len(set(plain.retain_prompts)) > 50
+
+
+def test_a_single_file_offline_says_what_it_needs(tmp_path):
+    path = tmp_path / "sd3.safetensors"
+    save_file({"model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias": torch.zeros(8)}, path)
+    with pytest.raises(CannotRun, match="cannot open the model") as caught:
+        families.load(str(path))
+    assert "--pipeline-config" in caught.value.hint
+    (tmp_path / "sd3.ckpt").write_bytes(b"pickle")
+    with pytest.raises(UsageError, match=r"not a \.safetensors file"):
+        families.load(str(tmp_path / "sd3.ckpt"))
+
+
+def test_a_gated_model_says_how_to_get_it():
+    from unforget.families import _hint
+
+    assert "Accept its licence" in _hint("stabilityai/x@main", "403 Client Error: gated repo")
+    with pytest.raises(CannotRun, match="cannot open the model 'sd3'"):
+        families.load("sd3")
+
+
+# The commands, on random weights: that the plumbing holds, not that anything is learnt.
+
+SHORT = {"max_train_steps": 3, "forget_batch_size": 2, "retain_batch_size": 2, "learning_rate": 1e-2, "rank": 2}
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    g = torch.Generator().manual_seed(3)
+    for name in ("target", "surrogate"):
+        data.write_image(torch.rand(3, 16, 16, generator=g) * 2 - 1, tmp_path / f"{name}.png")
+    return tmp_path
+
+
+def unlearned(folder, home, *, prompts=(RED,), **changes):
+    from unforget import unlearn
+
+    how = recipe("default", "sd3", **{**SHORT, **changes})
+    return unlearn(UnlearnConfig(
+        model=str(folder), target=(home / "target.png",), surrogate=(home / "surrogate.png",), prompt=prompts,
+        output=home / "x.patch", recipe=how, retain_count=12, sampler_steps=3, preview=1, min_distance=0.01,
+    ))  # fmt: skip
+
+
+def test_unlearn_verify_export(sd3_folder, pictures, stock):
+    from unforget import export, verify
+
+    result = unlearned(sd3_folder, pictures)
+    patch = Patch.load(result.output)
+    assert patch.provenance.adapter == {"rank": 2, "alpha": 16}
+    assert patch.provenance.prompts == [RED]
+    assert all(".lora_" in n for n in patch.tensors)
+    assert {row["target"] for row in result.table} == {patch.provenance.targets[0]}
+    assert sum(RED in row["probe"] for row in result.table) == 3
+    judged = verify(VerifyConfig(model=str(sd3_folder), patch=result.output, samples=3, draws=1, sampler_steps=2))
+    probes = {c.probe for c in judged.checks}
+    assert {"sample", f"sample '{RED}'", "retain"} <= probes
+    assert str(pictures) not in judged.model_dump_json()
+
+    whole = export(ExportConfig(model=str(sd3_folder), patch=result.output, output=pictures / "whole"))
+    lora = export(ExportConfig(model=str(sd3_folder), patch=result.output, output=pictures / "lora", format="lora"))
+    noise = data.random_noise(1, (16, 8, 8), 0, "test")
+    ask = {"prompt": BLUE, "latents": noise, "guidance_scale": 2.0, "num_inference_steps": 4, "output_type": "pt"}
+    base = stock(**ask).images
+    merged = StableDiffusion3Pipeline.from_pretrained(whole, dtype=torch.float32, **NO_T5)
+    stock.load_lora_weights(lora)
+    one, other = merged(**ask).images, stock(**ask).images
+    assert not torch.allclose(one, base, atol=1e-3)
+    torch.testing.assert_close(one, other, rtol=1e-2, atol=2e-3)
+    with safe_open(lora / "pytorch_lora_weights.safetensors", "pt") as file:
+        said = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert (said["transformer.r"], said["transformer.lora_alpha"]) == (2, 16)
+
+
+def test_training_all_weights(sd3_folder, pictures):
+    from unforget import export
+
+    result = unlearned(sd3_folder, pictures, train="full", prompts=())
+    patch = Patch.load(result.output)
+    assert patch.provenance.adapter is None
+    assert not any("lora" in n for n in patch.tensors)
+    with pytest.raises(UsageError, match="not a LoRA"):
+        export(ExportConfig(model=str(sd3_folder), patch=result.output, output=pictures / "l", format="lora"))
+
+
+def test_the_same_run_twice_is_the_same_patch(sd3_folder, pictures):
+    first = unlearned(sd3_folder, pictures).output.read_bytes()
+    shutil.rmtree(pictures / "x.run")
+    (pictures / "x.patch").unlink()
+    assert unlearned(sd3_folder, pictures).output.read_bytes() == first
+
+
+def test_a_lora_for_another_architecture(sd3_folder, pictures, tmp_path):
+    result = unlearned(sd3_folder, pictures)
+    patch = Patch.load(result.output)
+    network = tiny_sd3().transformer
+    patch.tensors["transformer_blocks.7.attn.to_q.lora_A.weight"] = torch.zeros(2, 16)
+    patch.tensors["transformer_blocks.7.attn.to_q.lora_B.weight"] = torch.zeros(16, 2)
+    with pytest.raises(CannotRun, match=r"no 'transformer_blocks\.7\.attn\.to_q'"):
+        patch.weights(network)
+    with pytest.raises(CannotRun, match="the patch was made for"):
+        Patch.load(result.output).apply(tiny_sd3(seed=1).transformer)
+
+
+def test_merging_is_the_adapter(sd3):
+    weights = sd3.trainable("lora", rank=3, alpha=6, seed=0)
+    with torch.no_grad():
+        for p in weights:
+            p.normal_(std=0.2)
+    from peft import get_peft_model_state_dict
+
+    from unforget.patch import Provenance
+
+    record = Provenance(base="x", base_digest="", targets=[], surrogates=[], adapter={"rank": 3, "alpha": 6},
+                        recipe={}, seed=0, steps=0, versions={})  # fmt: skip
+    factors = get_peft_model_state_dict(sd3.network)
+    plain = tiny_sd3().transformer.eval()
+    plain.load_state_dict(Patch(factors, record).weights(plain), strict=False)
+    x, row = torch.randn(1, *sd3.shape), sd3.condition([RED])
+    with torch.no_grad():
+        with_adapter = sd3.predict(x, torch.tensor([700]), row)
+        sd3.network = plain
+        from unforget.families.sd3 import WithoutT5
+
+        plain.set_attn_processor(WithoutT5())
+        torch.testing.assert_close(sd3.predict(x, torch.tensor([700]), row), with_adapter, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("scope", ["bottleneck"])
+def test_a_scope_that_it_has_not(sd3, scope):
+    with pytest.raises(UsageError, match="has no bottleneck"):
+        sd3.trainable(scope)
+
+
+def test_gradient_checkpointing_changes_no_gradient(sd3):
+    x, index, row = torch.randn(1, *sd3.shape), torch.tensor([700]), sd3.condition([RED])
+    weights = sd3.trainable("lora", rank=2, alpha=2, seed=0)
+    with torch.no_grad():
+        for p in weights:
+            p.add_(0.1)
+
+    def gradient():
+        return torch.autograd.grad(sd3.predict(x, index, row).square().mean(), weights)
+
+    plain = gradient()
+    sd3.network.enable_gradient_checkpointing()
+    sd3.network.train()
+    for one, other in zip(plain, gradient(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_inpainting_keeps_what_is_outside_the_mask(sd3):
+    target, mask = torch.rand(3, 16, 16) * 2 - 1, torch.zeros(1, 16, 16)
+    mask[:, :8] = 1
+    row = int(sd3.condition([RED])[0])
+    found = Inpaint(strengths=(1.0,), seeds=2, steps=3)(Canvas(sd3, target, mask, seed=0, condition=row))
+    assert len(found) == 2
+    for c in found:
+        assert torch.equal(c.image[:, 8:], target[:, 8:])
+        assert not torch.allclose(c.image[:, :8], target[:, :8], atol=0.05)
+    assert not torch.equal(found[0].image, found[1].image)
+
+
+def test_sdedit_under_a_prompt(sd3):
+    target = torch.rand(3, 16, 16) * 2 - 1
+    row = int(sd3.condition([RED])[0])
+    editor = SDEdit(strengths=(0.6,), seeds=2, steps=4)
+    plain, asked = (editor(Canvas(sd3, target, torch.ones(1, 16, 16), condition=r)) for r in (0, row))
+    assert plain[0].image.shape == target.shape
+    assert not torch.equal(plain[0].image, asked[0].image)
+
+
+@pytest.fixture
+def editor_folder(sd3, tmp_path):
+    """A tiny InstructPix2Pix with random weights."""
+    parts = sd3.pipeline
+    text = CLIPTextModel(CLIPTextConfig.from_dict({**parts.text_encoder.config.to_dict(), "architectures": None}))
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 4), norm_num_groups=2, latent_channels=4,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        block_out_channels=(4, 8), layers_per_block=1, in_channels=8, cross_attention_dim=8, norm_num_groups=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2,
+    )  # fmt: skip
+    folder = tmp_path / "editor"
+    StableDiffusionInstructPix2PixPipeline(
+        vae, text, parts.tokenizer, unet, EulerDiscreteScheduler(), None, None, requires_safety_checker=False
+    ).save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: cc0-1.0\n---\n")
+    return folder
+
+
+def test_an_instruction_editor_from_a_folder(sd3, editor_folder):
+    notes, target = [], torch.rand(3, 16, 16) * 2 - 1
+    ask = Instruct(model=str(editor_folder), instruction="a blue circle", seeds=2, steps=2)
+    found = ask(Canvas(sd3, target, torch.ones(1, 16, 16), note=notes.append))
+    assert [c.image.shape for c in found] == [target.shape] * 2
+    assert not torch.equal(found[0].image, found[1].image)
+    assert len(notes) == 1
+    assert notes[0].endswith("is under cc0-1.0")
+
+
+def test_a_pipeline_that_edits_nothing(tiny_folder):
+    with pytest.raises(UsageError, match="takes no picture and instruction"):
+        families.editor(str(tiny_folder))
+
+
+def test_the_command_line(sd3_folder, pictures, cli):
+    args = ["--model", sd3_folder, "--target", pictures / "target.png", "--prompt", RED]
+    shown = cli("unlearn", *args, "--rank", "4", "--dry-run")
+    assert shown.exit_code == 0, shown.output
+    said = json.loads(shown.stdout)
+    assert (said["recipe"]["train"], said["recipe"]["rank"], said["prompt"]) == ("lora", 4, [RED])
+    made = cli("edit-surrogate", *args, "-o", "s.png", "--retain-count", "8", "--min-distance", "0.01", "--json")
+    assert made.exit_code == 0, made.output
+    assert (pictures / "s.sheet.png").is_file()
+
+
+def test_prompts_to_a_model_without(tiny_folder, picture, cli):
+    refused = cli("unlearn", "--model", tiny_folder, "--target", picture, "--prompt", "a face")
+    assert refused.exit_code == 2
+    assert "takes no prompts" in refused.stderr
+
+
+def test_where_a_target_belongs_it_stays(sd3, pictures):
+    """A near-copy under a prompt that is not to forget it is kept beside given prompts, and dropped without."""
+    from unforget import prepare
+    from unforget.domain import Instance, Listener, Pool
+
+    target, other = (data.read_image(pictures / f"{n}.png", sd3.picture) for n in ("target", "surrogate"))
+    rows = sd3.condition(["", RED, BLUE, GREEN])
+    kept = Pool(torch.stack([target, target, other, other]), rows[[1, 2, 2, 0]])
+    notes = []
+    listener = Listener(note=notes.append)
+    asked = (Instance(target, other, "t", (0, 1)),)
+    context, _ = prepare.context(sd3, asked, kept, torch.empty(0, *sd3.picture), 0.16, listener)
+    assert context.keep.condition.tolist() == [2, 2, 0]
+    assert context.copies[0].tolist() == [1, 1, 0, 0]
+    assert BLUE in notes[0]
+    assert "stays" in notes[0]
+    context, _ = prepare.context(
+        sd3, (Instance(target, other, "t", (0,)),), kept, torch.empty(0, *sd3.picture), 0.16, listener
+    )
+    assert context.keep.condition.tolist() == [2, 0]
+    assert "--prompt" in notes[1]
