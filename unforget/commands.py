@@ -56,7 +56,7 @@ class Unlearned:
     folder: Path
     steps: int
     stopped: str
-    margin: float
+    margin: float | None
     table: list[dict[str, Any]]
     drift: dict[str, float]
     forgotten: bool

@@ -29,11 +29,11 @@ STEPS = 10
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: after how many updates, why, and at which worst margin."""
+    """How a run ended: after how many updates, why, and at which worst margin (None unless the recipe stops by it)."""
 
     steps: int
     stopped: Literal["margin", "budget"]
-    margin: float
+    margin: float | None
 
 
 class Pace:
@@ -88,6 +88,23 @@ def worst_margin(family: Family, instances: tuple[Instance, ...], draws: int = 4
         back = torch.cat([family.denoise(x, steps=STEPS, start=start, condition=rows) for x, rows in parts])
         worst = min(worst, float(margin(back, targets, surrogates).reshape(-1, draws).mean(1).min()))
     return worst
+
+
+class _Margin:
+    """The worst margin, looked at from time to time; never where the recipe does not stop by it, for it costs."""
+
+    def __init__(self, patched: Family, instances: tuple[Instance, ...], enough: float | None) -> None:
+        self.patched, self.instances, self.enough = patched, instances, enough
+        self.now, self.before = None if enough is None else worst_margin(patched, instances), -math.inf
+
+    def look(self) -> None:
+        if self.now is not None:
+            self.before, self.now = self.now, worst_margin(self.patched, self.instances)
+
+    @property
+    def held(self) -> bool:
+        """Whether the last two looks saw enough."""
+        return self.now is not None and self.enough is not None and min(self.before, self.now) >= self.enough
 
 
 def adam(weights: list[nn.Parameter], learning_rate: float, *, eight_bit: bool = False) -> torch.optim.Optimizer:
@@ -160,35 +177,35 @@ def train(
         weight.requires_grad_(True)
     optimizer = adam(weights, recipe.learning_rate, eight_bit=use_8bit_adam)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, pace.factor)
-    worst, before = worst_margin(patched, context.instances), -math.inf
+    worst = _Margin(patched, context.instances, recipe.stop_margin)
     half = mixed_precision == "bf16" or (mixed_precision == "auto" and has_bf16(weights[0].device))
     context = replace(context, base=mixed(context.base, half))
     micro_batch = micro_batch or data.in_one_pass(data.PIXELS_TRAINED, patched.picture)
     try:
-        for step in _steps(
-            mixed(patched.predict, half), context, near, recipe, seed, micro_batch, optimizer, scheduler
-        ):
+        for step in steps(mixed(patched.predict, half), context, near, recipe, seed, micro_batch, optimizer, scheduler):
             if not step.finite:
                 raise CannotRun(
                     f"the loss is not a number at step {step.number}; the last good weights are kept",
                     "Lower --learning-rate.",
                 )
             if step.number % CHECK_EVERY == 0:
-                before, worst = worst, worst_margin(patched, context.instances)
-                if recipe.stop_margin is not None and min(before, worst) >= recipe.stop_margin:
+                worst.look()
+                if worst.held:
                     pace.reach(step.number)
-            on_step(_row(step, float(scheduler.get_last_lr()[0]), worst, pace))
+            on_step(_row(step, float(scheduler.get_last_lr()[0]), worst.now, pace))
             if step.number >= pace.end:
                 break
     finally:
         patched.network.requires_grad_(False)
-    return Outcome(step.number, "margin" if pace.reached else "budget", worst_margin(patched, context.instances))
+    worst.look()
+    return Outcome(step.number, "margin" if pace.reached else "budget", worst.now)
 
 
-def _steps(
+def steps(
     says: Predict, context: Context, near: Pool, recipe: Recipe, seed: int, micro_batch: int | None,
     optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler,
 ) -> Iterator[engine.Step]:  # fmt: skip
+    """The updates of a run as `engine.run` yields them: `says` is the network in training, in its precision."""
     pairs = data.batches(
         context.instances,
         context.keep,
@@ -213,7 +230,7 @@ def _steps(
     )
 
 
-def _row(step: engine.Step, rate: float, worst: float, pace: Pace) -> dict[str, Any]:
+def _row(step: engine.Step, rate: float, worst: float | None, pace: Pace) -> dict[str, Any]:
     return {
         "step": step.number,
         "of": pace.end,
@@ -224,5 +241,5 @@ def _row(step: engine.Step, rate: float, worst: float, pace: Pace) -> dict[str, 
         "weight_retain": step.weights.retain,
         "grad_norm": step.norm,
         "learning_rate": rate,
-        "margin": worst,
+        **({} if worst is None else {"margin": worst}),
     }
