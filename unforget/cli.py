@@ -182,7 +182,9 @@ def unlearn(
     pipeline_config: PipelineConfig = None,
     t5: T5 = None,
     config: ConfigFile = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the configuration and a memory plan, and stop.")
+    ] = False,
     as_json: AsJson = False,
     force: Force = None,
     micro_batch: Annotated[
@@ -247,9 +249,10 @@ def unlearn(
             given["output"] = target[0].with_suffix(".patch").name
         resolved = build(UnlearnConfig, given, config)
         if dry_run:
-            from unforget.commands import recipe_of
+            from unforget.commands import memory_plan, recipe_of
 
-            print_json(resolved.model_copy(update={"recipe": recipe_of(resolved)}).model_dump(mode="json"))
+            shown = resolved.model_copy(update={"recipe": recipe_of(resolved)}).model_dump(mode="json")
+            print_json({**shown, "memory_gib": memory_plan(resolved)})
             return
         from unforget.commands import EXIT_UNLEARN
         from unforget.commands import unlearn as command

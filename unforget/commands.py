@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from unforget import data, families, prepare, probes, report, training
 from unforget.config import EditConfig, ExportConfig, ModelConfig, Recipe, UnlearnConfig, VerifyConfig, recipe
@@ -105,7 +105,8 @@ def unlearn(config: UnlearnConfig, listener: Listener | None = None) -> Unlearne
     instances, edits = prepare.instances(base, targets, given, kept, config, listener)
     context, near = prepare.context(base, instances, kept, edits, config.near_copy, listener)
     patched.release()
-    _checkpointing(patched, config)
+    if _wants_checkpointing(patched.network, config):
+        patched.network.enable_gradient_checkpointing()  # type: ignore[operator]
     _empty_run(folder)
     record = _provenance(config, how, instances, base_digest)
     outcome = _train(base, patched, context, near, config, how, folder, record, listener)
@@ -238,16 +239,26 @@ def _options(config: ModelConfig, like: Family | None = None) -> families.Option
     )
 
 
+def memory_plan(config: UnlearnConfig) -> dict[str, float]:
+    """GiB that a run will take, by what they are for, from the model's configuration alone."""
+    from unforget.families.plan import blueprint, reckon
+
+    how = recipe_of(config)
+    found = blueprint(config.model, _options(config))
+    size = max(how.forget_batch_size, how.retain_batch_size)
+    micro = min(size, config.micro_batch or data.in_one_pass(data.PIXELS_TRAINED, found.picture))
+    checkpointing = _wants_checkpointing(found.network, config)
+    half = training.computes_half(config.mixed_precision, torch.device(config.device))
+    return reckon(found, how.train, how.rank, micro_batch=micro, checkpointing=checkpointing, half=half).gib()
+
+
 LARGE = 500_000_000
 """Weights from which on gradients are checkpointed unless the user says no."""
 
 
-def _checkpointing(family: Family, config: UnlearnConfig) -> None:
+def _wants_checkpointing(network: nn.Module, config: UnlearnConfig) -> bool:
     wanted = config.gradient_checkpointing
-    if wanted is None:
-        wanted = sum(p.numel() for p in family.network.parameters()) >= LARGE
-    if wanted:
-        family.network.enable_gradient_checkpointing()  # type: ignore[operator]
+    return sum(p.numel() for p in network.parameters()) >= LARGE if wanted is None else wanted
 
 
 def _read(path: Path, family: Family, config: ModelConfig, listener: Listener) -> Tensor:

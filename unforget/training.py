@@ -129,6 +129,11 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())  # private
 
 
+def computes_half(mixed_precision: Literal["auto", "no", "bf16"], device: torch.device) -> bool:
+    """Whether passes are computed in bfloat16."""
+    return mixed_precision == "bf16" or (mixed_precision == "auto" and has_bf16(device))
+
+
 def mixed(predict: Predict, half: bool) -> Predict:
     """The same answers, computed in bfloat16 where autocast thinks it safe, in float32 again."""
     if not half:
@@ -178,7 +183,7 @@ def train(
     optimizer = adam(weights, recipe.learning_rate, eight_bit=use_8bit_adam)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, pace.factor)
     worst = _Margin(patched, context.instances, recipe.stop_margin)
-    half = mixed_precision == "bf16" or (mixed_precision == "auto" and has_bf16(weights[0].device))
+    half = computes_half(mixed_precision, weights[0].device)
     context = replace(context, base=mixed(context.base, half))
     micro_batch = micro_batch or data.in_one_pass(data.PIXELS_TRAINED, patched.picture)
     try:

@@ -71,19 +71,8 @@ class DDPM:
         return answer.to(x_t.device)
 
     def trainable(self, scope: Scope, *, rank: int = 16, alpha: int = 16, seed: int = 0) -> list[nn.Parameter]:
-        """`bottleneck`: convolutions and attention of the middle block and of the first block up, where the features
-        have the fewest pixels. What lies outside draws every image, and training it shifts them all."""
-        if scope == "lora":
-            raise UsageError("a DDPM has no LoRA training", "Give --train bottleneck or full.")
-        inside = {
-            id(p)
-            for block in (self.network.mid_block, self.network.up_blocks[0])
-            for module in block.modules()
-            # A trained GroupNorm behind frozen layers crashes torch 2.13's backward pass on CPU.
-            if not isinstance(module, nn.GroupNorm)
-            for p in module.parameters(recurse=False)
-        }
-        return [p for p in self.network.parameters() if scope == "full" or id(p) in inside]
+        """See `trainable` below."""
+        return trainable(self.network, scope)
 
     def _sampler(self, steps: int) -> Any:
         sampler = DDIMScheduler.from_config(self.scheduler_config)
@@ -126,3 +115,23 @@ class DDPM:
     def save(self, folder: Path) -> None:
         """A diffusers folder, in the weights' own precision."""
         self.pipeline.save_pretrained(folder)
+
+
+def trainable(network: nn.Module, scope: Scope) -> list[nn.Parameter]:
+    """The weights of a scope of a `UNet2DModel`.
+
+    `bottleneck`: convolutions and attention of the middle block and of the first block up, where the features have the
+    fewest pixels. What lies outside draws every image, and training it shifts them all.
+    """
+    if scope == "lora":
+        raise UsageError("a DDPM has no LoRA training", "Give --train bottleneck or full.")
+    blocks: tuple[nn.Module, ...] = (network.mid_block, network.up_blocks[0])  # type: ignore[index,assignment]
+    inside = {
+        id(p)
+        for block in blocks
+        for module in block.modules()
+        # A trained GroupNorm behind frozen layers crashes torch 2.13's backward pass on CPU.
+        if not isinstance(module, nn.GroupNorm)
+        for p in module.parameters(recurse=False)
+    }
+    return [p for p in network.parameters() if scope == "full" or id(p) in inside]

@@ -33,7 +33,7 @@ SMALL = 500_000_000
 """Weights up to which the transformer is computed in float32."""
 
 
-def _dtype(config: dict[str, Any]) -> torch.dtype:
+def dtype_of(config: dict[str, Any]) -> torch.dtype:
     """float32 for a small transformer, else bfloat16: float16 overflows in training and is slow on CPUs."""
     with init_empty_weights():
         size = sum(p.numel() for p in SD3Transformer2DModel.from_config(config).parameters())
@@ -49,7 +49,7 @@ def from_pretrained(where: dict[str, str], *, use_safetensors: bool | None, t5: 
     absent = [n for n in (*ENCODERS, *TOKENIZERS) if index.get(n, [None])[0] is None]
     if not t5:
         absent += [ENCODERS[2], TOKENIZERS[2]]
-    dtype = _dtype(SD3Transformer2DModel.load_config(**where, subfolder="transformer"))
+    dtype = dtype_of(SD3Transformer2DModel.load_config(**where, subfolder="transformer"))
     return StableDiffusion3Pipeline.from_pretrained(
         **where, use_safetensors=use_safetensors, dtype=dtype, **dict.fromkeys(absent)
     )
@@ -233,17 +233,7 @@ class SD3:
         """`full`, or `lora`: an adapter on `LORA_TARGETS`, added now unless it is there."""
         if scope == "bottleneck":
             raise UsageError(f"'{self.name}' has no bottleneck", "Give --train lora or full.")
-        if scope == "full":
-            return list(self.network.parameters())
-        if not getattr(self.network, "_hf_peft_config_loaded", False):
-            from peft import LoraConfig
-
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                self.network.add_adapter(
-                    LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
-                )
-        return [p for name, p in self.network.named_parameters() if ".lora_" in name]
+        return trainable(self.network, scope, rank=rank, alpha=alpha, seed=seed)
 
     def _sampler(self, steps: int) -> Any:
         sampler = FlowMatchEulerDiscreteScheduler.from_config(self.scheduler_config)
@@ -308,6 +298,21 @@ class SD3:
         """This model with that LoRA beside its weights."""
         self.pipeline.load_lora_weights(folder, use_safetensors=True)
         return self
+
+
+def trainable(network: Any, scope: Scope, *, rank: int, alpha: int, seed: int) -> list[nn.Parameter]:
+    """The weights of a scope of an `SD3Transformer2DModel`; for `lora`, of an adapter that is added if need be."""
+    if scope == "full":
+        return list(network.parameters())
+    if not getattr(network, "_hf_peft_config_loaded", False):
+        from peft import LoraConfig
+
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network.add_adapter(
+                LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=LORA_TARGETS)
+            )
+    return [p for name, p in network.named_parameters() if ".lora_" in name]
 
 
 @torch.no_grad()
