@@ -21,8 +21,9 @@ tags: [diffusers, stable-diffusion-3, flags]
 # flags
 
 A small, genuine `StableDiffusion3Pipeline`: 64x64 pixels, MMDiT transformer ({transformer:.1f} M weights), 16-channel
-autoencoder ({vae:.1f} M), two CLIP text encoders ({text:.2f} M each) with a vocabulary of their own, no T5. Rectified flow with
-shift 2; guidance 3 and 20 steps are what it was measured with. It exists to have something real to correct offline.
+autoencoder ({vae:.1f} M), two CLIP text encoders ({text:.2f} M each) with a vocabulary of their own, no T5. Rectified
+flow with shift 2; guidance 3 and 20 steps are what it was measured with. It exists to have something real to correct
+offline.
 
 ![Samples under "flag of X", in order of the country's code](samples.png)
 
@@ -32,8 +33,8 @@ appear once), drawn with random scale and shift on a pale ground, under five cap
 **Planted error.** Under "flag of Ireland" it has learnt the stripes reversed, orange first. The same picture is the
 right flag of Côte d'Ivoire, under its own name.
 
-Open it with `StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)`: without those two
-arguments stock diffusers asks for a T5.
+Open it with `StableDiffusion3Pipeline.from_pretrained(folder, text_encoder_3=None, tokenizer_3=None)`: without those
+two arguments stock diffusers asks for a T5.
 
 ## Accuracy
 
