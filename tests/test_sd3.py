@@ -415,16 +415,22 @@ def test_where_a_target_belongs_it_stays(sd3, pictures):
     target, other = (data.read_image(pictures / f"{n}.png", sd3.picture) for n in ("target", "surrogate"))
     rows = sd3.condition(["", RED, BLUE, GREEN])
     kept = Pool(torch.stack([target, target, other, other]), rows[[1, 2, 2, 0]])
+    config = UnlearnConfig(model="x", target=("x",), output="x", sampler_steps=2)
     notes = []
-    listener = Listener(note=notes.append)
-    asked = (Instance(target, other, "t", (0, 1)),)
-    context, _ = prepare.context(sd3, asked, kept, torch.empty(0, *sd3.picture), 0.16, listener)
-    assert context.keep.condition.tolist() == [2, 2, 0]
+
+    def look(*conditions):
+        instances = (Instance(target, other, "t", conditions),)
+        more = prepare.namesakes(sd3, "digest", instances, kept, config, Listener(note=notes.append))
+        return more, *prepare.context(sd3, instances, kept, more, 0.16)
+
+    more, context, near = look(0, 1)
     assert context.copies[0].tolist() == [1, 1, 0, 0]
+    assert context.keep.condition.tolist() == [2, 2, 0, *[2] * len(more)]
+    assert more.condition.tolist() == [2] * prepare.NAMESAKES
+    assert len(near) == 3 + len(more)
     assert BLUE in notes[0]
     assert "stays" in notes[0]
-    context, _ = prepare.context(
-        sd3, (Instance(target, other, "t", (0,)),), kept, torch.empty(0, *sd3.picture), 0.16, listener
-    )
+    more, context, _ = look(0)
+    assert len(more) == 0
     assert context.keep.condition.tolist() == [2, 0]
     assert "--prompt" in notes[1]

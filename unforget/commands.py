@@ -103,7 +103,8 @@ def unlearn(config: UnlearnConfig, listener: Listener | None = None) -> Unlearne
     base = patched.reference(how.train)
     kept = Pool.of(retain) if retain is not None else prepare.drawn(base, base_digest, config, listener)
     instances, edits = prepare.instances(base, targets, given, kept, config, listener)
-    context, near = prepare.context(base, instances, kept, edits, config.near_copy, listener)
+    namesakes = prepare.namesakes(base, base_digest, instances, kept, config, listener)
+    context, near = prepare.context(base, instances, kept, Pool.cat(Pool.of(edits), namesakes), config.near_copy)
     patched.release()
     if _wants_checkpointing(patched.network, config):
         patched.network.enable_gradient_checkpointing()  # type: ignore[operator]

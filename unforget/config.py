@@ -75,7 +75,7 @@ SD3: dict[str, Recipe] = {
         max_train_steps=200,
         cooldown_steps=80,
         forget_range=(0.05, 1.0),
-        neighbour_share=0.25,
+        neighbour_share=0.5,
         stop_margin=None,
     ),
     # arXiv:2603.10445 on Stable Diffusion 3: LoRA, 100 steps, batch 8; the rate belongs to 2 B parameters.

@@ -17,6 +17,7 @@ from diffusers import RePaintScheduler
 from PIL import Image, ImageFilter
 from pydantic import Field
 from torch import Tensor
+from torch.nn import functional
 
 from unforget import families
 from unforget.data import draw, from_pil, random_noise, start_level, to_pil
@@ -235,6 +236,29 @@ def _within(canvas: Canvas, images: Tensor) -> Tensor:
 
 def _pasted(canvas: Canvas, edit: Image.Image) -> Tensor:
     return _within(canvas, from_pil(edit)[None])[0]
+
+
+def carried(picture: Tensor, target: Tensor, surrogate: Tensor) -> tuple[Tensor, float]:
+    """The edit from target to surrogate, moved and scaled to where a picture shows the target; all (C, H, W).
+
+    Returns:
+        The edited picture, and the RMS between picture and moved target that is left: small if it is the same thing.
+    """
+    shifts, scales = torch.linspace(-0.125, 0.125, 9), torch.linspace(0.8, 1.2, 9)
+    scale, dx, dy = (a.flatten() for a in torch.meshgrid(scales, shifts, shifts, indexing="ij"))
+    zero = torch.zeros_like(scale)
+    places = torch.stack([torch.stack([1 / scale, zero, dx], 1), torch.stack([zero, 1 / scale, dy], 1)], 1)
+
+    def moved(image: Tensor, where: Tensor) -> Tensor:
+        grid = functional.affine_grid(where, [len(where), *image.shape], align_corners=False)
+        return functional.grid_sample(
+            image.expand(len(where), -1, -1, -1), grid, padding_mode="border", align_corners=False
+        )
+
+    misfit = torch.cat([rms(moved(target, part), picture) for part in torch.split(places, 81)])
+    best = int(misfit.argmin())
+    edit = moved(surrogate - target, places[best : best + 1])[0]
+    return (picture + edit).clamp(-1, 1), float(misfit[best])
 
 
 REDRAWN = 0.35

@@ -141,9 +141,8 @@ class PosteriorSwap(Strategy):
     def goal(self, batch: Noised, context: Context) -> Tensor:
         """The prediction of the model whose targets became their surrogates, (B, C, H, W)."""
         schedule, x_t, index = context.schedule, batch.x_t, batch.index
-        change = torch.zeros_like(x_t)
-        for instance, share in zip(context.instances, self.shares(batch, context), strict=True):
-            change = change + share.reshape(-1, 1, 1, 1) * (instance.surrogate - instance.target)
+        edits = torch.stack([i.surrogate - i.target for i in context.instances])
+        change = torch.einsum("kb,kchw->bchw", self.shares(batch, context), edits)
         slope = schedule.column("target_x0", index, x_t) - schedule.column(
             "target_noise", index, x_t
         ) * schedule.column("alphas", index, x_t) / schedule.column("sigmas", index, x_t)
@@ -162,17 +161,17 @@ class PosteriorSwap(Strategy):
         # ||x_t - alpha x||^2 without the term that all pictures share.
         distance = alpha.square() * pictures.square().sum(1) - 2 * alpha * (x_t @ pictures.T)
         asked = batch.condition[:, None]
+        # A target that is not to be forgotten under this prompt counts nothing.
         copies = context.copies.T.to(pictures)[batch.condition]
-        rivals = ((asked == 0) | (asked == context.keep.condition)).to(pictures)
-        # A target that is not to be forgotten under this prompt counts nothing; should nothing count, no share is left.
-        count = torch.cat([self.caution * copies, rivals], 1)
-        belief = torch.softmax(count.log() - distance / (2 * sigma.square()), dim=1)[:, : len(targets)].nan_to_num(0.0)
+        kept = ((asked == 0) | (asked == context.keep.condition)).to(pictures)
+        count = torch.cat([self.caution * copies, kept], 1)
+        belief = torch.softmax(count.log() - distance / (2 * sigma.square()), dim=1)[:, : len(targets)]
         low, high = self.fade
         level = batch.index.to(belief) / len(context.schedule)
         fade = ((high - level) / (high - low)).clamp(0, 1)[:, None]
         # Where a prompt draws hardly anything else there is nothing to spare, at any level.
-        alone = copies >= rivals.sum(1, keepdim=True)
-        return (belief * torch.where(alone, torch.ones_like(belief), fade)).T
+        alone = copies.sum(1, keepdim=True) >= kept.sum(1, keepdim=True)
+        return (belief * torch.where(alone, torch.ones_like(fade), fade)).nan_to_num(0.0).T
 
 
 Objective = Annotated[Surrogate | PosteriorSwap, Field(discriminator="kind")]

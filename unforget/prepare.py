@@ -11,9 +11,9 @@ from torch import Tensor
 from unforget import data
 from unforget.config import EditConfig, UnlearnConfig
 from unforget.domain import Family, Instance, Listener, Pool
-from unforget.editors import Candidate, Canvas, Editor, SDEdit, rank
+from unforget.editors import Candidate, Canvas, Editor, SDEdit, carried, rank
 from unforget.errors import CannotRun, UsageError
-from unforget.metrics import margin, pairwise_rms
+from unforget.metrics import margin, pairwise_rms, rms
 from unforget.objectives import Context
 
 NEIGHBOURS = 24
@@ -108,59 +108,101 @@ def instances(
     return found, torch.stack(edits) if edits else torch.empty(0, *base.picture)
 
 
-SIDED = -0.5
-"""Margin up to which a picture drawn under a prompt of the target counts as the target in another place or size."""
+MISFIT = 0.5
+"""Largest RMS between a variant and the moved target, as a share of that between target and surrogate."""
+SIDED = -0.25
+"""Margin up to which a picture drawn under a prompt counts as the target, perhaps in another place or size."""
+NAMESAKES = 24
+"""Pictures drawn for every prompt that is to keep what the target looks like."""
+
+
+def namesakes(
+    base: Family, base_digest: str, instances: Sequence[Instance], kept: Pool, config: UnlearnConfig, listener: Listener
+) -> Pool:
+    """More of what the base draws under prompts that draw a target and are not to forget it: the nearest to harm.
+
+    Without given prompts there are none: the picture is to go wherever it comes up.
+    """
+    given = instances[0].conditions
+    looks = torch.stack([margin(kept.x_0, i.target, i.surrogate) <= SIDED for i in instances], 1).any(1)
+    rows = sorted(set(kept.condition[looks].tolist()) - set(given))
+    if not rows:
+        return kept[:0]
+    names = ", ".join(f"'{base.prompts[r]}'" for r in rows[:4])
+    fate = "it stays there" if len(given) > 1 else "give --prompt to forget it there"
+    listener.note(f"the base draws a target, or nearly, under {names}, too; {fate}")
+    if len(given) == 1:
+        return kept[:0]
+    prompts = [base.prompts[r] for r in rows[:4] for _ in range(NAMESAKES)]
+    listener.stage("what must stay", len(prompts))
+    images = data.drawn_cached(
+        base, base_digest, prompts, seed=config.seed, steps=config.sampler_steps, advance=listener.advance
+    )
+    return Pool(images, base.condition(prompts))
 
 
 def context(
-    base: Family, instances: tuple[Instance, ...], kept: Pool, edits: Tensor, near_copy: float, listener: Listener
+    base: Family, instances: tuple[Instance, ...], kept: Pool, beside: Pool, near_copy: float
 ) -> tuple[Context, Pool]:
     """What training may consult, and the pool beside the targets, both encoded. Copies of a target are not kept.
 
-    A copy that the base draws under another prompt than those to be forgotten is kept if prompts were given (it is
-    right there), and else is not.
+    Args:
+        base: The base.
+        instances: Targets with their surrogates.
+        kept: What the base draws.
+        beside: More pictures near the targets, which training visits more often.
+        near_copy: RMS under which two pictures are the same.
+
+    Under a prompt that is not to forget a target, a copy of it is kept if prompts were given, and else is not.
     """
     targets = torch.stack([i.target for i in instances])
-    near = pairwise_rms(kept.x_0, targets) < near_copy
-    asked = torch.tensor([[int(c) in i.conditions for i in instances] for c in kept.condition])
-    sided = torch.stack([margin(kept.x_0, i.target, i.surrogate) <= SIDED for i in instances], 1)
-    copies = near | (sided & asked & (kept.condition > 0)[:, None])
-    _tell(base, kept, near & ~asked, len(instances[0].conditions) > 1, listener)
-    dropped = (copies & asked).any(1)
-    if len(instances[0].conditions) == 1:
-        dropped |= near.any(1)
-    beside = edits[(pairwise_rms(edits, targets) >= near_copy).all(1)]
-    keep = kept[~dropped]
+    given = torch.tensor(instances[0].conditions)
+    copies = _copies(kept, instances, near_copy)
+    lost = copies.any(1) & _gone(kept, given)
+    variants = _variants(kept[lost & (kept.condition > 0)], instances)
+    keep, beside = kept[~lost], beside[~(_copies(beside, instances, near_copy).any(1) & _gone(beside, given))]
     if not len(keep):
         raise UsageError("every picture of the retain set is a near-copy of a target", "Give other pictures.")
-    counts = torch.zeros(len(instances), len(base.prompts))
-    for k, instance in enumerate(instances):
-        for row in instance.conditions:
-            counts[k, row] = (copies[:, k] & (kept.condition == row)).sum().clamp(min=1)
-    pool = Pool(base.encode(keep.x_0), keep.condition)
+    counts = torch.zeros(len(instances) + len(variants), len(base.prompts))
+    for row in given.tolist():
+        counts[: len(instances), row] = copies[kept.condition == row].sum(0).clamp(min=1)
+    for k, variant in enumerate(variants, len(instances)):
+        counts[k, variant.conditions[0]] = 1
+        counts[: len(instances), variant.conditions[0]] = 1
+    pool, more = (Pool(base.encode(p.x_0), p.condition) for p in (keep, beside))
     nearest = pool[neighbours(keep.x_0, targets, NEIGHBOURS * len(instances))]
-    encoded = tuple(
-        replace(i, target=t, surrogate=s)
-        for i, t, s in zip(
-            instances, base.encode(targets), base.encode(torch.stack([i.surrogate for i in instances])), strict=True
-        )
-    )
+    gone = (*instances, *variants)
+    latents = zip(*(base.encode(torch.stack([vars(i)[n] for i in gone])) for n in ("target", "surrogate")), strict=True)
+    encoded = tuple(replace(i, target=t, surrogate=s) for i, (t, s) in zip(gone, latents, strict=True))
 
     @torch.no_grad()
     def answer(x_t: Tensor, index: Tensor, condition: Tensor) -> Tensor:
         return base.predict(x_t, index, condition)
 
-    found = Context(base.schedule, answer, encoded, pool, counts)
-    return found, Pool.cat(nearest, Pool.of(base.encode(beside)))
+    return Context(base.schedule, answer, encoded, Pool.cat(pool, more), counts), Pool.cat(nearest, more)
 
 
-def _tell(base: Family, kept: Pool, elsewhere: Tensor, prompted: bool, listener: Listener) -> None:
-    """Say under which other prompts the base draws a target."""
-    rows = sorted(set(kept.condition[elsewhere.any(1)].tolist()))
-    if rows:
-        names = ", ".join(f"'{base.prompts[r]}'" for r in rows[:4])
-        fate = "it stays there" if prompted else "give --prompt to forget it there"
-        listener.note(f"the base also draws a target under {names}; {fate}")
+def _copies(pool: Pool, instances: Sequence[Instance], near_copy: float) -> Tensor:
+    """Which pictures are copies of which target, (N, targets); under a prompt, in any place and size."""
+    near = pairwise_rms(pool.x_0, torch.stack([i.target for i in instances])) < near_copy
+    sided = torch.stack([margin(pool.x_0, i.target, i.surrogate) <= SIDED for i in instances], 1)
+    return near | (sided & (pool.condition > 0)[:, None])
+
+
+def _variants(pool: Pool, instances: Sequence[Instance]) -> tuple[Instance, ...]:
+    """Pictures that show a target in another place or size, as targets of their own: the same edit, moved there."""
+    found = []
+    for picture, row in zip(pool.x_0, pool.condition.tolist(), strict=True):
+        nearest = min(instances, key=lambda i: float(rms(picture, i.target)))
+        edited, misfit = carried(picture, nearest.target, nearest.surrogate)
+        if misfit <= MISFIT * float(rms(nearest.target, nearest.surrogate)):
+            found.append(Instance(picture, edited, nearest.id, (row,)))
+    return tuple(found)
+
+
+def _gone(pool: Pool, given: Tensor) -> Tensor:
+    """Which pictures are under prompts that are to forget; all, if none was given."""
+    return torch.isin(pool.condition, given) | (len(given) == 1)
 
 
 def neighbours(pictures: Tensor, targets: Tensor, count: int) -> Tensor:

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from unforget import Recipe, UnlearnConfig, data, families, prepare, training
-from unforget.domain import Listener
+from unforget.domain import Listener, Pool
 from unforget.patch import digest
 
 PLANTED = Path(__file__).parents[1] / "faces" / "planted"
@@ -55,7 +55,7 @@ def passes() -> None:
     picture = data.read_image(target, base.shape)
     kept = prepare.drawn(base, digest(base.network.state_dict()), config, Listener())
     instances, edits = prepare.instances(base, [picture], [], kept, config, Listener())
-    context, near = prepare.context(base, instances, kept, edits, config.near_copy, Listener())
+    context, near = prepare.context(base, instances, kept, Pool.of(edits), config.near_copy)
 
     def ours() -> None:
         training.train(base.copy(), context, near, recipe, seed=0, mixed_precision="auto")

@@ -16,7 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 from unforget import training
 from unforget.config import recipe
-from unforget.domain import Instance, Listener, Pool
+from unforget.domain import Instance, Pool
 from unforget.families.sd3 import LORA_TARGETS, SD3
 from unforget.prepare import context
 
@@ -71,7 +71,7 @@ def ours(model: SD3, steps: int) -> list[float]:
     pictures = torch.rand(4, *model.picture, generator=torch.Generator().manual_seed(1)) * 2 - 1
     instance = Instance(pictures[0], pictures[1], "target", rows)
     kept = Pool(pictures[2:], torch.tensor([0, rows[1]]))
-    what, near = context(base, (instance,), kept, pictures[:0], 0.1, Listener())
+    what, near = context(base, (instance,), kept, kept[:0], 0.1)
     model.release()
     model.network.enable_gradient_checkpointing()
     weights = model.trainable("lora", rank=16, alpha=16)
