@@ -69,11 +69,11 @@ DDPM: dict[str, Recipe] = {
 SD3: dict[str, Recipe] = {
     # A prompt says at pure noise what will be drawn, so forgetting reaches up to there.
     "default": Recipe(
-        objective=PosteriorSwap(weighting=CleanSpace(cap=1.0, retain=4.0)),
+        objective=PosteriorSwap(weighting=CleanSpace(cap=1.0, retain=32.0)),
         train="lora",
         learning_rate=2e-3,
-        max_train_steps=200,
-        cooldown_steps=80,
+        max_train_steps=360,
+        cooldown_steps=140,
         forget_range=(0.05, 1.0),
         neighbour_share=0.5,
         stop_margin=None,
