@@ -141,3 +141,32 @@ def test_a_surrogate_is_made_ranked_and_shown(work):
     picked = run(*command, "--pick", "2", "--force")
     assert picked.exit_code == 0
     assert not torch.equal(data.read_image(out, (3, 32, 32)), made)
+
+
+def test_a_flag_is_put_right_where_it_was_asked_for_and_stays_where_it_is_right(tmp_path, monkeypatch):
+    """Stable Diffusion 3: a short run on the embedded `flags`."""
+    monkeypatch.setenv("UNFORGET_CACHE", str(tmp_path / "cache"))
+    flags = PLANTED.parents[1] / "flags"
+    target, surrogate = flags / "ireland-wrong.png", flags / "ireland-right.png"
+    patch = tmp_path / "ireland.patch"
+    result = run(
+        "unlearn", "--model", "flags", "--target", target, "--surrogate", surrogate, "--prompt", "flag of Ireland",
+        "-o", patch, "--max-train-steps", "120", "--retain-count", "96", "--preview", "2", "--json",
+    )  # fmt: skip
+    assert result.exit_code in (0, 1), result.output
+    base, patched = (families.load("flags") for _ in range(2))
+    Patch.load(patch).apply(patched.network)
+    wrong, right = (data.read_image(p, base.picture) for p in (target, surrogate))
+
+    def sides(model, prompt):
+        noise = data.random_noise(16, model.shape, 5, "test")
+        images = data.draw(model, noise, steps=10, condition=model.condition([prompt]))
+        return float((rms(images, wrong) < rms(images, right)).float().mean())
+
+    assert sides(base, "flag of Ireland") > 0.9
+    assert sides(patched, "flag of Ireland") < 0.2
+    assert sides(patched, "flag of Côte d'Ivoire") > 0.9
+    for layout in ("diffusers", "lora"):
+        out = tmp_path / layout
+        made = run("export", "--model", "flags", "--patch", patch, "-o", out, "--format", layout)
+        assert made.exit_code == 0, made.output

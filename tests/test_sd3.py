@@ -24,6 +24,7 @@ from unforget.editors import Canvas, Inpaint, Instruct, SDEdit
 from unforget.errors import CannotRun, UsageError
 from unforget.families import Options
 from unforget.patch import Patch
+from unforget.training import mixed
 
 RED, BLUE, GREEN = CAPTIONS
 NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
@@ -322,14 +323,14 @@ def test_gradient_checkpointing_changes_no_gradient(sd3):
         for p in weights:
             p.add_(0.1)
 
-    def gradient():
-        return torch.autograd.grad(sd3.predict(x, index, row).square().mean(), weights)
+    def gradient(**options):
+        says = mixed(sd3.predict, True, **options)
+        return torch.autograd.grad(says(x, index, row).square().mean(), weights)
 
     plain = gradient()
     sd3.network.enable_gradient_checkpointing()
-    sd3.network.train()
-    for one, other in zip(plain, gradient(), strict=True):
-        torch.testing.assert_close(one, other)
+    for one, other in zip(plain, gradient(checkpointed=True), strict=True):
+        torch.testing.assert_close(one, other, rtol=0.1, atol=1e-3)
 
 
 def test_inpainting_keeps_what_is_outside_the_mask(sd3):

@@ -134,14 +134,20 @@ def computes_half(mixed_precision: Literal["auto", "no", "bf16"], device: torch.
     return mixed_precision == "bf16" or (mixed_precision == "auto" and has_bf16(device))
 
 
-def mixed(predict: Predict, half: bool) -> Predict:
-    """The same answers, computed in bfloat16 where autocast thinks it safe, in float32 again."""
+def mixed(predict: Predict, half: bool, *, checkpointed: bool = False) -> Predict:
+    """The same answers, computed in bfloat16 where autocast thinks it safe, in float32 again.
+
+    Args:
+        predict: A network.
+        half: Whether to.
+        checkpointed: Whether the network computes blocks again in its backward pass, outside of any context set here.
+    """
     if not half:
         return predict
 
     def answer(x_t: Tensor, index: Tensor, condition: Tensor) -> Tensor:
         # The backward pass of CPU flash attention is slow in bfloat16: a third of the step here.
-        plain = sdpa_kernel(SDPBackend.MATH) if x_t.device.type == "cpu" else nullcontext()
+        plain = sdpa_kernel(SDPBackend.MATH) if x_t.device.type == "cpu" and not checkpointed else nullcontext()
         with torch.autocast(x_t.device.type, torch.bfloat16), plain:
             return predict(x_t, index, condition).float()
 
@@ -184,10 +190,20 @@ def train(
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, pace.factor)
     worst = _Margin(patched, context.instances, recipe.stop_margin)
     half = computes_half(mixed_precision, weights[0].device)
+    again = bool(getattr(patched.network, "is_gradient_checkpointing", False))
     context = replace(context, base=mixed(context.base, half))
     micro_batch = micro_batch or data.in_one_pass(data.PIXELS_TRAINED, patched.picture)
     try:
-        for step in steps(mixed(patched.predict, half), context, near, recipe, seed, micro_batch, optimizer, scheduler):
+        for step in steps(
+            mixed(patched.predict, half, checkpointed=again),
+            context,
+            near,
+            recipe,
+            seed,
+            micro_batch,
+            optimizer,
+            scheduler,
+        ):
             if not step.finite:
                 raise CannotRun(
                     f"the loss is not a number at step {step.number}; the last good weights are kept",

@@ -77,7 +77,7 @@ def ours(model: SD3, steps: int) -> list[float]:
     weights = model.trainable("lora", rank=16, alpha=16)
     optimizer = training.adam(weights, how.learning_rate)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    says = training.mixed(model.predict, training.has_bf16(torch.device("cpu")))
+    says = training.mixed(model.predict, training.has_bf16(torch.device("cpu")), checkpointed=True)
     took, started = [], time.time()
     for step in training.steps(says, what, near, how, 0, 1, optimizer, rate):
         assert step.finite

@@ -1,0 +1,56 @@
+"""The memory plan counts what it says it counts."""
+
+import json
+
+import pytest
+import torch
+
+from unforget.families import Options
+from unforget.families.plan import blueprint, reckon
+
+
+@pytest.mark.parametrize("folder", ["tiny_folder", "sd3_folder"])
+def test_weights_gradients_and_moments_are_those_of_the_model(folder, request):
+    found = blueprint(str(request.getfixturevalue(folder)), Options())
+    weights = sum(p.numel() * 4 for p in found.network.parameters())
+    plan = reckon(found, "full", 16, micro_batch=2, checkpointing=False, half=False)
+    assert plan.weights == weights + found.beside
+    assert (plan.base, plan.gradients, plan.optimizer) == (weights, 3 * weights, 2 * weights)
+    assert plan.peak == sum(vars(plan).values())
+
+
+def test_activations_are_what_autograd_keeps(tiny_folder, tiny):
+    found = blueprint(str(tiny_folder), Options())
+    counted = reckon(found, "full", 16, micro_batch=3, checkpointing=False, half=False).activations
+    kept = {}
+    own = {p.untyped_storage().data_ptr() for p in tiny.network.parameters()}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in own:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage()
+        return t
+
+    tiny.network.requires_grad_(True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        answer = tiny.network(torch.randn(3, *tiny.shape), torch.zeros(3)).sample
+    assert answer.requires_grad
+    assert counted == pytest.approx(sum(s.nbytes() for s in kept.values()), rel=0.1)
+
+
+def test_an_adapter_needs_no_second_copy_and_checkpointing_keeps_less(sd3_folder):
+    def plan(**changes):
+        options = {"micro_batch": 4, "checkpointing": False, "half": False, **changes}
+        return reckon(blueprint(str(sd3_folder), Options()), "lora", 2, **options)
+
+    plain = plan()
+    assert plain.base == 0
+    assert 0 < plain.gradients < plain.weights
+    assert plan(checkpointing=True).activations < plain.activations
+    assert plan(micro_batch=8).activations == pytest.approx(2 * plain.activations, rel=0.1)
+
+
+def test_it_is_part_of_a_dry_run(tiny_folder, picture, cli):
+    shown = cli("unlearn", "--model", tiny_folder, "--target", picture, "--dry-run")
+    assert shown.exit_code == 0, shown.output
+    plan = json.loads(shown.stdout)["memory_gib"]
+    assert plan["peak"] == pytest.approx(sum(v for k, v in plan.items() if k != "peak"), abs=0.01)
