@@ -2,7 +2,7 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from unforget.metrics import lower_bound, margin, pairwise_rms, rms, sharpness, upper_bound
+from unforget.metrics import lower_bound, margin, pairwise_rms, rms, sharpness, shows, upper_bound
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 300), (1, 20), (7, 50), (19, 20)])
@@ -34,3 +34,17 @@ def test_sharpness_falls_with_blur_and_rises_with_noise():
     image = torch.rand(1, 3, 16, 16)
     blurred = torch.nn.functional.avg_pool2d(image, 3, 1, 1)
     assert sharpness(blurred) < sharpness(image) < sharpness(image + 0.5 * torch.randn_like(image))
+
+
+def test_a_picture_shows_the_target_wherever_it_has_it_and_an_unrelated_one_does_not():
+    orange, green = (torch.tensor(c)[:, None, None] for c in ((1.0, 0.0, -1.0), (-1.0, 0.2, -0.3)))
+
+    def flag(left, right, x):
+        image = torch.full((3, 32, 32), 0.8)
+        image[:, 8:24, x : x + 8], image[:, 8:24, x + 16 : x + 24] = left, right
+        return image
+
+    target, surrogate, moved = flag(orange, green, 3), flag(green, orange, 3), flag(orange, green, 5)
+    images = torch.stack([target, moved, surrogate, torch.zeros(3, 32, 32)])
+    assert shows(images, target, surrogate).tolist() == [True, True, False, False]
+    assert not shows(images, target, target).any()

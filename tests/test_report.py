@@ -1,6 +1,7 @@
 """The verdict, from findings made by hand."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -93,3 +94,13 @@ def test_the_worst_target_decides():
 def test_checks_are_plain_json():
     found = checks([reconstruct()], CONFIG, surrogate_known=True)
     assert [json.loads(c.model_dump_json())["rule"] for c in found] == ["at most", "at least"]
+
+
+def test_under_prompts_of_its_own_only_those_reconstructions_decide():
+    """What is wrong as one country's flag is right as another's: without a prompt the model may say it."""
+    plain, asked = (replace(reconstruct(nearer=n, copies=1 - n), probe=p) for n, p in (
+        (0.0, "reconstruct@250"), (1.0, "reconstruct@250 'flag of Ireland'")))  # fmt: skip
+    assert verdict(plain, asked)[0] == "forgotten"
+    assert verdict(asked, replace(plain, probe=asked.probe))[0] == "failed"
+    assert verdict(plain, asked, sample(hits=1))[0] == "failed"
+    assert verdict(plain, asked, sample(hits=1, probe="sample 'flag of Ireland'"))[0] == "failed"

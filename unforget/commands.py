@@ -353,7 +353,9 @@ def _finish(
     drift = next(f.patched for f in findings if f.probe == "retain")
     title = f"{config.output.name}: {outcome.steps} steps, stopped by {outcome.stopped}"
     data.write_image(evidence_sheet(title, subject.instances, findings), folder / "sheet.png")
-    forgotten = all(f.patched["nearer_surrogate"] >= 0.5 for f in findings if f.probe.startswith("reconstruct"))
+    forgotten = all(
+        f.patched["nearer_surrogate"] >= 0.5 for f in report.decisive(findings) if f.probe.startswith("reconstruct")
+    )
     return Unlearned(config.output, folder, outcome.steps, outcome.stopped, outcome.margin, table, drift, forgotten)
 
 

@@ -47,7 +47,7 @@ def checks_table(result: Report) -> Table:
     """What `verify` judged, a row a check."""
     table = Table(title="Verify: base beside candidate")
     for name in ("probe", "target", "figure", "base", "candidate", "wanted", "outcome"):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     colour = {"passed": "green", "failed": "red", "inconclusive": "yellow"}
     for c in result.checks:
         base = "" if c.base is None else f"{c.base:.3g}"

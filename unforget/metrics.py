@@ -26,6 +26,19 @@ def margin(images: Tensor, target: Tensor, surrogate: Tensor) -> Tensor:
     return (rms(images, target) - rms(images, surrogate)) / rms(target, surrogate)
 
 
+SIDED = -0.25
+"""Margin up to which a picture drawn under a prompt counts as the target, perhaps in another place or size."""
+
+
+def shows(images: Tensor, target: Tensor, surrogate: Tensor) -> Tensor:
+    """Which images (N, C, H, W) side clearly with the target against the surrogate, wherever they have it, (N,).
+
+    An unrelated picture is about as far from both; where both are one picture, nothing sides with it.
+    """
+    apart = rms(target, surrogate)
+    return (rms(images, target) - rms(images, surrogate) <= SIDED * apart) & (apart > 0)
+
+
 def upper_bound(hits: int, n: int, confidence: float = 0.95) -> float:
     """One-sided Clopper-Pearson upper bound of a rate; about 3 / n at no hit and 95 %."""
     return 1.0 if hits >= n else float(beta.ppf(confidence, hits + 1, n - hits))

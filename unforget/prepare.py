@@ -13,7 +13,7 @@ from unforget.config import EditConfig, UnlearnConfig
 from unforget.domain import Family, Instance, Listener, Pool
 from unforget.editors import Candidate, Canvas, Editor, SDEdit, carried, rank
 from unforget.errors import CannotRun, UsageError
-from unforget.metrics import margin, pairwise_rms, rms
+from unforget.metrics import pairwise_rms, rms, shows
 from unforget.objectives import Context
 
 NEIGHBOURS = 24
@@ -110,8 +110,6 @@ def instances(
 
 MISFIT = 0.5
 """Largest RMS between a variant and the moved target, as a share of that between target and surrogate."""
-SIDED = -0.25
-"""Margin up to which a picture drawn under a prompt counts as the target, perhaps in another place or size."""
 NAMESAKES = 24
 """Pictures drawn for every prompt that is to keep what the target looks like."""
 
@@ -124,7 +122,7 @@ def namesakes(
     Without given prompts there are none: the picture is to go wherever it comes up.
     """
     given = instances[0].conditions
-    looks = torch.stack([margin(kept.x_0, i.target, i.surrogate) <= SIDED for i in instances], 1).any(1)
+    looks = torch.stack([shows(kept.x_0, i.target, i.surrogate) for i in instances], 1).any(1)
     rows = sorted(set(kept.condition[looks].tolist()) - set(given))
     if not rows:
         return kept[:0]
@@ -185,7 +183,7 @@ def context(
 def _copies(pool: Pool, instances: Sequence[Instance], near_copy: float) -> Tensor:
     """Which pictures are copies of which target, (N, targets); under a prompt, in any place and size."""
     near = pairwise_rms(pool.x_0, torch.stack([i.target for i in instances])) < near_copy
-    sided = torch.stack([margin(pool.x_0, i.target, i.surrogate) <= SIDED for i in instances], 1)
+    sided = torch.stack([shows(pool.x_0, i.target, i.surrogate) for i in instances], 1)
     return near | (sided & (pool.condition > 0)[:, None])
 
 

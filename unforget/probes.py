@@ -15,7 +15,7 @@ from torch import Tensor
 
 from unforget.data import draw, random_noise, start_level
 from unforget.domain import Family, Instance, Strategy
-from unforget.metrics import lower_bound, pairwise_rms, rms, sharpness, upper_bound
+from unforget.metrics import lower_bound, pairwise_rms, rms, sharpness, shows, upper_bound
 
 
 @dataclass
@@ -86,6 +86,11 @@ def level(finding: Finding) -> int:
     return int(finding.probe.split("@")[1].split(" ")[0])
 
 
+def prompt(finding: Finding) -> str:
+    """The quoted prompt in the name of a reconstruction; empty for the empty one."""
+    return finding.probe.partition(" ")[2]
+
+
 class Reconstruct(Strategy):
     """Noise the target to several levels, denoise, and see which picture comes back."""
 
@@ -141,24 +146,26 @@ class Sample(Strategy):
         return 2 * self.count * len({row for i in subject.instances for row in i.conditions})
 
     def __call__(self, subject: Subject) -> list[Finding]:
-        sought: list[tuple[str, str | None, Tensor, tuple[int, ...]]] = [
-            (self.kind + subject.under(row), i.id, i.target, (row,)) for i in subject.instances for row in i.conditions
+        sought: list[tuple[str, str | None, Tensor, Tensor, tuple[int, ...]]] = [
+            # Under a prompt the target counts in any place and size: that is how prompted models repeat it.
+            (self.kind + subject.under(row), i.id, i.target, i.surrogate if row else i.target, (row,))
+            for i in subject.instances
+            for row in i.conditions
         ]
-        sought += [(f"keep-{k}", None, picture, subject.stay) for k, picture in enumerate(subject.keep)]
+        sought += [(f"keep-{k}", None, picture, picture, subject.stay) for k, picture in enumerate(subject.keep)]
         return [
-            Finding(
-                name,
-                target,
-                self._count(subject, "base", picture, rows),
-                self._count(subject, "patched", picture, rows),
-            )
-            for name, target, picture, rows in sought
+            Finding(name, target, *self._counts(subject, picture, instead, rows))
+            for name, target, picture, instead, rows in sought
         ]
 
-    def _count(
-        self, subject: Subject, which: Literal["base", "patched"], picture: Tensor, rows: tuple[int, ...]
-    ) -> dict[str, float]:
-        hits = int(subject.hits(subject.draws(which, self.count, rows), picture).sum())
+    def _counts(
+        self, subject: Subject, picture: Tensor, instead: Tensor, rows: tuple[int, ...]
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        base, patched = subject.draws("base", self.count, rows), subject.draws("patched", self.count, rows)
+        return self._rate(subject, base, picture, instead), self._rate(subject, patched, picture, instead)
+
+    def _rate(self, subject: Subject, images: Tensor, picture: Tensor, instead: Tensor) -> dict[str, float]:
+        hits = int((subject.hits(images, picture) | shows(images, picture, instead)).sum())
         return {
             "hits": hits,
             "drawn": self.count,
@@ -179,7 +186,9 @@ class Retain(Strategy):
         return 0 if subject.stay == (0,) else 2 * self.count
 
     def __call__(self, subject: Subject) -> list[Finding]:
-        base, patched = (subject.draws(which, self.count, subject.stay) for which in ("base", "patched"))
+        base, patched = (
+            subject.draws("base", self.count, subject.stay), subject.draws("patched", self.count, subject.stay)
+        )  # fmt: skip
         drift = rms(base, patched)
         sharp = float(sharpness(patched).mean() / sharpness(base).mean().clamp(min=1e-9))
         pairs = {"base": base[:8], "patched": patched[:8]}

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from unforget.config import VerifyConfig
 from unforget.data import write_bytes
 from unforget.errors import ExitCode
-from unforget.probes import Finding, level
+from unforget.probes import Finding, level, prompt
 
 Verdict = Literal["forgotten", "failed", "inconclusive"]
 Outcome = Literal["passed", "failed", "inconclusive"]
@@ -71,7 +71,7 @@ class Report(_Record):
 def checks(findings: Sequence[Finding], config: VerifyConfig, *, surrogate_known: bool) -> list[Check]:
     """Every figure that decides, judged."""
     out = []
-    for f in findings:
+    for f in decisive(findings):
         if f.probe.startswith("reconstruct"):
             out.append(_check(f, "near_copies", "at most", 0))
             if surrogate_known:
@@ -88,6 +88,16 @@ def checks(findings: Sequence[Finding], config: VerifyConfig, *, surrogate_known
         elif f.probe == "look-alikes":
             out.append(_check(f, "kept", "at least", config.min_kept))
     return out
+
+
+def decisive(findings: Sequence[Finding]) -> list[Finding]:
+    """Those that decide: all but reconstructions under the empty prompt of a target that has prompts of its own.
+
+    What is wrong under one prompt can be right under another (one country's flag drawn for another's), and without a
+    prompt the model may say either. Samples under the empty prompt do decide.
+    """
+    prompted = {f.target for f in findings if f.probe.startswith("reconstruct") and prompt(f)}
+    return [f for f in findings if not f.probe.startswith("reconstruct") or prompt(f) or f.target not in prompted]
 
 
 def _check(f: Finding, figure: str, rule: Literal["at least", "at most"], threshold: float) -> Check:
@@ -134,7 +144,7 @@ def judge(found: Sequence[Check], findings: Sequence[Finding]) -> tuple[Verdict,
 
 def _reproduced(target: str, findings: Sequence[Finding]) -> bool:
     """Whether the base draws the target, or most often returns it from the lowest noise level."""
-    mine = [f for f in findings if f.target == target]
+    mine = [f for f in decisive(findings) if f.target == target]
     drawn = any(f.base["hits"] > 0 for f in mine if f.probe.startswith("sample"))
     back = [f for f in mine if f.probe.startswith("reconstruct")]
     lowest = min(level(f) for f in back)

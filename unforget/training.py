@@ -191,19 +191,11 @@ def train(
     worst = _Margin(patched, context.instances, recipe.stop_margin)
     half = computes_half(mixed_precision, weights[0].device)
     again = bool(getattr(patched.network, "is_gradient_checkpointing", False))
+    says = mixed(patched.predict, half, checkpointed=again)
     context = replace(context, base=mixed(context.base, half))
     micro_batch = micro_batch or data.in_one_pass(data.PIXELS_TRAINED, patched.picture)
     try:
-        for step in steps(
-            mixed(patched.predict, half, checkpointed=again),
-            context,
-            near,
-            recipe,
-            seed,
-            micro_batch,
-            optimizer,
-            scheduler,
-        ):
+        for step in steps(says, context, near, recipe, seed, micro_batch, optimizer, scheduler):
             if not step.finite:
                 raise CannotRun(
                     f"the loss is not a number at step {step.number}; the last good weights are kept",

@@ -158,9 +158,11 @@ def _check_weights(folder: Path, kind: str, allow_pickle: bool) -> None:
 
 def _opening(ref: str, source: str, action: Callable[[], Any]) -> Any:
     """Run what may fail inside diffusers, and say so in one sentence."""
-    from diffusers.utils import logging
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         return action()
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
