@@ -13,6 +13,8 @@ Ratios are of medians of runs that take turns, so that a busy machine slows both
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import resource
 import statistics
 import subprocess
@@ -29,6 +31,9 @@ from unforget.domain import Listener, Pool
 from unforget.patch import digest
 
 PLANTED = Path(__file__).parents[1] / "faces" / "planted"
+EXAMPLES = Path(__file__).parents[1]
+FACE, FLAG = EXAMPLES / "faces" / "planted" / "0.png", EXAMPLES / "flags" / "ireland-wrong.png"
+SURROGATE = {"faces": EXAMPLES / "faces" / "planted" / "1.png", "flags": EXAMPLES / "flags" / "ireland-right.png"}
 STEPS = 40
 
 
@@ -114,14 +119,30 @@ def memory() -> None:
             coarse = torch.rand(1, 3, 8, 8) * 2 - 1
             data.write_image(torch.nn.functional.interpolate(coarse, 256)[0], work / f"{name}.png")
         command = ["unlearn", "--model", "model", "--target", "target.png", "--surrogate", "surrogate.png",
-                   "--retain", "keep", "-o", "out.patch", "--max-train-steps", "2", "--preview", "1"]  # fmt: skip
+                   "--retain", "keep", "-o", "out.patch", "--max-train-steps", "2", "--preview", "1",
+                   "--recipe", "paper"]  # fmt: skip
         took = seconds(lambda: subprocess.run([sys.executable, "-m", "unforget", *command], cwd=work))
         assert (work / "out.patch").is_file()
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
-        print(f"memory: two steps and the report in {took:.0f} s, peak {peak:.2f} GiB, defaults otherwise")
+        print(f"memory: two steps of all weights and the report in {took:.0f} s, peak {peak:.2f} GiB")
 
 
-SECTIONS = {f.__name__: f for f in (passes, help, memory)}
+def plan() -> None:
+    """What --dry-run foretells beside the peak of the same run."""
+    for model, picture, how in (("faces", FACE, ()), ("flags", FLAG, ()), ("flags", FLAG, ("--train", "full"))):
+        with tempfile.TemporaryDirectory() as scratch:
+            command = [sys.executable, "-m", "unforget", "unlearn", "--model", model, "--target", str(picture), *how,
+                       "--surrogate", str(SURROGATE[model]), "-o", f"{scratch}/x.patch", "--max-train-steps", "3",
+                       "--preview", "1", "--retain-count", "64"]  # fmt: skip
+            said = subprocess.run([*command, "--dry-run"], check=True, capture_output=True, text=True).stdout
+            foretold = json.loads(said)["memory_gib"]["peak"]
+            run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            peak = os.wait4(run.pid, 0)[2].ru_maxrss / 2**20
+            print(f"plan: {model} {' '.join(how)} foretold {foretold:.2f} GiB, measured {peak:.2f} GiB, "
+                  f"{foretold / peak - 1:+.0%}", flush=True)  # fmt: skip
+
+
+SECTIONS = {f.__name__: f for f in (passes, help, plan, memory)}
 
 
 def main() -> None:

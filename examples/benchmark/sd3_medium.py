@@ -7,15 +7,19 @@ a bare PEFT LoRA loop with two pictures a step. Peak memory is the process's, be
 """
 
 import argparse
+import json
 import resource
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from unforget import training
-from unforget.config import recipe
+from unforget.commands import memory_plan
+from unforget.config import UnlearnConfig, recipe
 from unforget.domain import Instance, Pool
 from unforget.families.sd3 import LORA_TARGETS, SD3
 from unforget.prepare import context
@@ -26,6 +30,14 @@ TRANSFORMER = {
     "pooled_projection_dim": 2048, "pos_embed_max_size": 192,
 }  # fmt: skip
 """stabilityai/stable-diffusion-3-medium-diffusers, transformer/config.json."""
+
+
+VAE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16, "use_quant_conv": False,
+    "use_post_quant_conv": False, "shift_factor": 0.0609, "scaling_factor": 1.5305, "sample_size": 1024,
+}  # fmt: skip
+"""The same repository, vae/config.json."""
 
 
 def text(width: int, words: CLIPTokenizer) -> CLIPTextModelWithProjection:
@@ -43,11 +55,7 @@ def pipeline() -> StableDiffusion3Pipeline:
     torch.set_default_dtype(torch.bfloat16)
     words = CLIPTokenizer().train_new_from_iterator(["a flag"], 520)
     words.model_max_length = 77
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=16, use_quant_conv=False,
-        use_post_quant_conv=False, shift_factor=0.0609, scaling_factor=1.5305, sample_size=1024,
-    )  # fmt: skip
+    vae = AutoencoderKL(**VAE)
     pipe = StableDiffusion3Pipeline(
         transformer=SD3Transformer2DModel(**TRANSFORMER), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=vae, text_encoder=text(768, words), tokenizer=words, text_encoder_2=text(1280, words),
@@ -108,6 +116,22 @@ def bare(network: SD3Transformer2DModel, side: int, tokens: int, steps: int) -> 
     return took
 
 
+def plan(resolution: int) -> float:
+    """GiB that `unlearn --dry-run` foretells for the same run, from configuration files alone."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, content in (
+            ("model_index.json", {"_class_name": "StableDiffusion3Pipeline"}),
+            ("transformer/config.json", {"_class_name": "SD3Transformer2DModel", **TRANSFORMER}),
+            ("vae/config.json", {"_class_name": "AutoencoderKL", **VAE}),
+        ):
+            path = Path(scratch, name)
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(content))
+        how = recipe("default", "sd3", forget_batch_size=1, retain_batch_size=1)
+        config = UnlearnConfig(model=scratch, target=("x.png",), output="x", recipe=how, resolution=resolution)
+        return memory_plan(config)["peak"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3)
@@ -118,6 +142,8 @@ def main() -> None:
     print(f"{size:.3f} B parameters, {args.resolution}x{args.resolution}, after loading {peak():.2f} GiB", flush=True)
     mine, most = ours(model, args.steps), peak()
     trained = sum(p.numel() for p in model.network.parameters() if p.requires_grad) / 1e6
+    foretold = plan(args.resolution)
+    print(f"--dry-run foretells {foretold:.2f} GiB, {foretold / most - 1:+.0%}")
     print(f"LoRA on {len(LORA_TARGETS)} projections a block: {trained:.1f} M parameters; peak {most:.2f} GiB")
     from diffusers.models.attention_processor import JointAttnProcessor2_0
 

@@ -67,7 +67,7 @@ def main() -> None:
             images = data.draw(model, noise, steps=20, condition=rows)
             hits += judge.shows(images, which)
             if form == CAPTIONS[0] and seed == 0:
-                data.write_image(grid(images), args.folder / "samples.png")
+                data.write_image(data.to_pil(grid(images)).quantize(128), args.folder / "samples.png")
         right = hits if form == CAPTIONS[0] else right
         forms.append(f"| {form.format('X')} | {float(hits.mean()) / seeds:.1%} of {len(known) * seeds} |")
         print(forms[-1], flush=True)

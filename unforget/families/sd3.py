@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,7 @@ class SD3:
     ) -> None:  # fmt: skip
         self.pipeline, self.name, self.guidance, self.device = pipeline, name, guidance, torch.device(device)
         self.network = pipeline.transformer.to(self.device).eval().requires_grad_(False)
+        pipeline.vae.to(self.device)
         self.schedule = Schedule.from_diffusers(pipeline.scheduler)
         self.retain_prompts = tuple(retain_prompts)
         config, factor = self.network.config, pipeline.vae_scale_factor
@@ -148,17 +149,29 @@ class SD3:
             UsageError: If a prompt is longer than the tokenizer allows.
             CannotRun: If the text encoders were released and a prompt is new.
         """
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in self.prompts:
-                self._check_length(prompt)
+        new = [p for p in dict.fromkeys(prompts) if p not in self.prompts]
+        for prompt in new:
+            self._check_length(prompt)
+        with self._encoders() if new else nullcontext():
+            for prompt in new:
                 embeds, _, pooled, _ = self.pipeline.encode_prompt(
                     prompt, prompt, prompt, device=self.device, do_classifier_free_guidance=False
                 )
                 length = self.pipeline.tokenizer_max_length + 1 if self.short else embeds.shape[1]
                 self.prompts.append(prompt)
-                self._embeds.append(embeds[0, :length])
-                self._pooled.append(pooled[0])
+                self._embeds.append(embeds[0, :length].cpu())
+                self._pooled.append(pooled[0].cpu())
         return torch.tensor([self.prompts.index(p) for p in prompts])
+
+    @contextmanager
+    def _encoders(self) -> Iterator[None]:
+        """The text encoders on the network's device, for as long as they embed."""
+        encoders = [e for e in (getattr(self.pipeline, name) for name in ENCODERS) if e is not None]
+        for encoder in encoders:
+            encoder.to(self.device)
+        yield
+        for encoder in encoders:
+            encoder.to("cpu")
 
     def embedded(self, row: int) -> dict[str, Tensor]:
         """A prompt as the stock pipelines of the same weights take it, with the empty one against it."""
