@@ -1,5 +1,7 @@
 """The ideal denoiser of a handful of pictures, in closed form, is the oracle."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -149,3 +151,24 @@ def test_two_targets_move_apart(scene):
     )
     shares = PosteriorSwap().shares(forget_batch(both, [50]), both)
     assert shares[:, 0].tolist() == pytest.approx([1, 0], abs=1e-6)
+
+
+def test_a_target_counts_only_under_its_own_prompts_and_against_what_they_draw(scene):
+    """Row 1 draws three of the pictures beside the target, row 2 draws nothing but it, row 3 is not to forget it."""
+    keep = Pool(scene.keep.x_0, torch.tensor([1, 1, 1, 3, 3]))
+    asked = Context(scene.schedule, scene.base, scene.instances, keep, torch.tensor([[3.0, 3.0, 3.0, 0.0]]))
+    f, s = scene.instances[0].target.expand(4, *SHAPE), scene.instances[0].surrogate.expand(4, *SHAPE)
+
+    def shares(level, objective=EXACT):
+        batch = replace(noised(scene, f, s, [level] * 4), condition=torch.arange(4))
+        return objective.shares(batch, asked)[0].tolist()
+
+    noise = shares(999)
+    assert noise[0] == pytest.approx(3 / 8, abs=0.15)  # without a prompt, everything competes
+    assert noise[1] == pytest.approx(3 / 6, abs=0.15)
+    assert noise[2:] == [1, 0]
+    assert shares(5) == pytest.approx([1, 1, 1, 0], abs=1e-6)
+    faded = shares(900, PosteriorSwap())
+    assert faded[0] == 0  # five others without a prompt
+    assert faded[1:] == pytest.approx([faded[1], 1, 0])
+    assert faded[1] > 0.5  # three others are no more than the target itself

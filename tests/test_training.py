@@ -1,5 +1,6 @@
 import itertools
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from unforget.domain import Instance, Pool
 from unforget.errors import CannotRun
 from unforget.objectives import CleanSpace, Context, PosteriorSwap
 from unforget.prepare import neighbours
-from unforget.training import Pace, mixed, train, worst_margin
+from unforget.training import Pace, adam, mixed, train, worst_margin
 
 
 def test_the_pace_warms_up_holds_and_cools_down():
@@ -116,3 +117,12 @@ def test_neighbours_are_the_nearest_to_any_target(scene):
     close = context.instances[0].target + 0.01
     targets = torch.stack([i.target for i in context.instances])
     assert neighbours(torch.cat([keep.x_0, close[None]]), targets, 1).tolist() == [len(keep)]
+
+
+def test_eight_bit_adam_says_what_it_needs(monkeypatch):
+    weights = [torch.nn.Parameter(torch.zeros(2))]
+    assert isinstance(adam(weights, 0.1), torch.optim.Adam)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(CannotRun, match="bitsandbytes") as caught:
+        adam(weights, 0.1, eight_bit=True)
+    assert "[8bit]" in caught.value.hint
