@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-COMMANDS = ("", "edit-surrogate", "unlearn", "verify", "export")
+COMMANDS = ("", "edit-surrogate", "unlearn", "verify", "export", "show")
 
 
 def reference() -> str:

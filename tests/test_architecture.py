@@ -80,7 +80,7 @@ def test_nothing_below_the_command_line_prints():
                 assert node.func.id != "print", path
 
 
-@pytest.mark.parametrize("command", [[], ["unlearn"], ["verify"], ["edit-surrogate"], ["export"]])
+@pytest.mark.parametrize("command", [[], ["unlearn"], ["verify"], ["edit-surrogate"], ["export"], ["show"]])
 def test_help_does_not_import_torch(command):
     code = (
         "import sys\n"

@@ -435,3 +435,15 @@ def test_where_a_target_belongs_it_stays(sd3, pictures):
     assert len(more) == 0
     assert context.keep.condition.tolist() == [2, 0]
     assert "--prompt" in notes[1]
+
+
+def test_show_says_where_a_patch_came_from(sd3_folder, pictures, cli):
+    unlearned(sd3_folder, pictures)
+    said = json.loads(cli("show", pictures / "x.patch", "--json").stdout)
+    assert said["prompts"] == [RED]
+    assert said["adapter"] == {"rank": 2, "alpha": 16}
+    shown = cli("show", pictures / "x.patch")
+    assert shown.exit_code == 0
+    assert said["base_digest"] in shown.stdout
+    assert str(pictures) not in shown.stdout
+    assert cli("show", pictures / "target.png").exit_code == 2

@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from unforget import __version__
-from unforget.console import before_after, checks_table, err, errors, print_json, progress
+from unforget.console import before_after, checks_table, err, errors, out, print_json, progress, provenance_table
 from unforget.options import (
     MACHINE,
     T5,
@@ -360,6 +360,25 @@ def export(
         resolved = build(ExportConfig, _given(locals(), "config"), config)
         with progress() as listener:
             typer.echo(str(command(resolved, listener)))
+
+
+@app.command()
+def show(
+    patch: Annotated[Path, typer.Argument(help="Patch to look into.")],
+    as_json: AsJson = False,
+) -> None:
+    """Say where a patch came from: its base, targets (by digest), prompts, recipe, seed and versions.
+
+    Example: unforget show face.patch
+    """
+    with errors():
+        from unforget.patch import Patch
+
+        found = Patch.load(patch)
+        if as_json:
+            print_json(found.provenance.model_dump())
+            return
+        out.print(provenance_table(found))
 
 
 def _given(values: dict[str, Any], *without: str) -> dict[str, Any]:

@@ -16,9 +16,11 @@ from unforget.errors import ExitCode, UnforgetError
 
 if TYPE_CHECKING:
     from unforget.domain import Listener
+    from unforget.patch import Patch
     from unforget.report import Report
 
 err = Console(stderr=True, highlight=False)
+out = Console(highlight=False)
 
 
 SIGNS = {"at least": "\u2265", "at most": "\u2264"}
@@ -55,6 +57,16 @@ def checks_table(result: Report) -> Table:
             c.probe, (c.target or "")[:8], c.figure, base, f"{c.candidate:.3g}", f"{SIGNS[c.rule]} {c.threshold:.3g}",
             f"[{colour[c.outcome]}]{c.outcome}[/] {c.note}",
         )  # fmt: skip
+    return table
+
+
+def provenance_table(patch: Patch) -> Table:
+    """Where a patch came from, a row a field."""
+    table = Table(show_header=False, box=None)
+    size = sum(t.numel() for t in patch.tensors.values())
+    fields = {**patch.provenance.model_dump(), "tensors": f"{len(patch.tensors)}, {size:,} numbers"}
+    for name, value in fields.items():
+        table.add_row(name, _plain(json.dumps(value) if isinstance(value, (dict, list)) else str(value)))
     return table
 
 
