@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from unforget import families
 from unforget.domain import Scope
 
-RUNTIME = 0.62 * 2**30
+RUNTIME = 0.5 * 2**30
 """Bytes of the interpreter with torch, diffusers and transformers imported, and allocators that keep what was freed."""
 
 
