@@ -123,3 +123,18 @@ def test_what_is_in_place_is_edited_exactly():
     edited, misfit = carried(target, target, surrogate)
     assert misfit < 1e-4
     torch.testing.assert_close(edited, surrogate, atol=1e-3, rtol=0)
+
+
+def test_the_target_in_another_place_is_no_surrogate_under_a_prompt(sd3):
+    target = torch.full((3, 16, 16), 0.8)
+    target[:, 4:12, 3:7], target[:, 4:12, 9:13] = -1.0, 0.0
+    moved, other = target.roll(1, 2), target.flip(2)
+    row = int(sd3.condition(["a red square"])[0])
+    for condition, refused in ((0, False), (row, True)):
+        canvas = Canvas(sd3, target, torch.ones(1, 16, 16), condition=condition)
+        ranked = {
+            c.label: c for c in rank([Candidate(moved, "moved"), Candidate(other, "other")], canvas, distance=0.1)
+        }
+        assert (ranked["moved"].moved < 0.16) == refused
+        assert ranked["moved"].accepted != refused
+        assert ranked["other"].accepted

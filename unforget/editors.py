@@ -35,6 +35,7 @@ class Candidate:
         label: How it was made.
         distance: RMS to the target, in pixels of [-1, 1].
         redrawn: Share of the target's drawing that is another (`metrics.redrawn`), whatever the colours.
+        moved: RMS to the target moved and scaled to where the edit has it, under a prompt; infinite without.
         familiar: RMS to the nearest picture that the base is known to draw; infinite if none is known.
         quality: Its sharpness as a share of the target's; 1 is the same.
         typicality: RMS between it and the base's reconstruction of it; small is what the base could draw.
@@ -48,6 +49,7 @@ class Candidate:
     label: str
     distance: float = 0.0
     redrawn: float = 0.0
+    moved: float = math.inf
     familiar: float = math.inf
     quality: float = 1.0
     typicality: float = 0.0
@@ -288,6 +290,7 @@ def rank(
         "distance": rms(images, canvas.target),
         "redrawn": redrawn(images, canvas.target),
         "familiar": pairwise_rms(images, drawn).min(1).values if len(drawn) else torch.full((len(images),), math.inf),
+        "moved": _moved(canvas, images),
         "quality": sharpness(images) / sharpness(canvas.target[None]).clamp(min=1e-6),
         "typicality": rms(_reconstructed(canvas, images), images),
         "strays": _strays(canvas, images, torch.cat([images, drawn]), near_copy),
@@ -295,10 +298,18 @@ def rank(
     scored = []
     for i, candidate in enumerate(candidates):
         c = replace(candidate, **{name: values[i].item() for name, values in figures.items()})
-        another = c.distance >= distance and c.redrawn >= REDRAWN and c.familiar >= near_copy
+        another = c.distance >= distance and c.redrawn >= REDRAWN and min(c.familiar, c.moved) >= near_copy
         score = abs(c.distance - distance) + 3 * c.typicality + 0.3 * c.strays + 0.1 * abs(c.quality - 1)
         scored.append(replace(c, score=score, accepted=another and QUALITY <= c.quality <= 1 / QUALITY))
     return sorted(scored, key=lambda c: (not c.accepted, c.score))
+
+
+def _moved(canvas: Canvas, images: Tensor) -> Tensor:
+    """`Candidate.moved` of each image (N,), at a width of 32: a prompted model draws one thing in many places."""
+    if not canvas.condition:
+        return torch.full((len(images),), math.inf)
+    target, *small = functional.adaptive_avg_pool2d(torch.cat([canvas.target[None], images]), 32)
+    return torch.tensor([carried(image, target, target)[1] for image in small])
 
 
 def _reconstructed(canvas: Canvas, images: Tensor) -> Tensor:

@@ -99,7 +99,7 @@ def instances(
         best = next((c for c in ranked if c.accepted), None)
         if best is None:
             raise CannotRun(
-                "no edit of the target is far enough from it and of fair quality",
+                "no edit of the target is another picture, far enough from it and of fair quality",
                 "Make a surrogate with `unforget edit-surrogate` and give it with --surrogate.",
             )
         given.append(best.image)
