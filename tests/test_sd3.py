@@ -447,3 +447,10 @@ def test_show_says_where_a_patch_came_from(sd3_folder, pictures, cli):
     assert said["base_digest"] in shown.stdout
     assert str(pictures) not in shown.stdout
     assert cli("show", pictures / "target.png").exit_code == 2
+
+
+def test_other_guidance_is_another_retain_set(sd3):
+    prompts = [RED] * 2
+    first = data.drawn_cached(sd3, "d", prompts, seed=0, steps=2)
+    sd3.guidance = 9.0
+    assert not torch.equal(data.drawn_cached(sd3, "d", prompts, seed=0, steps=2), first)

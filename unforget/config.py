@@ -79,18 +79,13 @@ SD3: dict[str, Recipe] = {
         stop_margin=None,
     ),
     # arXiv:2603.10445 on Stable Diffusion 3: LoRA, 100 steps, batch 8; the rate belongs to 2 B parameters.
-    "paper": Recipe(
-        objective=Surrogate(weighting=Linear(beta=2e-4)),
-        train="lora",
-        learning_rate=1e-5,
-        max_train_steps=100,
-        warmup_steps=0,
-        cooldown_steps=0,
-        forget_batch_size=8,
-        retain_batch_size=8,
-        neighbour_share=0,
-        forget_range=(0.001, 1.0),
-        stop_margin=None,
+    "paper": DDPM["paper"].model_copy(
+        update={
+            "objective": Surrogate(weighting=Linear(beta=2e-4)),
+            "train": "lora",
+            "learning_rate": 1e-5,
+            "max_train_steps": 100,
+        }
     ),
 }
 RECIPES = {"ddpm": DDPM, "sd3": SD3}

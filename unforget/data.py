@@ -217,7 +217,9 @@ def drawn_cached(
         advance: Told how many pictures are done.
     """
     count = len(prompts)
-    asked = hashlib.sha256(json.dumps([digest, list(prompts), seed, steps, family.picture]).encode()).hexdigest()
+    asked = hashlib.sha256(
+        json.dumps([digest, list(prompts), seed, steps, family.picture, family.guidance]).encode()
+    ).hexdigest()
     path = cache_folder() / f"retain-2-{asked[:32]}.safetensors"
     if path.is_file():
         try:
