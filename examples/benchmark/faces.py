@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from tables import row, table
 from torch import Tensor
 
 from unforget import Recipe, UnlearnConfig, data, families, recipe, unlearn
@@ -107,16 +108,6 @@ class Bench:
     def drift(self, images: Tensor) -> tuple[float, float]:
         moved = rms(images[:SEEDS], self.drawn[:SEEDS])
         return float(moved.median()), float(moved.mean())
-
-
-def row(*cells: object) -> None:
-    print("| " + " | ".join(f"{c:.3f}" if isinstance(c, float) else str(c) for c in cells) + " |", flush=True)
-
-
-def table(*names: str) -> None:
-    print()
-    row(*names)
-    row(*["---"] * len(names))
 
 
 def shares(values: list[float]) -> str:

@@ -22,6 +22,7 @@ HOME = ROOT / "examples" / "flags"
 sys.path.insert(0, str(HOME))
 
 from flags import Judge, countries  # noqa: E402
+from tables import row, table  # noqa: E402
 
 from unforget import UnlearnConfig, data, families, recipe, unlearn  # noqa: E402
 from unforget.config import Recipe  # noqa: E402
@@ -97,15 +98,6 @@ class Bench:
             "drift_near": float(rms(drawn.others, self.drawn.others)[both].median()),
             "drift_ivory": float(rms(drawn.ivory, self.drawn.ivory).median()),
         }
-
-
-def table(*columns: str) -> None:
-    row(*columns)
-    row(*["---"] * len(columns))
-
-
-def row(*cells: str) -> None:
-    print("| " + " | ".join(cells) + " |", flush=True)
 
 
 HEAD = ("Ireland wrong / right", "Côte d'Ivoire", "near flags", "all others",
