@@ -1,0 +1,20 @@
+"""The command line: parse, call, print, exit code. Heavy imports stay inside bodies, so that --help is quick."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from unforget.cli import edit, unlearn, verify, export  # noqa: F401, I001  (each adds its command, in this order)
+from unforget.cli.app import app
+
+__all__ = ["app", "main"]
+
+
+def main() -> None:
+    """The console script."""
+    quiet: Callable[[str, str], str] = os.environ.setdefault
+    quiet("TRANSFORMERS_VERBOSITY", "error")
+    quiet("DIFFUSERS_VERBOSITY", "error")
+    sys.exit(app())

@@ -1,0 +1,14 @@
+"""The Python API: what the commands do, under the same names and with the same defaults.
+
+Each takes a configuration of `unforget.config` and an optional `Listener`, writes its artefact, and returns what it
+found. Nothing here prints.
+"""
+
+from unforget.commands.editing import Edited, edit_surrogate
+from unforget.commands.exporting import export
+from unforget.commands.unlearning import EXIT_UNLEARN, Unlearned, memory_plan, recipe_of, unlearn
+from unforget.commands.verifying import verify
+
+__all__ = [
+    "EXIT_UNLEARN", "Edited", "Unlearned", "edit_surrogate", "export", "memory_plan", "recipe_of", "unlearn", "verify",
+]  # fmt: skip

@@ -1,0 +1,51 @@
+"""What every command needs: a model, a picture, a place to write."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from unforget import data, families
+from unforget.config import ModelConfig
+from unforget.domain import Family, Listener
+from unforget.errors import UsageError
+
+
+def load(config: ModelConfig) -> Family:
+    """The model that a configuration names, on as many threads as it says."""
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    return families.load(config.model, options(config))
+
+
+def options(config: ModelConfig, like: Family | None = None) -> families.Options:
+    """How to open a model; another one to be compared with `like` draws with the same guidance."""
+    guidance = config.guidance or (like.guidance if like else None)
+    return families.Options(
+        config.allow_pickle, config.device, config.resolution, guidance, config.pipeline_config, config.t5
+    )
+
+
+def read(path: Path, family: Family, config: ModelConfig, listener: Listener) -> Tensor:
+    """A picture of the model's size, (C, H, W) in [-1, 1]."""
+    return data.read_image(path, family.picture, resize=config.resize, note=listener.note)
+
+
+def writable(path: Path, force: bool) -> None:
+    """Refuse before any work what could not be written after it."""
+    if path.exists() and not force:
+        raise UsageError(f"'{path}' exists", "Say --force to overwrite it, or give another --output.")
+    home = path.parent
+    if not home.is_dir():
+        raise UsageError(f"there is no folder '{home}'", "Make it first.")
+    if not os.access(home, os.W_OK):
+        raise UsageError(f"the folder '{home}' cannot be written", "Give another --output.")
+
+
+def versions() -> dict[str, str]:
+    """Of what computes, for the record."""
+    return {"unforget": version("unforget-diffusion"), "torch": torch.__version__, "diffusers": version("diffusers")}
