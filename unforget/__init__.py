@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unforget.commands import edit_surrogate, export, unlearn, verify
-    from unforget.config import EditConfig, ExportConfig, Recipe, UnlearnConfig, VerifyConfig, recipe
+    from unforget.config import EditConfig, ExportConfig, Recipe, UnlearnConfig, recipe
     from unforget.errors import UnforgetError
+    from unforget.policy import VerifyConfig
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,7 +32,8 @@ __all__ = [
 
 _HOME = {
     **dict.fromkeys(("edit_surrogate", "unlearn", "verify", "export"), "commands"),
-    **dict.fromkeys(("EditConfig", "UnlearnConfig", "VerifyConfig", "ExportConfig", "Recipe", "recipe"), "config"),
+    **dict.fromkeys(("EditConfig", "UnlearnConfig", "ExportConfig", "Recipe", "recipe"), "config"),
+    "VerifyConfig": "policy",
     "UnforgetError": "errors",
 }
 

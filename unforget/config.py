@@ -161,37 +161,6 @@ class UnlearnConfig(DrawConfig):
         return self
 
 
-class VerifyConfig(ModelConfig):
-    """`unforget verify`."""
-
-    patch: Path | None = Field(None, description="patch to judge")
-    candidate: Path | None = Field(None, description="or a diffusers folder to judge")
-    target: tuple[Path, ...] = Field((), description="picture that must be gone; found beside the patch if not given")
-    surrogate: tuple[Path, ...] = Field((), description="its surrogate, in the same order")
-    keep: tuple[Path, ...] = Field((), description="picture that must still be drawn; repeats")
-    prompt: tuple[str, ...] = Field((), description="prompts to look under; the patch's own if not given")
-    retain_prompts: Path | None = Field(None, description="text file, one prompt a line, for what must stay")
-    samples: int = Field(256, ge=1, le=1_000_000, description="images to draw from each model")
-    draws: int = Field(32, ge=1, le=4096, description="reconstructions a noise level")
-    levels: tuple[int, ...] = Field((250, 400, 550), min_length=1, description="noise levels to reconstruct from")
-    sampler_steps: int = Field(25, ge=2, le=1000, description="sampler steps of the draws")
-    near_copy: float = Field(0.16, gt=0, lt=2, description="RMS under which two pictures are the same one")
-    max_drift: float = Field(0.08, gt=0, description="largest median same-seed drift, RMS")
-    min_kept: float = Field(0.6, ge=0, le=1, description="least share of look-alikes and --keep pictures still drawn")
-    report: Path | None = Field(None, description="write the JSON report here")
-    sheet: Path | None = Field(None, description="write a contact sheet (PNG) here; it shows the target")
-
-    @model_validator(mode="after")
-    def _sound(self) -> Self:
-        if (self.patch is None) == (self.candidate is None):
-            raise ValueError("give either --patch or --candidate")
-        if self.surrogate and len(self.surrogate) != len(self.target):
-            raise ValueError(f"{len(self.target)} target(s) but {len(self.surrogate)} surrogate(s)")
-        if any(not 0 < level < 1000 for level in self.levels):
-            raise ValueError("levels lie between 1 and 999")
-        return self
-
-
 class ExportConfig(ModelConfig):
     """`unforget export`."""
 
@@ -209,17 +178,16 @@ def build(kind: type[C], given: dict[str, Any], file: Path | None = None) -> C:
     Raises:
         UsageError: One clause for every field that is wrong.
     """
-    values = {**_read(file), **{k: v for k, v in given.items() if v is not None and v != []}}
+    values = {**read(file), **stated(given)}
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        raise UsageError(_sentence(error), f"See `unforget {COMMANDS.get(kind.__name__, '')} --help`.") from None
+        raise UsageError(sentence(error), f"See `unforget {COMMANDS.get(kind.__name__, '')} --help`.") from None
 
 
 COMMANDS = {
     "EditConfig": "edit-surrogate",
     "UnlearnConfig": "unlearn",
-    "VerifyConfig": "verify",
     "ExportConfig": "export",
 }
 
@@ -252,10 +220,16 @@ def recipe(name: str, kind: str = "ddpm", /, **changes: Any) -> Recipe:
     try:
         return Recipe.model_validate({**values, **given})
     except ValidationError as error:
-        raise UsageError(_sentence(error), "See `unforget unlearn --help`.") from None
+        raise UsageError(sentence(error), "See `unforget unlearn --help`.") from None
 
 
-def _read(file: Path | None) -> dict[str, Any]:
+def stated(given: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given."""
+    return {k: v for k, v in given.items() if v is not None and v != []}
+
+
+def read(file: Path | None) -> dict[str, Any]:
+    """A TOML file as a table; empty for none."""
     if file is None:
         return {}
     try:
@@ -264,7 +238,8 @@ def _read(file: Path | None) -> dict[str, Any]:
         raise UsageError(f"cannot read the configuration '{file}': {error}", "Give a TOML file.") from None
 
 
-def _sentence(error: ValidationError) -> str:
+def sentence(error: ValidationError) -> str:
+    """One clause for every field that is wrong."""
     parts = []
     for problem in error.errors():
         where = ".".join(str(p) for p in problem["loc"])

@@ -17,7 +17,7 @@ from unforget.errors import ExitCode, UnforgetError
 if TYPE_CHECKING:
     from unforget.domain import Listener
     from unforget.patch import Patch
-    from unforget.report import Report
+    from unforget.report import Check, Report
 
 err = Console(stderr=True, highlight=False)
 out = Console(highlight=False)
@@ -46,18 +46,33 @@ def before_after(rows: list[dict[str, Any]]) -> Table:
 
 
 def checks_table(result: Report) -> Table:
-    """What `verify` judged, a row a check."""
-    table = Table(title="Verify: base beside candidate")
-    for name in ("probe", "target", "figure", "base", "candidate", "wanted", "outcome"):
+    """What `verify` judged: a row a probe that passed, and every figure that did not."""
+    table = Table(title=f"Verify ({result.level}): base beside candidate")
+    for name in ("target", "probe", "figure", "base", "candidate", "wanted", "outcome"):
         table.add_column(name, overflow="fold")
-    colour = {"passed": "green", "failed": "red", "inconclusive": "yellow"}
+    groups: dict[tuple[str, str], list[Check]] = {}
     for c in result.checks:
-        base = "" if c.base is None else f"{c.base:.3g}"
-        table.add_row(
-            c.probe, (c.target or "")[:8], c.figure, base, f"{c.candidate:.3g}", f"{SIGNS[c.rule]} {c.threshold:.3g}",
-            f"[{colour[c.outcome]}]{c.outcome}[/] {c.note}",
-        )  # fmt: skip
+        groups.setdefault(((c.target or "")[:8], c.probe), []).append(c)
+    for (target, probe), checks in groups.items():
+        passed = sum(c.outcome == "passed" for c in checks)
+        if passed:
+            table.add_row(target, probe, "", "", "", "", f"[green]passed[/] {passed} of {len(checks)} checks")
+        for c in checks:
+            if c.outcome in ("failed", "inconclusive"):
+                table.add_row(target, *_figures(c))
     return table
+
+
+COLOURS = {"failed": "red", "inconclusive": "yellow"}
+
+
+def _figures(c: Check) -> list[str]:
+    base = "" if c.base is None else f"{c.base:.3g}"
+    edge = "borderline " if c.borderline else ""
+    return [
+        _plain(c.name), c.figure, base, f"{c.candidate:.3g}", f"{SIGNS[c.rule]} {c.threshold:.3g}",
+        f"[{COLOURS[c.outcome]}]{c.outcome}[/] {edge}{_plain(c.note)}",
+    ]  # fmt: skip
 
 
 def provenance_table(patch: Patch) -> Table:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from unforget.domain import Family, Instance, Noised, Pool
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 MAX_SIDE = 8192
 """Longest side of an image that is decoded at all, in pixels."""
-PIXELS_DRAWN, PIXELS_TRAINED = 64 * 32 * 32, 32 * 32 * 32
+PIXELS_DRAWN = PIXELS_TRAINED = 32 * 32 * 32
 """Pixels in one pass, without and with gradients, unless the user says how many pictures."""
 UNPROMPTED = 0.2
 """Share of the prompted pictures to keep that training shows under the empty prompt."""
@@ -135,7 +135,7 @@ def write_image(image: Tensor | Image.Image, path: Path) -> None:
 
 def write_bytes(content: bytes, path: Path) -> None:
     """Write beside and rename, so that no reader ever sees half a file."""
-    beside = path.with_name(f".{path.name}.partial")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         beside.write_bytes(content)
         os.replace(beside, path)
@@ -143,17 +143,22 @@ def write_bytes(content: bytes, path: Path) -> None:
         beside.unlink(missing_ok=True)
 
 
-def image_id(image: Tensor) -> str:
-    """First 16 hex digits of the SHA-256 of an image's 8-bit pixels: the same for every lossless file of it."""
-    return hashlib.sha256(to_pil(image).tobytes()).hexdigest()[:16]
+def eight_bit(images: Tensor) -> Tensor:
+    """Pictures as a file would hold them: rounded to 8 bits, again in [-1, 1]."""
+    return ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 
-def random_noise(count: int, shape: tuple[int, int, int], seed: int, purpose: str) -> Tensor:
-    """Standard normal (count, C, H, W); row i depends on purpose, seed and i alone.
+def image_id(image: Tensor, salt: str = "") -> str:
+    """First 16 hex digits of the salted SHA-256 of an image's 8-bit pixels: the same for every lossless file of it."""
+    return hashlib.sha256(salt.encode() + to_pil(image).tobytes()).hexdigest()[:16]
+
+
+def random_noise(count: int, shape: tuple[int, int, int], seed: int, purpose: str, *, first: int = 0) -> Tensor:
+    """Standard normal (count, C, H, W), rows from `first` on; row i depends on purpose, seed and i alone.
 
     The purpose keeps apart what must be independent: two uses of one seed share no row, nor do two seeds of one use.
     """
-    keys = (hashlib.sha256(f"{purpose}/{seed}/{i}".encode()).digest() for i in range(count))
+    keys = (hashlib.sha256(f"{purpose}/{seed}/{i}".encode()).digest() for i in range(first, first + count))
     generators = (torch.Generator().manual_seed(int.from_bytes(key[:7])) for key in keys)
     return torch.stack([torch.randn(shape, generator=g) for g in generators])
 
@@ -168,6 +173,7 @@ def start_level(family: Family, share: float, *, steps: int) -> int:
     return min(family.levels(steps), key=lambda t: abs(t - share * len(family.schedule)))
 
 
+@torch.no_grad()
 def draw(
     family: Family,
     noise: Tensor,
@@ -216,29 +222,51 @@ def drawn_cached(
         steps: Sampler steps.
         advance: Told how many pictures are done.
     """
-    count = len(prompts)
-    asked = hashlib.sha256(
-        json.dumps([digest, list(prompts), seed, steps, family.picture, family.guidance]).encode()
-    ).hexdigest()
-    path = cache_folder() / f"retain-2-{asked[:32]}.safetensors"
+
+    def make() -> Tensor:
+        noise = random_noise(len(prompts), family.shape, seed, "retain")
+        return draw(family, noise, steps=steps, condition=family.condition(prompts), advance=advance)
+
+    return cached(["retain", digest, list(prompts), seed, steps, family.picture, family.guidance], make)
+
+
+def cached(key: Sequence[object], make: Callable[[], Tensor]) -> Tensor:
+    """Pictures (N, C, H, W) in [-1, 1], in 8 bits, made once for a key and then read from the cache."""
+    path = _place(key, "safetensors")
     if path.is_file():
         try:
             images: Tensor = load_file(path)["images"]
-            advance(count)
             return images.float() / 127.5 - 1
         except Exception:  # a damaged cache is only a cache
             path.unlink(missing_ok=True)
-    noise = random_noise(count, family.shape, seed, "retain")
-    images = draw(family, noise, steps=steps, condition=family.condition(prompts), advance=advance)
-    eight = ((images + 1) * 127.5).round().to(torch.uint8)
+    eight = ((make().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    _keep(save({"images": eight.contiguous()}), path)
+    return eight.float() / 127.5 - 1
+
+
+def cached_figures(key: Sequence[object], make: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Figures by name, made once for a key and then read from the cache."""
+    path = _place(key, "json")
+    try:
+        return {str(k): float(v) for k, v in json.loads(path.read_text()).items()}
+    except (OSError, ValueError, AttributeError, TypeError):
+        figures = make()
+        _keep(json.dumps(figures).encode(), path)
+        return figures
+
+
+def _place(key: Sequence[object], suffix: str) -> Path:
+    asked = hashlib.sha256(json.dumps(key).encode()).hexdigest()
+    return cache_folder() / f"{key[0]}-3-{asked[:32]}.{suffix}"
+
+
+def _keep(content: bytes, path: Path) -> None:
+    """Store in the cache; one that cannot be written is no reason to stop."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        save_file({"images": eight.contiguous()}, partial)
-        os.replace(partial, path)
-    except OSError:  # nor is one that cannot be written a reason to stop
+        write_bytes(content, path)
+    except OSError:
         pass
-    return eight.float() / 127.5 - 1
 
 
 def nearest(images: Tensor, target: Tensor, count: int) -> Tensor:

@@ -38,7 +38,7 @@ class Instance:
     Attributes:
         target: The picture, (C, H, W) in [-1, 1], or its latent.
         surrogate: Its replacement, same shape.
-        id: First 16 hex digits of the digest of the target's pixels.
+        id: First 16 hex digits of the salted digest of the target's pixels.
         conditions: Rows of the prompts under which it is to be forgotten.
     """
 
@@ -153,8 +153,27 @@ class Family(Protocol):
         """
         ...
 
-    def denoise(self, x_t: Tensor, *, steps: int, start: int | None = None, condition: Tensor | None = None) -> Tensor:
-        """Deterministic sampling from noise, or from level `start` of the schedule, under prompts; returns x_0."""
+    def denoise(
+        self, x_t: Tensor, *, steps: int, start: int | None = None, stop: int = -1, condition: Tensor | None = None
+    ) -> Tensor:
+        """Deterministic sampling from noise, or from level `start` of the schedule, under prompts; returns x_0.
+
+        With `stop` only the levels above that row are visited, and what is returned is as noisy as the next one.
+        """
+        ...
+
+    def replay(self, seed: int, *, steps: int, scheduler: str | None, condition: Tensor) -> Tensor:
+        """One x_0, (1, ...), as the stock pipeline draws it from a CPU generator with that seed.
+
+        Args:
+            seed: Of the generator.
+            steps: Sampler steps.
+            scheduler: diffusers class of the sampler; the one of `denoise` if None.
+            condition: The prompt, (1,).
+
+        Raises:
+            UsageError: If there is no such sampler for this model.
+        """
         ...
 
     def levels(self, steps: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from scipy.stats import beta
 from torch import Tensor
 
@@ -9,6 +10,21 @@ from torch import Tensor
 def rms(a: Tensor, b: Tensor) -> Tensor:
     """Root mean square difference over each image, in pixels of [-1, 1]; (..., C, H, W) to (...)."""
     return (a - b).square().mean((-3, -2, -1)).sqrt()
+
+
+def region(target: Tensor, surrogate: Tensor, share: float = 0.9) -> Tensor:
+    """Where two pictures (C, H, W) differ: the fewest pixels that carry `share` of the squared difference, (H, W)."""
+    square = (target - surrogate).square().sum(0)
+    order = square.flatten().argsort(descending=True, stable=True)
+    carried = square.flatten()[order].cumsum(0)
+    where = torch.zeros(square.numel(), dtype=torch.bool)
+    where[order[: int((carried < share * carried[-1]).sum()) + 1]] = True
+    return where.reshape(square.shape)
+
+
+def rms_within(a: Tensor, b: Tensor, where: Tensor) -> Tensor:
+    """RMS over the pixels of a region (H, W) alone; (..., C, H, W) to (...)."""
+    return (a - b).square()[..., where].mean((-2, -1)).sqrt()
 
 
 def pairwise_rms(a: Tensor, b: Tensor) -> Tensor:
@@ -47,6 +63,18 @@ def upper_bound(hits: int, n: int, confidence: float = 0.95) -> float:
 def lower_bound(hits: int, n: int, confidence: float = 0.95) -> float:
     """One-sided Clopper-Pearson lower bound of a rate."""
     return 0.0 if hits == 0 else float(beta.ppf(1 - confidence, hits, n - hits + 1))
+
+
+def kernel_distance(a: Tensor, b: Tensor) -> float:
+    """Unbiased squared MMD between features (N, D) and (M, D) under KID's cubic kernel (arXiv:1801.01401).
+
+    Features are scaled to a mean square of 1 over `a`, so that the figure does not depend on their unit.
+    """
+    a, b = a.double(), b.double()
+    scale = a.square().sum(1).mean().clamp(min=1e-12)
+    within = [((x @ x.T) / scale + 1) ** 3 for x in (a, b)]
+    inside = sum(float((k.sum() - k.diag().sum()) / (len(k) * (len(k) - 1))) for k in within)
+    return inside - 2 * float((((a @ b.T) / scale + 1) ** 3).mean())
 
 
 def laplacian(images: Tensor) -> Tensor:

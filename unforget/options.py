@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-MACHINE, DANGER = "This machine", "Dangerous options"
+MACHINE, DANGER, REPORTS = "This machine", "Dangerous options", "Reports"
 Model = Annotated[
     str | None,
     typer.Option(

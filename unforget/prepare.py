@@ -84,7 +84,13 @@ def distinct(targets: Sequence[Tensor], surrogates: Sequence[Tensor]) -> None:
 
 
 def instances(
-    base: Family, targets: list[Tensor], given: list[Tensor], kept: Pool, config: UnlearnConfig, listener: Listener
+    base: Family,
+    targets: list[Tensor],
+    given: list[Tensor],
+    kept: Pool,
+    config: UnlearnConfig,
+    listener: Listener,
+    salt: str = "",
 ) -> tuple[tuple[Instance, ...], Tensor]:
     """Targets with their surrogates, and the edits that were made on the way: pictures beside the targets."""
     edits: list[Tensor] = []
@@ -104,7 +110,7 @@ def instances(
             )
         given.append(best.image)
         edits += [c.image for c in ranked]
-    found = tuple(Instance(t, s, data.image_id(t), rows) for t, s in zip(targets, given, strict=True))
+    found = tuple(Instance(t, s, data.image_id(t, salt), rows) for t, s in zip(targets, given, strict=True))
     return found, torch.stack(edits) if edits else torch.empty(0, *base.picture)
 
 

@@ -1,158 +1,156 @@
-"""From findings to a verdict: checks with their thresholds, the exit code, and the versioned JSON."""
+"""What `verify` says: the versioned record that every format is drawn from. Holds ids, never pictures or paths."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from unforget.config import VerifyConfig
 from unforget.data import write_bytes
 from unforget.errors import ExitCode
-from unforget.probes import Finding, level, prompt
 
-Verdict = Literal["forgotten", "failed", "inconclusive"]
-Outcome = Literal["passed", "failed", "inconclusive"]
-NEARER = 0.8
-"""Least share of reconstructions nearer to the surrogate than to the target, at every noise level. At high noise the
-base itself takes a noised target for somebody else in one draw of ten, and those draws are to stay what they were."""
-SHARPNESS = (0.8, 1.25)
-"""Sharpness of the candidate's draws as a share of the base's: outside, they are blurred or noisy."""
-ENOUGH = 5
-"""Fewest base draws of a picture from which a rate of keeping it can be judged."""
+Verdict = Literal["forgotten", "failed", "inconclusive", "allowed"]
+Outcome = Literal["passed", "failed", "inconclusive", "noted"]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class Check(_Record):
-    """One figure against its threshold."""
+class Place(_Record):
+    """Where a figure was seen."""
 
     probe: str
+    """The kind of the probe: reconstruct, sample, ..."""
     target: str | None
-    """The target's id; None where the whole model is judged."""
+    """The target's id; null where the whole model is judged."""
+    level: int | None = None
+    """Noise level, a timestep of 1000."""
+    prompt: str = ""
+    """Empty for the empty prompt."""
+    variant: str = ""
+    """What else tells two uses of a probe apart: flip, bf16, ..."""
+
+    @property
+    def name(self) -> str:
+        """The place without the target, as people read it."""
+        level = "" if self.level is None else f"@{self.level}"
+        variant = f" {self.variant}" if self.variant else ""
+        return f"{self.probe}{level}{variant}" + (f" '{self.prompt}'" if self.prompt else "")
+
+
+class Seen(Place):
+    """All figures of one probe in one place, by name."""
+
+    base: dict[str, float]
+    """Of the control."""
+    candidate: dict[str, float]
+
+
+class Check(Place):
+    """One figure against its threshold."""
+
     figure: str
     base: float | None
     candidate: float
+    low: float | None = None
+    """Exact one-sided lower bound, where the figure is a rate."""
+    high: float | None = None
     rule: Literal["at least", "at most"]
     threshold: float
     outcome: Outcome
+    """noted: for the reader, decides nothing."""
+    borderline: bool = False
+    """So near the threshold that it counts as failed."""
     note: str = ""
 
 
-class Report(_Record):
-    """What `unforget verify` says, and everything it said it from. Holds ids, never pictures or paths."""
+class Calibration(_Record):
+    """How near is a near-copy: where the threshold of a target comes from."""
 
-    schema_version: Literal[1] = 1
+    target: str
+    backend: str
+    """The similarity backend, by name and version."""
+    threshold: float
+    """Distance under which a picture counts as the target."""
+    false_alarm: float
+    """Share of pairs of different pictures that lie under the uncapped threshold."""
+    pairs: int
+    """How many pairs of pictures known to differ it comes from."""
+    capped: bool
+    """Whether the surrogate is so near that the threshold was lowered to half way to it."""
+
+
+class Target(_Record):
+    """What became of one target."""
+
+    id: str
+    """Salted digest of its pixels."""
+    verdict: Verdict
+    reason: str
+    """The worst that was found, in words."""
+
+
+class Robustness(_Record):
+    """What an adversary needed to bring a target back. Decides nothing unless the policy requires the probe."""
+
+    probe: str
+    target: str
+    sentence: str
+
+
+class Allowed(_Record):
+    """An entry of the policy's allow-list."""
+
+    id: str
+    reason: str
+    expires: str
+    state: Literal["active", "expired", "unused"]
+
+
+class Report(_Record):
+    """What `unforget verify` says, and everything it said it from."""
+
+    schema_version: Literal[2] = 2
     verdict: Verdict
     exit_code: int
     summary: str
-    targets: dict[str, Verdict]
+    level: str
+    """quick, standard or deep."""
+    targets: list[Target]
     checks: list[Check]
-    findings: list[dict[str, object]]
+    robustness: list[Robustness]
+    calibrations: list[Calibration]
+    allowed: list[Allowed]
+    findings: list[Seen]
     settings: dict[str, object]
+    """Thresholds and counts of the policy that was applied."""
+    backends: list[str]
+    """Similarity backends, by name and version."""
     base_digest: str
     candidate_digest: str
     versions: dict[str, str]
+    seconds: dict[str, float]
+    """Time a probe took; all that differs between two runs of one command."""
 
     @property
     def passed(self) -> bool:
         """Whether every target is forgotten and the rest is kept."""
         return self.exit_code == ExitCode.OK
 
+    def rounded(self) -> Report:
+        """With every figure to six digits: beyond them, the order in which a machine adds up shows."""
+
+        def short(value: Any) -> Any:
+            if isinstance(value, float):
+                return float(f"{value:.6g}")
+            if isinstance(value, dict):
+                return {k: short(v) for k, v in value.items()}
+            return [short(v) for v in value] if isinstance(value, list) else value
+
+        return Report.model_validate(short(self.model_dump()))
+
     def save(self, path: Path) -> None:
         """Write the JSON, complete or not at all."""
         write_bytes((self.model_dump_json(indent=2) + "\n").encode(), path)
-
-
-def checks(findings: Sequence[Finding], config: VerifyConfig, *, surrogate_known: bool) -> list[Check]:
-    """Every figure that decides, judged."""
-    out = []
-    for f in decisive(findings):
-        if f.probe.startswith("reconstruct"):
-            out.append(_check(f, "near_copies", "at most", 0))
-            if surrogate_known:
-                out.append(_check(f, "nearer_surrogate", "at least", NEARER))
-        elif f.probe.startswith("sample"):
-            out.append(_check(f, "hits", "at most", 0))
-        elif f.probe.startswith("keep"):
-            base = f.base["hits"]
-            check = _check(f, "hits", "at least", config.min_kept * base)
-            out.append(check if base >= ENOUGH else _unknown(check, f"the base drew it {base:.0f} times"))
-        elif f.probe == "retain":
-            out.append(_check(f, "median", "at most", config.max_drift))
-            out += [_check(f, "sharpness", "at least", SHARPNESS[0]), _check(f, "sharpness", "at most", SHARPNESS[1])]
-        elif f.probe == "look-alikes":
-            out.append(_check(f, "kept", "at least", config.min_kept))
-    return out
-
-
-def decisive(findings: Sequence[Finding]) -> list[Finding]:
-    """Those that decide: all but reconstructions under the empty prompt of a target that has prompts of its own.
-
-    What is wrong under one prompt can be right under another (one country's flag drawn for another's), and without a
-    prompt the model may say either. Samples under the empty prompt do decide.
-    """
-    prompted = {f.target for f in findings if f.probe.startswith("reconstruct") and prompt(f)}
-    return [f for f in findings if not f.probe.startswith("reconstruct") or prompt(f) or f.target not in prompted]
-
-
-def _check(f: Finding, figure: str, rule: Literal["at least", "at most"], threshold: float) -> Check:
-    value = f.patched[figure]
-    good = value >= threshold if rule == "at least" else value <= threshold
-    return Check(
-        probe=f.probe, target=f.target, figure=figure, base=f.base.get(figure), candidate=value, rule=rule,
-        threshold=threshold, outcome="passed" if good else "failed",
-    )  # fmt: skip
-
-
-def _unknown(check: Check, why: str) -> Check:
-    return check.model_copy(update={"outcome": "inconclusive", "note": why})
-
-
-def judge(found: Sequence[Check], findings: Sequence[Finding]) -> tuple[Verdict, dict[str, Verdict], str]:
-    """The verdict: the worst of all targets and of what must stay.
-
-    A target that the base itself neither reconstructs nor draws is inconclusive: that it is absent proves nothing.
-    """
-    targets: dict[str, Verdict] = {}
-    for target in dict.fromkeys(f.target for f in findings if f.target):
-        own = [c for c in found if c.target == target and c.probe != "look-alikes"]
-        if any(c.outcome == "failed" for c in own):
-            targets[target] = "failed"
-        else:
-            targets[target] = "forgotten" if _reproduced(target, findings) else "inconclusive"
-    lost = [c for c in found if c.outcome == "failed" and (c.target is None or c.probe == "look-alikes")]
-    reproduced = [t for t, v in targets.items() if v == "failed"]
-    unknown = [t for t, v in targets.items() if v == "inconclusive"]
-    if reproduced:
-        return "failed", targets, f"{len(reproduced)} of {len(targets)} target(s) still reproduced"
-    if lost:
-        return (
-            "failed",
-            targets,
-            "the target is gone, but so is more: "
-            + ", ".join(f"{c.probe} {c.figure} {c.candidate:.3g} ({c.rule} {c.threshold:.3g})" for c in lost),
-        )
-    if unknown:
-        return "inconclusive", targets, f"the base does not reproduce {len(unknown)} of {len(targets)} target(s)"
-    return "forgotten", targets, f"{len(targets)} target(s) forgotten, the rest kept"
-
-
-def _reproduced(target: str, findings: Sequence[Finding]) -> bool:
-    """Whether the base draws the target, or most often returns it from the lowest noise level."""
-    mine = [f for f in decisive(findings) if f.target == target]
-    drawn = any(f.base["hits"] > 0 for f in mine if f.probe.startswith("sample"))
-    back = [f for f in mine if f.probe.startswith("reconstruct")]
-    lowest = min(level(f) for f in back)
-    return drawn or any(f.base["near_copies"] >= 0.5 for f in back if level(f) == lowest)
-
-
-EXIT: dict[Verdict, ExitCode] = {
-    "forgotten": ExitCode.OK,
-    "failed": ExitCode.FAILED,
-    "inconclusive": ExitCode.INCONCLUSIVE,
-}

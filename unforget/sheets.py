@@ -11,6 +11,7 @@ from unforget.data import to_pil
 from unforget.domain import Instance
 from unforget.editors import Candidate
 from unforget.probes import Finding
+from unforget.probes.subject import Which
 
 Row = tuple[str, Sequence[tuple[Tensor, str]]]
 CELL = 96
@@ -55,27 +56,34 @@ def candidate_sheet(target: Tensor, ranked: Sequence[Candidate], picked: int) ->
     return sheet("Surrogate candidates", rows)
 
 
-def evidence_sheet(title: str, instances: Sequence[Instance], findings: Sequence[Finding]) -> Image.Image:
-    """Targets, surrogates, reconstructions by base and candidate, and same-seed pairs."""
+def evidence_rows(instances: Sequence[Instance], findings: Sequence[Finding]) -> list[Row]:
+    """Targets, surrogates, what base and candidate made of them, and same-seed pairs."""
     rows: list[Row] = []
     for k, instance in enumerate(instances):
         rows.append(
             (f"target {k + 1} and its surrogate", [(instance.target, "target"), (instance.surrogate, "surrogate")])
         )
-        rows += [_pairs(f) for f in findings if f.target == instance.id and f.probe.startswith("reconstruct")]
+        rows += [_pairs(f) for f in findings if f.target == instance.id and f.probe in HEADINGS and f.images]
     rows += [
         (f"same seed, {which}", [(image, "") for image in f.images[which][:8]])
         for f in findings
         if f.probe == "retain"
-        for which in ("base", "patched")
+        for which in WHICH
     ]
-    return sheet(title, rows)
+    return rows
+
+
+HEADINGS = {
+    "reconstruct": "noised to t = {level} and back",
+    "complete": "begun by the base, finished from t = {level}",
+    "replay": "the seed that made it",
+    "seek": "start noise sought for it",
+}
+WHICH: tuple[Which, ...] = ("base", "patched")
 
 
 def _pairs(f: Finding) -> Row:
-    level = f.probe.split("@")[1].replace(" ", " under ", 1)
-    base, patched = f.images["base"][:4], f.images["patched"][:4]
-    return f"noised to t = {level} and back: base, then patched", [
-        *[(image, "base") for image in base],
-        *[(image, "patched") for image in patched],
-    ]
+    under = f" under '{f.prompt}'" if f.prompt else ""
+    heading = HEADINGS[f.probe].format(level=f.level)
+    cells = [(image, which) for which in WHICH for image in f.images[which][:4]]
+    return f"{heading}{under}: base, then patched", cells

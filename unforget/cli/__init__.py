@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from unforget.cli import edit, unlearn, verify, export  # noqa: F401, I001  (each adds its command, in this order)
+from unforget.cli import edit, export, unlearn, verify  # noqa: F401  (each adds its command, in this order)
 from unforget.cli.app import app
 
 __all__ = ["app", "main"]

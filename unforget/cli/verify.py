@@ -10,6 +10,8 @@ import typer
 from unforget.cli.app import app, values
 from unforget.console import checks_table, err, errors, progress
 from unforget.options import (
+    MACHINE,
+    REPORTS,
     T5,
     AsJson,
     ConfigFile,
@@ -17,7 +19,6 @@ from unforget.options import (
     Force,
     Guidance,
     Model,
-    NearCopy,
     Pickle,
     PipelineConfig,
     Prompts,
@@ -40,20 +41,58 @@ def verify(
     surrogate: Surrogates = None,
     prompt: Prompts = None,
     retain_prompts: RetainPrompts = None,
-    keep: Annotated[list[Path] | None, typer.Option(help="Picture that must still be drawn; repeats.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Images to draw from each model. [default: 256]")] = None,
-    draws: Annotated[int | None, typer.Option(help="Reconstructions a noise level. [default: 32]")] = None,
-    level: Annotated[
-        list[int] | None, typer.Option(help="Noise level, timestep of 1000; repeats. [default: 250 400 550]")
+    policy: Annotated[
+        Path | None, typer.Option(help="What your team agreed on. [default: unforget.toml or pyproject.toml here]")
     ] = None,
-    sampler_steps: Annotated[int | None, typer.Option(help="Sampler steps of the draws. [default: 25]")] = None,
-    near_copy: NearCopy = None,
-    max_drift: Annotated[float | None, typer.Option(help="Largest median same-seed drift. [default: 0.08]")] = None,
+    level: Annotated[
+        str | None, typer.Option(help="quick, standard or deep: which probes run. [default: standard]")
+    ] = None,
+    required: Annotated[
+        list[str] | None, typer.Option("--require", help="Probe to run and to decide by, whatever the level; repeats.")
+    ] = None,
+    max_rate: Annotated[
+        float | None, typer.Option(help="Largest share of draws that may be near-copies. [default: 0.005]")
+    ] = None,
+    confidence: Annotated[
+        float | None, typer.Option(help="Of that; both say how many to draw. [default: 0.95]")
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Most draws. [default: as many as decide]")] = None,
+    false_alarm: Annotated[
+        float | None, typer.Option(help="Share of different pictures that may pass for near-copies. [default: 0.0001]")
+    ] = None,
+    similarity: Annotated[
+        list[str] | None,
+        typer.Option(help="What sees near-copies: pixels, structure, sscd, lpips, face, or KIND=FILE; repeats."),
+    ] = None,
+    keep: Annotated[list[Path] | None, typer.Option(help="Picture that must still be drawn; repeats.")] = None,
+    draws: Annotated[int | None, typer.Option(help="Reconstructions a noise level. [default: 32]")] = None,
+    noise_levels: Annotated[
+        list[int] | None,
+        typer.Option("--noise-level", help="To reconstruct from, timestep of 1000; repeats. [default: 250 400 550]"),
+    ] = None,
+    sampler_steps: Annotated[int | None, typer.Option(help="Sampler steps of the draws. [default: 20]")] = None,
+    max_drift: Annotated[
+        float | None, typer.Option(help="Largest median same-seed drift, in distances between draws. [default: 0.3]")
+    ] = None,
     min_kept: Annotated[
         float | None, typer.Option(help="Least share of look-alikes still drawn. [default: 0.6]")
     ] = None,
-    report: Annotated[Path | None, typer.Option(help="Write the JSON report here.")] = None,
-    sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet here; it shows the target.")] = None,
+    replay_seed: Annotated[int | None, typer.Option(help="Seed that made the picture.")] = None,
+    replay_steps: Annotated[int | None, typer.Option(help="Sampler steps that made it. [default: 20]")] = None,
+    replay_scheduler: Annotated[
+        str | None, typer.Option(help="diffusers class of the sampler that made it, such as DDPMScheduler.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Write the JSON report here.", rich_help_panel=REPORTS)] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write JUnit XML here.", rich_help_panel=REPORTS)] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page to look at here.", rich_help_panel=REPORTS)] = None,
+    summary: Annotated[
+        Path | None,
+        typer.Option(help="Append Markdown here. [default: $GITHUB_STEP_SUMMARY]", rich_help_panel=REPORTS),
+    ] = None,
+    save_images: Annotated[
+        Path | None,
+        typer.Option(help="Folder for pictures, which then stand in the page, too.", rich_help_panel=REPORTS),
+    ] = None,
     seed: Seed = None,
     resize: Resize = None,
     guidance: Guidance = None,
@@ -63,6 +102,9 @@ def verify(
     config: ConfigFile = None,
     as_json: AsJson = False,
     force: Force = None,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Neither read nor keep what the base does.", rich_help_panel=MACHINE)
+    ] = False,
     device: Device = None,
     threads: Threads = None,
     allow_pickle: Pickle = None,
@@ -71,19 +113,21 @@ def verify(
 
     Passing is evidence, never a certificate.
 
-    Example: unforget verify --model faces --patch face.patch --report report.json
+    Example: unforget verify --model faces --patch face.patch --report report.json --html report.html
     """
     with errors():
         from unforget.commands import verify as command
-        from unforget.config import VerifyConfig, build
+        from unforget.policy import resolve
 
-        given = values(locals(), "as_json", "config", "level")
-        given["levels"] = level
+        given = values(locals(), "as_json", "config", "policy", "no_cache")
+        given["cache"] = False if no_cache else None
         with progress() as listener:
-            result = command(build(VerifyConfig, given, config), listener)
+            result = command(resolve(given, config, policy), listener)
         if as_json:
             typer.echo(result.model_dump_json(indent=2))
         else:
             err.print(checks_table(result))
+            for noted in result.robustness:
+                err.print(f"{noted.target[:8]} {noted.probe}: {noted.sentence}", soft_wrap=True)
             typer.echo(f"{result.verdict}: {result.summary}")
         raise typer.Exit(result.exit_code)

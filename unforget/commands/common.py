@@ -46,6 +46,14 @@ def writable(path: Path, force: bool) -> None:
         raise UsageError(f"the folder '{home}' cannot be written", "Give another --output.")
 
 
+def salted(base_digest: str) -> str:
+    """The salt of the ids of pictures: the base, and $UNFORGET_SALT where a team keeps a secret.
+
+    Ids of one picture differ from base to base; with a secret nobody without it can tell which picture an id names.
+    """
+    return f"{base_digest}/{os.environ.get('UNFORGET_SALT', '')}/"
+
+
 def versions() -> dict[str, str]:
     """Of what computes, for the record."""
     return {"unforget": version("unforget-diffusion"), "torch": torch.__version__, "diffusers": version("diffusers")}

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from unforget import data, families, prepare, probes, report, training
-from unforget.commands.common import load, options, read, versions, writable
+from unforget import data, families, prepare, probes, training
+from unforget.commands.common import load, options, read, salted, versions, writable
 from unforget.config import Recipe, UnlearnConfig, recipe
 from unforget.domain import Family, Instance, Listener, Pool
 from unforget.errors import CannotRun, ExitCode, NothingChanged
+from unforget.metrics import rms
 from unforget.objectives import Context
 from unforget.patch import Patch, Provenance, digest
-from unforget.sheets import evidence_sheet
+from unforget.sheets import evidence_rows, sheet
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def unlearn(config: UnlearnConfig, listener: Listener | None = None) -> Unlearne
     prepare.conditions(patched, config.prompt)
     base = patched.reference(how.train)
     kept = Pool.of(retain) if retain is not None else prepare.drawn(base, base_digest, config, listener)
-    instances, edits = prepare.instances(base, targets, given, kept, config, listener)
+    instances, edits = prepare.instances(base, targets, given, kept, config, listener, salted(base_digest))
     namesakes = prepare.namesakes(base, base_digest, instances, kept, config, listener)
     context, near = prepare.context(base, instances, kept, Pool.cat(Pool.of(edits), namesakes), config.near_copy)
     patched.release()
@@ -75,10 +76,8 @@ def unlearn(config: UnlearnConfig, listener: Listener | None = None) -> Unlearne
         shutil.rmtree(folder)
         raise NothingChanged("the run ended with the weights it began with", "Raise --learning-rate.")
     patch.save(config.output)
-    subject = probes.Subject(
-        base, patched, instances, torch.empty(0, *base.picture), config.near_copy,
-        stay=tuple(dict.fromkeys(context.keep.condition.tolist())),
-    )  # fmt: skip
+    stay = tuple(dict.fromkeys(context.keep.condition.tolist()))
+    subject = probes.Subject(base, patched, instances, torch.empty(0, *base.picture), paired=config.preview, stay=stay)
     return _finish(config, folder, outcome, subject, listener)
 
 
@@ -152,7 +151,7 @@ def _provenance(config: UnlearnConfig, how: Recipe, instances: Sequence[Instance
         base=config.model if not Path(config.model).exists() else Path(config.model).name,
         base_digest=base_digest,
         targets=[i.id for i in instances],
-        surrogates=[data.image_id(i.surrogate) for i in instances],
+        surrogates=[data.image_id(i.surrogate, salted(base_digest)) for i in instances],
         prompts=list(config.prompt),
         adapter={"rank": how.rank, "alpha": how.lora_alpha} if how.train == "lora" else None,
         recipe=how.model_dump(mode="json"),
@@ -166,27 +165,33 @@ def _finish(
     config: UnlearnConfig, folder: Path, outcome: training.Outcome, subject: probes.Subject, listener: Listener
 ) -> Unlearned:
     """The before/after table, the contact sheet, and the pictures that `verify` will look for."""
-    suite: tuple[probes.Probe, ...] = (
-        probes.Reconstruct(draws=config.preview),
-        probes.Retain(count=config.preview, neighbours=1),
-    )
     subject.advance = listener.advance
-    findings = probes.collect(suite, subject, listener.stage)
+    probe = probes.Reconstruct(draws=config.preview, calibrated=False)
+    listener.stage("before and after", probe.cost(subject) + 2 * config.preview * subject.calls())
+    findings = probe(subject)
     table: list[dict[str, Any]] = [
-        {"target": f.target, "probe": f.probe, "before": f.base, "after": f.patched}
+        {
+            "target": f.target, "probe": f"{f.probe}@{f.level}", "prompt": f.prompt,
+            "before": {k: f.base[k] for k in SHOWN}, "after": {k: f.patched[k] for k in SHOWN},
+        }
         for f in findings
-        if f.probe.startswith("reconstruct")
-    ]
+    ]  # fmt: skip
     for k, instance in enumerate(subject.instances):
         data.write_image(instance.target, folder / f"target-{k}.png")
         data.write_image(instance.surrogate, folder / f"surrogate-{k}.png")
-    drift = next(f.patched for f in findings if f.probe == "retain")
+    noise = subject.noise("sample", config.preview)
+    turns = torch.tensor(subject.stay)[torch.arange(config.preview) % len(subject.stay)]
+    base, patched = subject.run("base", noise, turns), subject.run("patched", noise, turns)
+    moved = rms(base, patched)
+    drift = {"median": float(moved.median()), "mean": float(moved.mean())}
     title = f"{config.output.name}: {outcome.steps} steps, stopped by {outcome.stopped}"
-    data.write_image(evidence_sheet(title, subject.instances, findings), folder / "sheet.png")
-    forgotten = all(
-        f.patched["nearer_surrogate"] >= 0.5 for f in report.decisive(findings) if f.probe.startswith("reconstruct")
-    )
+    pairs = probes.Finding("retain", None, {}, {}, images={"base": base, "patched": patched})
+    data.write_image(sheet(title, evidence_rows(subject.instances, [*findings, pairs])), folder / "sheet.png")
+    # Under the empty prompt a target that has prompts of its own may be right: see `judge`.
+    prompted = {f.target for f in findings if f.prompt}
+    forgotten = all(f.patched["nearer_surrogate"] >= 0.5 for f in findings if f.prompt or f.target not in prompted)
     return Unlearned(config.output, folder, outcome.steps, outcome.stopped, outcome.margin, table, drift, forgotten)
 
 
+SHOWN = ("to_target", "to_surrogate", "nearer_surrogate")
 EXIT_UNLEARN = {True: ExitCode.OK, False: ExitCode.FAILED}

@@ -2,68 +2,164 @@
 
 from __future__ import annotations
 
+import datetime
+import os
+import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
-from unforget import data, families, prepare, probes, report
-from unforget.commands.common import load, options, read, versions, writable
-from unforget.config import VerifyConfig
+from unforget import data, families, judge, prepare, probes
+from unforget.commands.common import load, options, read, salted, versions, writable
 from unforget.domain import Family, Instance, Listener
 from unforget.errors import CannotRun, UsageError
+from unforget.formats.junit import junit
+from unforget.formats.markdown import markdown
+from unforget.formats.page import page
 from unforget.patch import Patch, digest
-from unforget.sheets import evidence_sheet
+from unforget.policy import Policy, VerifyConfig
+from unforget.report import Calibration, Report, Seen
+from unforget.sheets import evidence_rows, sheet
 
-PRIVATE = {
-    "model", "patch", "candidate", "target", "surrogate", "keep", "prompt", "retain_prompts", "pipeline_config",
-    "report", "sheet", "force", "threads", "device",
-}  # fmt: skip
-"""Settings of `verify` that name files, prompts or the machine: they stay out of the report."""
+PRIVATE = {"target", "surrogate", "keep", "prompt", "retain_prompts", "allow", "similarity"}
+"""Settings that name files, prompts or targets: they stay out of the report."""
 
 
-def verify(config: VerifyConfig, listener: Listener | None = None) -> report.Report:
+def verify(config: VerifyConfig, listener: Listener | None = None) -> Report:
     """Put base and candidate side by side and judge: is every target gone, is the rest still there?"""
     listener = listener or Listener()
-    for path in (config.report, config.sheet):
+    for path in (config.report, config.junit, config.html, config.save_images):
         if path is not None:
             writable(path, config.force)
+    for backend in config.similarity:
+        backend.check()
     base = load(config)
     candidate = _candidate(config, base)
-    instances, known = _read_instances(config, base, listener)
+    subject, known = _subject(config, base, candidate, listener)
+    suite = probes_of(config)
+    if len(subject.instances[0].conditions) == 1:  # no prompt to put in other words
+        suite = tuple(p for p in suite if p.kind != "reword")
+    listener.note(_estimate(suite, subject, config.level))
+    findings, seconds = probes.collect(suite, subject, listener.stage)
+    ids = [i.id for i in subject.instances]
+    allowed = judge.allowances(config, ids, datetime.datetime.now(datetime.UTC).date())
+    found = judge.checks(findings, config, known)
+    judged = judge.targets(found, findings, allowed)
+    verdict, code, summary = judge.verdict(judged, found, allowed)
+    result = Report(
+        verdict=verdict, exit_code=code, summary=summary, level=config.level, targets=judged, checks=found,
+        robustness=judge.robustness(findings), calibrations=_calibrations(subject), allowed=allowed,
+        findings=[_seen(f) for f in findings],
+        settings=config.model_dump(mode="json", include=set(Policy.model_fields) - PRIVATE),
+        backends=[b.name for b in config.similarity], base_digest=digest(base.network.state_dict()),
+        candidate_digest=digest(candidate.network.state_dict()), versions=versions(), seconds=seconds,
+    ).rounded()  # fmt: skip
+    _write(config, result, subject, findings)
+    return result
+
+
+def probes_of(config: VerifyConfig) -> tuple[probes.Probe, ...]:
+    """The probes of a configuration, in order."""
+    made: dict[str, probes.Probe] = {
+        "reconstruct": probes.Reconstruct(levels=config.noise_levels, draws=config.draws),
+        "sample": probes.Sample(),
+        "retain": probes.Retain(),
+        "complete": probes.Complete(),
+        "transforms": probes.Transforms(),
+        "reword": probes.Reword(),
+        "cast": probes.Cast(),
+        "seek": probes.Seek(),
+        "revive": probes.Revive(),
+    }
+    if config.replay_seed is not None:
+        made["replay"] = probes.Replay(
+            seed=config.replay_seed, steps=config.replay_steps, scheduler=config.replay_scheduler
+        )
+    return tuple(made[kind] for kind in config.probes if kind in made)
+
+
+def _subject(
+    config: VerifyConfig, base: Family, candidate: Family, listener: Listener
+) -> tuple[probes.Subject, list[str]]:
+    """Everything that probes share, and the ids of the targets whose surrogate is known."""
+    base_digest = digest(base.network.state_dict())
+    instances, known = _read_instances(config, base, base_digest, listener)
     keep = [read(p, base, config, listener) for p in config.keep]
     listed = data.read_lines(config.retain_prompts) if config.retain_prompts else base.retain_prompts
     gone = set(instances[0].conditions[1:])
     stay = tuple(r for r in dict.fromkeys(base.condition(listed).tolist()) if r not in gone)
     candidate.condition(base.prompts)  # the same rows in both tables
     subject = probes.Subject(
-        base, candidate, instances, torch.stack(keep) if keep else torch.empty(0, *base.picture), config.near_copy,
-        config.sampler_steps, config.seed, listener.advance, stay,
+        base, candidate, instances, torch.stack(keep) if keep else torch.empty(0, *base.picture),
+        backends=config.similarity, false_alarm=config.false_alarm, max_rate=config.max_rate,
+        confidence=config.confidence, most=config.samples, paired=config.paired, controls=config.controls,
+        steps=config.sampler_steps, seed=config.seed, fresh=digest(candidate.network.state_dict()), stay=stay,
+        # Pictures to look at are not stored with the figures.
+        cache=base_digest if config.cache and not config.save_images else "", advance=listener.advance,
     )  # fmt: skip
-    suite: tuple[probes.Probe, ...] = (
-        probes.Reconstruct(levels=config.levels, draws=config.draws),
-        probes.Sample(count=config.samples),
-        probes.Retain(count=config.samples),
+    return subject, [i.id for i in instances] if known else []
+
+
+def _estimate(suite: Sequence[probes.Probe], subject: probes.Subject, level: str) -> str:
+    """What the probes will cost, from a few network calls."""
+    calls = sum(p.cost(subject) for p in suite)
+    size = min(32, data.in_one_pass(data.PIXELS_DRAWN, subject.base.picture))
+    noise, rows = torch.zeros(size, *subject.base.shape), torch.zeros(size, dtype=torch.long)
+    index = torch.full((size,), subject.start(500))
+    with torch.no_grad():
+        subject.base.predict(noise, index, rows)
+        began = time.perf_counter()
+        subject.base.predict(noise, index, rows)
+    seconds = calls / size * (time.perf_counter() - began)
+    most = subject.plan.looks[-1].drawn
+    return (
+        f"{level}: {', '.join(p.kind for p in suite)}; {subject.plan.shortest} draws when none hits, {most} at most; "
+        f"{calls:,} network calls a picture, about {seconds:.0f} s less what the cache holds"
     )
-    findings = probes.collect(suite, subject, listener.stage)
-    judged = report.checks(findings, config, surrogate_known=known)
-    verdict, targets, summary = report.judge(judged, findings)
-    result = report.Report(
-        verdict=verdict,
-        exit_code=report.EXIT[verdict],
-        summary=summary,
-        targets=targets,
-        checks=judged,
-        findings=[{"probe": f.probe, "target": f.target, "base": f.base, "candidate": f.patched} for f in findings],
-        settings=config.model_dump(mode="json", exclude=PRIVATE),
-        base_digest=digest(base.network.state_dict()),
-        candidate_digest=digest(candidate.network.state_dict()),
-        versions=versions(),
+
+
+def _calibrations(subject: probes.Subject) -> list[Calibration]:
+    others = {i.id: [] if torch.equal(i.target, i.surrogate) else [i.surrogate] for i in subject.instances}
+    return [
+        Calibration(
+            target=i.id, backend=backend.name, threshold=limit, false_alarm=radius.false_alarm, pairs=radius.pairs,
+            capped=capped,
+        )
+        for i in subject.instances
+        for backend, radius, (limit, capped) in zip(
+            subject.backends, subject.eye.radii, subject.eye.limits(i.target, *others[i.id]), strict=True
+        )
+    ]  # fmt: skip
+
+
+def _seen(f: probes.Finding) -> Seen:
+    return Seen(
+        probe=f.probe, target=f.target, level=f.level, prompt=f.prompt, variant=f.variant, base=dict(f.base),
+        candidate=dict(f.patched),
     )  # fmt: skip
+
+
+def _write(config: VerifyConfig, result: Report, subject: probes.Subject, findings: Sequence[probes.Finding]) -> None:
+    """Every form that was asked for. Pictures only with --save-images."""
+    rows = evidence_rows(subject.instances, findings) if config.save_images else []
     if config.report:
         result.save(config.report)
-    if config.sheet:
-        data.write_image(evidence_sheet(summary, instances, findings), config.sheet)
-    return result
+    if config.junit:
+        data.write_bytes(junit(result).encode(), config.junit)
+    if config.html:
+        data.write_bytes(page(result, rows).encode(), config.html)
+    if config.save_images:
+        config.save_images.mkdir(exist_ok=True)
+        data.write_image(sheet(result.summary, rows), config.save_images / "sheet.png")
+    step = os.environ.get("GITHUB_STEP_SUMMARY")
+    summary = config.summary or (Path(step) if step else None)
+    if summary:
+        try:
+            with summary.open("a", encoding="utf-8") as file:
+                file.write(markdown(result) + "\n")
+        except OSError as error:
+            raise CannotRun(f"cannot write the summary '{summary}': {error.strerror}", "Give --summary FILE.") from None
 
 
 def _candidate(config: VerifyConfig, base: Family) -> Family:
@@ -71,6 +167,8 @@ def _candidate(config: VerifyConfig, base: Family) -> Family:
     if config.patch is not None:
         family = base.copy()
         Patch.load(config.patch).apply(family.network, name=config.model)
+        if not all(bool(p.isfinite().all()) for p in family.network.parameters()):
+            raise CannotRun(f"the patch '{config.patch}' holds NaN or infinite weights", "Unlearn again.")
         return family
     family = families.load(str(config.candidate), options(config, base))
     shapes = [{n: t.shape for n, t in m.network.state_dict().items()} for m in (base, family)]
@@ -81,7 +179,9 @@ def _candidate(config: VerifyConfig, base: Family) -> Family:
     return family
 
 
-def _read_instances(config: VerifyConfig, base: Family, listener: Listener) -> tuple[tuple[Instance, ...], bool]:
+def _read_instances(
+    config: VerifyConfig, base: Family, base_digest: str, listener: Listener
+) -> tuple[tuple[Instance, ...], bool]:
     """The targets with their surrogates, and whether those are known."""
     targets, surrogates = list(config.target), list(config.surrogate)
     beside = config.patch.with_suffix(".run") if config.patch else None
@@ -92,12 +192,13 @@ def _read_instances(config: VerifyConfig, base: Family, listener: Listener) -> t
     pictures = [read(p, base, config, listener) for p in targets]
     replaced = [read(p, base, config, listener) for p in surrogates]
     prompts: Sequence[str] = config.prompt
+    ids = [data.image_id(p, salted(base_digest)) for p in pictures]
     if config.patch is not None:
         made = Patch.load(config.patch).provenance
-        known, prompts = set(made.targets), prompts or made.prompts
-        for path, picture in zip(targets, pictures, strict=True):
-            if data.image_id(picture) not in known:
+        prompts = prompts or made.prompts
+        for path, target in zip(targets, ids, strict=True):
+            if target not in made.targets:
                 listener.note(f"{path} is not among the targets that the patch was made for")
-    pairs = zip(pictures, replaced or pictures, strict=True)
     rows = prepare.conditions(base, prompts)
-    return tuple(Instance(t, s, data.image_id(t), rows) for t, s in pairs), bool(replaced)
+    triples = zip(pictures, replaced or pictures, ids, strict=True)
+    return tuple(Instance(t, s, id, rows) for t, s, id in triples), bool(replaced)

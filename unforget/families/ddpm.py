@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from unforget.domain import Scope
 from unforget.errors import UsageError
+from unforget.families.samplers import named, step
 from unforget.schedule import Schedule
 
 
@@ -79,16 +80,30 @@ class DDPM:
         sampler.set_timesteps(steps)
         return sampler
 
+    @torch.no_grad()
+    def replay(self, seed: int, *, steps: int, scheduler: str | None, condition: Tensor) -> Tensor:
+        """What `DDPMPipeline` or `DDIMPipeline` draws with `torch.Generator().manual_seed(seed)`."""
+        generator = torch.Generator().manual_seed(seed)
+        sampler = named(scheduler or "DDIMScheduler", self.scheduler_config)
+        sampler.set_timesteps(steps)
+        x_t: Tensor = torch.randn((1, *self.shape), generator=generator) * sampler.init_noise_sigma
+        for t in sampler.timesteps:
+            index = torch.full((1,), int(t))
+            answer = self.predict(sampler.scale_model_input(x_t, t), index, index)
+            x_t = step(sampler, answer, t, x_t, generator)
+        return x_t
+
     def levels(self, steps: int) -> list[int]:
         """The schedule rows that `denoise` visits, from noisy to clean."""
         return [int(t) for t in self._sampler(steps).timesteps]
 
-    @torch.no_grad()
-    def denoise(self, x_t: Tensor, *, steps: int, start: int | None = None, condition: Tensor | None = None) -> Tensor:
-        """DDIM (arXiv:2010.02502, eta 0) from pure noise, or from the visited level nearest to row `start`."""
+    def denoise(
+        self, x_t: Tensor, *, steps: int, start: int | None = None, stop: int = -1, condition: Tensor | None = None
+    ) -> Tensor:
+        """DDIM (arXiv:2010.02502, eta 0) from pure noise, or from the visited levels at row `start` and below."""
         sampler = self._sampler(steps)
         for t in sampler.timesteps:
-            if start is None or t <= start:
+            if (start is None or t <= start) and t > stop:
                 index = torch.full((len(x_t),), int(t))
                 x_t = sampler.step(self.predict(x_t, index, index), t, x_t).prev_sample
         return x_t

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from unforget.domain import Scope
 from unforget.errors import CannotRun, UsageError
+from unforget.families.samplers import named, step
 from unforget.schedule import Schedule
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -253,19 +254,30 @@ class SD3:
         sampler.set_timesteps(steps)
         return sampler
 
+    @torch.no_grad()
+    def replay(self, seed: int, *, steps: int, scheduler: str | None, condition: Tensor) -> Tensor:
+        """What `StableDiffusion3Pipeline` draws with `torch.Generator().manual_seed(seed)`; returns latents."""
+        generator = torch.Generator().manual_seed(seed)
+        sampler = named(scheduler or "FlowMatchEulerDiscreteScheduler", self.scheduler_config)
+        sampler.set_timesteps(steps)
+        x_t = torch.randn((1, *self.shape), generator=generator, dtype=self._embeds[0].dtype).float()
+        for t in sampler.timesteps:
+            x_t = step(sampler, self._guided(x_t, t.expand(1), condition), t, x_t, generator)
+        return x_t
+
     def levels(self, steps: int) -> list[int]:
         """The schedule rows nearest to the levels that `denoise` visits, from noisy to clean."""
         return [self.schedule.index_of(float(t)) for t in self._sampler(steps).timesteps]
 
-    @torch.no_grad()
-    def denoise(self, x_t: Tensor, *, steps: int, start: int | None = None, condition: Tensor | None = None) -> Tensor:
+    def denoise(
+        self, x_t: Tensor, *, steps: int, start: int | None = None, stop: int = -1, condition: Tensor | None = None
+    ) -> Tensor:
         """Euler steps along the flow with classifier-free guidance, as the pipeline does; returns latents."""
         condition = torch.zeros(len(x_t), dtype=torch.long) if condition is None else condition
-        sampler, first = self._sampler(steps), 0
-        if start is not None:
-            first = sum(row > start for row in self.levels(steps))
+        sampler, rows = self._sampler(steps), self.levels(steps)
+        first = 0 if start is None else sum(row > start for row in rows)
         sampler.set_begin_index(first)
-        for t in sampler.timesteps[first:]:
+        for t in sampler.timesteps[first : sum(row > stop for row in rows)]:
             x_t = sampler.step(self._guided(x_t, t.expand(len(x_t)), condition), t, x_t).prev_sample
         return x_t
 

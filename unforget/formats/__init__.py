@@ -1,0 +1,1 @@
+"""What a report looks like elsewhere: JUnit XML, Markdown, one HTML page."""
