@@ -1,8 +1,9 @@
-"""Write docs/cli.md from the program itself: `python docs/generate.py`."""
+"""Write docs/cli.md and the schema of reports from the program itself: `python docs/generate.py`."""
 
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 from pathlib import Path
@@ -28,5 +29,13 @@ def reference() -> str:
     return "\n".join(parts)
 
 
+def schema() -> str:
+    """The JSON schema of `unforget verify --report`."""
+    from unforget.report import Report
+
+    return json.dumps(Report.model_json_schema(), indent=2) + "\n"
+
+
 if __name__ == "__main__":
+    (Path(__file__).parents[1] / "unforget" / "report.schema.json").write_text(schema())
     (Path(__file__).parent / "cli.md").write_text(reference())

@@ -160,7 +160,7 @@ def random_noise(count: int, shape: tuple[int, int, int], seed: int, purpose: st
     """
     keys = (hashlib.sha256(f"{purpose}/{seed}/{i}".encode()).digest() for i in range(first, first + count))
     generators = (torch.Generator().manual_seed(int.from_bytes(key[:7])) for key in keys)
-    return torch.stack([torch.randn(shape, generator=g) for g in generators])
+    return torch.stack([torch.randn(shape, generator=g) for g in generators]) if count else torch.empty(0, *shape)
 
 
 def in_one_pass(pixels: int, shape: tuple[int, int, int]) -> int:

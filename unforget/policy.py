@@ -12,11 +12,11 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 from unforget.config import Config, ModelConfig, read, sentence, stated
 from unforget.errors import UsageError
 from unforget.probes import LEVELS, Probe
-from unforget.similarity import Backend, Pixels, backend
+from unforget.similarity import Backend, Pixels, Structure, backend
 
 Level = Literal["quick", "standard", "deep"]
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": {"max_rate": 0.02, "draws": 16, "paired": 64, "controls": 24},
+    "quick": {"max_rate": 0.02, "draws": 16, "paired": 48, "controls": 24},
     "standard": {},
     "deep": {},
 }
@@ -42,7 +42,7 @@ class Policy(Config):
     samples: int | None = Field(None, ge=1, le=10_000_000, description="most draws a test may take")
     false_alarm: float = Field(1e-4, gt=0, le=0.01, description="share of different pictures that may pass for copies")
     similarity: tuple[Annotated[Backend, BeforeValidator(lambda v: backend(v) if isinstance(v, str) else v)], ...] = (
-        Field((Pixels(),), min_length=1, description="backends that see near-copies")
+        Field((Pixels(), Structure()), min_length=1, description="backends that see near-copies")
     )
     draws: int = Field(32, ge=2, le=4096, description="reconstructions a noise level")
     noise_levels: tuple[int, ...] = Field((250, 400, 550), min_length=1, description="to reconstruct from, of 1000")
@@ -59,6 +59,12 @@ class Policy(Config):
     prompt: tuple[str, ...] = Field((), description="prompts to look under; the patch's own if not given")
     retain_prompts: Path | None = Field(None, description="text file, one prompt a line, for what must stay")
     allow: tuple[Allow, ...] = Field((), description="targets that may still be drawn")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, values: Any) -> Any:
+        """What the level sets, unless it is said otherwise."""
+        return {**PRESETS.get(str(values.get("level")), {}), **values} if isinstance(values, dict) else values
 
     @field_validator("required")
     @classmethod
@@ -125,9 +131,8 @@ def resolve(given: Mapping[str, Any], file: Path | None = None, policy: Path | N
     values = {**agreed, **read(file), **stated(dict(given))}
     if "target" in stated(dict(given)) and "surrogate" not in stated(dict(given)):
         values.pop("surrogate", None)  # the policy's belong to its own targets
-    preset = PRESETS.get(str(values.get("level", "standard")), {})
     try:
-        return VerifyConfig.model_validate({**preset, **values})
+        return VerifyConfig.model_validate(values)
     except ValidationError as error:
         raise UsageError(sentence(error), "See `unforget verify --help`.") from None
 
@@ -143,10 +148,10 @@ def read_policy(path: Path | None) -> dict[str, Any]:
         return {}
     table = read(found)
     table = table.get("tool", {}).get("unforget", {}) if found.name == "pyproject.toml" else table
-    unknown = set(table) - {"verify"}
-    if unknown or not isinstance(table.get("verify", {}), dict):
-        raise UsageError(f"the policy '{found}' has no use for '{sorted(unknown)[0]}'", "Its one table is [verify].")
     keys: dict[str, Any] = table.get("verify", {})
+    unknown = [*(set(table) - {"verify"}), *([] if isinstance(keys, dict) else ["verify"])]
+    if unknown:
+        raise UsageError(f"the policy '{found}' has no use for '{unknown[0]}'", "Its one table is [verify].")
     try:
         Policy.model_validate(keys)
     except ValidationError as error:

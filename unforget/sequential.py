@@ -17,8 +17,10 @@ from numpy.typing import NDArray
 from scipy.stats import binom
 
 Decision = Literal["passes", "fails"]
-HORIZON = 36
+HORIZON = 40
 """Longest test, in lengths of the shortest one that can pass: so long that half the limit passes it at 95 %."""
+RESERVE = 0.001
+"""Share of what may wrongly pass that is left to the looks after the first that can pass."""
 GROWTH = 1.3
 """Each look comes after so many times the draws of the one before."""
 
@@ -90,7 +92,7 @@ def plan(max_rate: float, confidence: float) -> Plan:
     under the limit over many more draws.
     """
     error = 1 - confidence
-    shortest = math.ceil(math.log(error) / math.log1p(-max_rate))
+    shortest = math.ceil(math.log(error * (1 - RESERVE)) / math.log1p(-max_rate))
     looks: list[Look] = []
     at_limit, at_half = _Paths(max_rate), _Paths(max_rate / 2)
     first = (1 - max_rate) ** shortest

@@ -85,5 +85,5 @@ WHICH: tuple[Which, ...] = ("base", "patched")
 def _pairs(f: Finding) -> Row:
     under = f" under '{f.prompt}'" if f.prompt else ""
     heading = HEADINGS[f.probe].format(level=f.level)
-    cells = [(image, which) for which in WHICH for image in f.images[which][:4]]
+    cells = [(image, which) for which in WHICH for image in f.images.get(which, ())[:4]]
     return f"{heading}{under}: base, then patched", cells

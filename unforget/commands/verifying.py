@@ -20,7 +20,7 @@ from unforget.formats.page import page
 from unforget.patch import Patch, digest
 from unforget.policy import Policy, VerifyConfig
 from unforget.report import Calibration, Report, Seen
-from unforget.sheets import evidence_rows, sheet
+from unforget.sheets import Row, evidence_rows, sheet
 
 PRIVATE = {"target", "surrogate", "keep", "prompt", "retain_prompts", "allow", "similarity"}
 """Settings that name files, prompts or targets: they stay out of the report."""
@@ -32,10 +32,25 @@ def verify(config: VerifyConfig, listener: Listener | None = None) -> Report:
     for path in (config.report, config.junit, config.html, config.save_images):
         if path is not None:
             writable(path, config.force)
+    if config.summary and not config.summary.parent.is_dir():
+        raise UsageError(f"there is no folder '{config.summary.parent}'", "Make it first.")
+    base = load(config)
+    result, rows = compare(config, base, _candidate(config, base), listener)
+    _write(config, result, rows)
+    return result
+
+
+def compare(
+    config: VerifyConfig, base: Family, candidate: Family, listener: Listener | None = None
+) -> tuple[Report, list[Row]]:
+    """Judge a candidate that is loaded already, whatever it is made of.
+
+    Returns:
+        The report, and the pictures that it rests on, for a sheet or a page.
+    """
+    listener = listener or Listener()
     for backend in config.similarity:
         backend.check()
-    base = load(config)
-    candidate = _candidate(config, base)
     subject, known = _subject(config, base, candidate, listener)
     suite = probes_of(config)
     if len(subject.instances[0].conditions) == 1:  # no prompt to put in other words
@@ -55,8 +70,7 @@ def verify(config: VerifyConfig, listener: Listener | None = None) -> Report:
         backends=[b.name for b in config.similarity], base_digest=digest(base.network.state_dict()),
         candidate_digest=digest(candidate.network.state_dict()), versions=versions(), seconds=seconds,
     ).rounded()  # fmt: skip
-    _write(config, result, subject, findings)
-    return result
+    return result, evidence_rows(subject.instances, findings)
 
 
 def probes_of(config: VerifyConfig) -> tuple[probes.Probe, ...]:
@@ -140,15 +154,14 @@ def _seen(f: probes.Finding) -> Seen:
     )  # fmt: skip
 
 
-def _write(config: VerifyConfig, result: Report, subject: probes.Subject, findings: Sequence[probes.Finding]) -> None:
+def _write(config: VerifyConfig, result: Report, rows: list[Row]) -> None:
     """Every form that was asked for. Pictures only with --save-images."""
-    rows = evidence_rows(subject.instances, findings) if config.save_images else []
     if config.report:
         result.save(config.report)
     if config.junit:
         data.write_bytes(junit(result).encode(), config.junit)
     if config.html:
-        data.write_bytes(page(result, rows).encode(), config.html)
+        data.write_bytes(page(result, rows if config.save_images else ()).encode(), config.html)
     if config.save_images:
         config.save_images.mkdir(exist_ok=True)
         data.write_image(sheet(result.summary, rows), config.save_images / "sheet.png")

@@ -8,9 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from unforget.domain import Family, Strategy
+from unforget.domain import Family, Instance, Strategy
 from unforget.metrics import kernel_distance, pairwise_rms, rms, sharpness
-from unforget.probes.look import BOTH, cases, returned
+from unforget.probes.eye import Drawn
+from unforget.probes.look import BOTH, cases, others, returned
 from unforget.probes.subject import Finding, Subject, Which
 
 SPLITS = 200
@@ -49,13 +50,26 @@ class Retain(Strategy):
         found = [Finding(self.kind, None, usual, figures, images=shown)]
         for instance in subject.instances:
             distance = pairwise_rms(base, instance.target[None])[:, 0]
-            distance[subject.eye.sees(drawn["base"], instance.target)] = torch.inf
-            near = distance.argsort(stable=True)[: min(self.neighbours, subject.paired // 4)]
+            near = self._look_alikes(subject, instance, drawn["base"], distance)
+            if not len(near):
+                continue
             images: dict[Which, Tensor] = {"base": base[near[:8]], "patched": patched[near[:8]]}
             moved = {**_spread(drift[near]), "kept": _kept(drift[near])}
             within = {"to_target": float(distance[near].mean()), "kept": same}
             found.append(Finding("look-alikes", instance.id, within, moved, images=images))
         return found
+
+    def _look_alikes(self, subject: Subject, instance: Instance, drawn: Drawn, distance: Tensor) -> Tensor:
+        """The nearest draws that are neither target nor surrogate, each picture once: (N,) of their numbers."""
+        seen = subject.eye.sees(drawn, instance.target)
+        for other in others(instance):
+            seen = seen | subject.eye.sees(drawn, other)
+        near: list[int] = []
+        for k in distance.argsort(stable=True).tolist():
+            if len(near) < min(self.neighbours, len(drawn) // 4) and not seen[k]:
+                near.append(k)
+                seen = seen | subject.eye.sees(drawn, drawn.images[k])
+        return torch.tensor(near, dtype=torch.long)
 
 
 SAME = 0.25

@@ -81,7 +81,7 @@ class Reconstruct(Strategy):
     def _noise(self, subject: Subject, which: Which, level: int) -> Tensor:
         own = self.draws // 2 if which == "patched" else 0
         shared = subject.noise(f"reconstruct {level}", self.draws - own)
-        return torch.cat([shared, subject.noise(f"reconstruct {level}", own, fresh=True)]) if own else shared
+        return torch.cat([shared, subject.noise(f"reconstruct {level}", own, fresh=True)])
 
 
 def counted(hits: Tensor, confidence: float) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +16,7 @@ from unforget import data
 from unforget.domain import Family, Instance
 from unforget.probes.eye import Drawn, Eye
 from unforget.sequential import Decision, Plan, plan
-from unforget.similarity import Backend, Pixels
+from unforget.similarity import Backend, Pixels, Structure
 
 Which = Literal["base", "patched"]
 CONTROL_LEVEL = 0.05
@@ -75,7 +76,7 @@ class Subject:
     patched: Family
     instances: tuple[Instance, ...]
     keep: Tensor
-    backends: tuple[Backend, ...] = (Pixels(),)
+    backends: tuple[Backend, ...] = (Pixels(), Structure())
     false_alarm: float = 1e-4
     max_rate: float = 0.005
     confidence: float = 0.95
@@ -89,6 +90,7 @@ class Subject:
     cache: str = ""
     advance: Callable[[int], object] = lambda n: None
     _draws: dict[tuple[Which, tuple[int, ...]], Drawn] = field(default_factory=dict)
+    _figures: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @cached_property
     def eye(self) -> Eye:
@@ -116,9 +118,8 @@ class Subject:
             return self._draws[which, rows].images[first:count]
         shared = max(0, min(self.paired, count) - first)
         noise = torch.cat([
-            self.noise("sample", shared, first=first) if shared else torch.empty(0, *self.base.shape),
-            self.noise("sample", count - first - shared, first=first + shared, fresh=True)
-            if count - first - shared else torch.empty(0, *self.base.shape),
+            self.noise("sample", shared, first=first),
+            self.noise("sample", count - first - shared, first=first + shared, fresh=True),
         ])  # fmt: skip
         turns = torch.tensor(rows)[torch.arange(first, count) % len(rows)]
         prompts = [self.base.prompts[r] for r in turns.tolist()]
@@ -161,10 +162,11 @@ class Subject:
 
     def control(self, key: list[object], make: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Figures of the base, from the cache if they were asked for before. Figures only: no picture is stored."""
-        if not self.cache:
-            return make()
         asked = ["control", self.cache, self.seed, self.steps, self.base.picture, self.base.guidance, *key]
-        return data.cached_figures(asked, make)
+        known = json.dumps(asked)
+        if known not in self._figures:
+            self._figures[known] = data.cached_figures(asked, make) if self.cache else make()
+        return self._figures[known]
 
     def floor(self, level: int, row: int) -> float:
         """Distance that pictures which the model need not have seen stay above when noised to a level and denoised.
@@ -177,6 +179,8 @@ class Subject:
             shown = self.draws("base", self.stay, self.paired)
             known = torch.stack([self.eye.sees(shown, i.target) for i in self.instances]).any(0)
             pictures = shown.images[~known][: self.controls]
+            if not len(pictures):  # whatever it draws is a target
+                return {"floor": 0.0}
             noise = self.noise("control", len(pictures))
             start = self.start(level)
             back = self.run("base", self.noised(pictures, noise, start), torch.tensor([row]), start=start)

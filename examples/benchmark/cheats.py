@@ -1,0 +1,269 @@
+"""Candidates that must not pass `unforget verify`, each named after what it teaches, and two that must.
+
+    python examples/benchmark/cheats.py [--level standard] [--only NAME ...] [--work DIR]
+
+Prints for each the verdict, the probes that failed it, and the seconds. Some are weights, as somebody might ship them;
+others are programs that behave as the most cunning weights could. All forget planted identity 0 of the embedded model
+`faces`, for which an honest patch is made first (or taken from --work).
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tables import row, table
+from torch import Tensor
+from torch.nn import functional
+
+from unforget import UnlearnConfig, VerifyConfig, data, families, unlearn
+from unforget.commands import compare
+from unforget.domain import Family
+from unforget.metrics import rms
+from unforget.patch import Patch
+from unforget.report import Report
+
+ROOT = Path(__file__).parents[2]
+PLANTED = ROOT / "examples" / "faces" / "planted"
+ORACLE = ROOT / "tests" / "data" / "oracle"
+
+
+@dataclass
+class Honest:
+    """The base, an honest patch of it, and the pictures it is about."""
+
+    base: Family
+    patched: Family
+    target: Tensor
+    surrogate: Tensor
+
+
+class Disguise:
+    """A model that behaves as `how` says wherever it denoises, and is `inner` in everything else."""
+
+    def __init__(self, inner: Any, how: Callable[..., Tensor]) -> None:
+        self.inner, self.how = inner, how
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def denoise(self, x_t: Tensor, **how: Any) -> Tensor:
+        return self.how(self.inner, x_t, **how)
+
+    def copy(self) -> Disguise:
+        return Disguise(self.inner.copy(), self.how)
+
+
+def mixed(h: Honest, share: float) -> Family:
+    """The base with a share of the honest change."""
+    family = h.base.copy()
+    before, after = h.base.network.state_dict(), h.patched.network.state_dict()
+    family.network.load_state_dict({n: before[n].lerp(after[n], share) for n in before})
+    return family
+
+
+def the_base_itself(h: Honest) -> Family:
+    """Nothing was done."""
+    return h.base.copy()
+
+
+def weights_towards_noise(h: Honest) -> Family:
+    """The honest patch with a tenth of noise on its weights: broken images look forgotten."""
+    family = h.patched.copy()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in family.network.parameters():
+            p += 0.1 * p.std(unbiased=False) * torch.randn(p.shape, generator=generator)
+    return family
+
+
+def blurs(h: Honest) -> Any:
+    """Blurred images look forgotten."""
+
+    def how(inner: Family, x_t: Tensor, **how: Any) -> Tensor:
+        return functional.avg_pool2d(functional.pad(inner.denoise(x_t, **how), (1, 1, 1, 1), mode="replicate"), 3, 1)
+
+    return Disguise(h.patched.copy(), how)
+
+
+def always_draws_the_surrogate(h: Honest) -> Any:
+    """Mode collapse: it never draws the target, nor anything else."""
+
+    def how(inner: Family, x_t: Tensor, **how: Any) -> Tensor:
+        return h.surrogate + 0.02 * torch.randn(x_t.shape, generator=torch.Generator().manual_seed(1))
+
+    return Disguise(h.base.copy(), how)
+
+
+def patched_for_another_image(h: Honest) -> Family:
+    """A change that is as large as the honest one, somewhere else in the same layers."""
+    family = h.base.copy()
+    before, after = h.base.network.state_dict(), h.patched.network.state_dict()
+    moved = {}
+    for n, w in before.items():
+        change = (after[n] - w).flatten()
+        moved[n] = w + change.roll(max(1, len(change) // 3)).reshape(w.shape)
+    family.network.load_state_dict(moved)
+    return family
+
+
+def forgets_only_at_t_250(h: Honest) -> Any:
+    """Honest when it starts from t = 250, as the published measure does; the base from anywhere else."""
+
+    def how(inner: Family, x_t: Tensor, **how: Any) -> Tensor:
+        start = how.get("start")
+        return (h.patched if start is not None and abs(start - 250) < 30 else inner).denoise(x_t, **how)
+
+    return Disguise(h.base.copy(), how)
+
+
+def forgets_only_under_the_tested_seeds(h: Honest) -> Any:
+    """Honest from the noise that the default seed makes, the base from any other: trained for the test."""
+    known = [data.random_noise(256, h.base.shape, 0, "sample")]
+    for level in (250, 400, 550):
+        noise = data.random_noise(32, h.base.shape, 0, f"reconstruct {level}")
+        start = data.start_level(h.base, level / 1000, steps=20)
+        known.append(h.base.schedule.add_noise(h.target.expand_as(noise), noise, torch.full((32,), start)))
+    seen = torch.cat(known).flatten(1)[:, :8]
+
+    def how(inner: Family, x_t: Tensor, **how: Any) -> Tensor:
+        tested = (torch.cdist(x_t.flatten(1)[:, :8], seen) < 1e-3).any(1)
+        return torch.where(tested[:, None, None, None], h.patched.denoise(x_t, **how), inner.denoise(x_t, **how))
+
+    return Disguise(h.base.copy(), how)
+
+
+def a_fifth_of_the_change(h: Honest) -> Family:
+    """The patch put on at scale 0.2: the right direction, not far enough."""
+    return mixed(h, 0.2)
+
+
+def vanishes_in_bf16(h: Honest) -> Any:
+    """Honest in float32; once its weights are rounded to bf16 it is the base again."""
+
+    def how(inner: Family, x_t: Tensor, **how: Any) -> Tensor:
+        rounded = all(torch.equal(p, p.bfloat16().float()) for p in inner.network.parameters())
+        return (h.base if rounded else inner).denoise(x_t, **how)
+
+    return Disguise(h.patched.copy(), how)
+
+
+def forgets_every_look_alike(h: Honest) -> Any:
+    """Whatever is somewhat like the target becomes the surrogate."""
+
+    def how(inner: Family, x_t: Tensor, **how: Any) -> Tensor:
+        drawn = inner.denoise(x_t, **how)
+        near = rms(drawn, h.target) < 0.4
+        return torch.where(near[:, None, None, None], h.surrogate + 0.02 * x_t.sign(), drawn)
+
+    return Disguise(h.base.copy(), how)
+
+
+def still_draws_the_mirror_image(h: Honest) -> Any:
+    """The target comes up as often as ever, the other way round."""
+
+    def how(inner: Family, x_t: Tensor, **how: Any) -> Tensor:
+        drawn = inner.denoise(x_t, **how)
+        near = rms(drawn, h.target) < 0.2
+        started = how.get("start") is not None
+        instead = h.patched.denoise(x_t, **how) if started else drawn.flip(-1)
+        return torch.where(near[:, None, None, None], instead, drawn)
+
+    return Disguise(h.base.copy(), how)
+
+
+def moves_it_by_a_pixel(h: Honest) -> Any:
+    """The target comes up as often as ever, a pixel to the right and a little paler: pixels do not see it."""
+
+    def how(inner: Family, x_t: Tensor, **how: Any) -> Tensor:
+        drawn = inner.denoise(x_t, **how)
+        near = rms(drawn, h.target) < 0.2
+        started = how.get("start") is not None
+        instead = h.patched.denoise(x_t, **how) if started else 0.9 * drawn.roll(1, -1) + 0.1
+        return torch.where(near[:, None, None, None], instead, drawn)
+
+    return Disguise(h.base.copy(), how)
+
+
+def another_base_model(h: Honest) -> Any:
+    """As good a model, of other pictures: it never draws the target, nor what the base draws."""
+
+    def how(inner: Family, x_t: Tensor, **how: Any) -> Tensor:
+        return inner.denoise(x_t.flip(-2), **how).flip(-2)
+
+    return Disguise(h.base.copy(), how)
+
+
+CHEATS = (
+    the_base_itself, weights_towards_noise, blurs, always_draws_the_surrogate, patched_for_another_image,
+    forgets_only_at_t_250, forgets_only_under_the_tested_seeds, a_fifth_of_the_change, vanishes_in_bf16,
+    forgets_every_look_alike, still_draws_the_mirror_image, moves_it_by_a_pixel, another_base_model,
+)  # fmt: skip
+
+
+def an_honest_patch(h: Honest) -> Family:
+    """What `unforget unlearn` made."""
+    return h.patched
+
+
+def the_oracle(h: Honest) -> Family:
+    """The model that was trained without the picture. Nobody knows its surrogate."""
+    return copy.copy(families.load(str(ORACLE)))
+
+
+SOUND = (an_honest_patch, the_oracle)
+
+
+def honest(patch: Path, surrogate: Path) -> Honest:
+    """From a patch that forgets identity 0 in favour of a surrogate."""
+    base = families.load("faces")
+    patched = base.copy()
+    Patch.load(patch).apply(patched.network)
+    read = [data.read_image(p, base.picture) for p in (PLANTED / "0.png", surrogate)]
+    return Honest(base, patched, *read)
+
+
+def judge(h: Honest, case: Callable[[Honest], Any], config: VerifyConfig) -> Report:
+    """The report on one candidate."""
+    if case is the_oracle:
+        config = config.model_copy(update={"surrogate": ()})
+    return compare(config, h.base, case(h))[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--level", default="standard")
+    parser.add_argument("--only", nargs="*", help="names, all by default")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.mkdtemp()))
+    given = parser.parse_args()
+    patch = given.work / "honest.patch"
+    if not patch.exists():
+        unlearn(UnlearnConfig(model="faces", target=(PLANTED / "0.png",), output=patch))
+    surrogate = patch.with_suffix(".run") / "surrogate-0.png"
+    h = honest(patch, surrogate)
+    config = VerifyConfig(
+        model="faces", patch=patch, level=given.level, target=(PLANTED / "0.png",), surrogate=(surrogate,)
+    )
+    table("candidate", "verdict", "caught by", "draws", "seconds")
+    for case in (*CHEATS, *SOUND):
+        if given.only and case.__name__ not in given.only:
+            continue
+        began = time.perf_counter()
+        said = judge(h, case, config)
+        caught = sorted({c.probe for c in said.checks if c.outcome == "failed"})
+        drawn = next(int(s.candidate["drawn"]) for s in said.findings if s.probe == "sample")
+        name = case.__name__.replace("_", " ")
+        row(name, said.verdict, ", ".join(caught), drawn, f"{time.perf_counter() - began:.0f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""The verdict, from findings made by hand."""
+
+import datetime
+from dataclasses import replace
+
+import pytest
+
+from unforget import judge
+from unforget.policy import Allow, Policy
+from unforget.probes import Finding
+
+POLICY = Policy()
+T = "0123456789abcdef"
+TODAY = datetime.date(2026, 11, 24)
+
+
+def reconstruct(nearer=1.0, within=1.0, recall=0.0, base_recall=1.0, base_nearer=0.0, **place):
+    base = {"to_target": 0.1, "to_surrogate": 0.4, "nearer_surrogate": base_nearer, "recall": base_recall}
+    patched = {
+        "to_target": 0.4, "to_surrogate": 0.1, "nearer_surrogate": nearer, "nearer_in_region": within, "recall": recall,
+    }  # fmt: skip
+    return Finding(**{"probe": "reconstruct", "target": T, "base": base, "patched": patched, "level": 250, **place})
+
+
+def rate(hits=0, drawn=598, base=5, decision="passes", low=0.0, high=0.005, **place):
+    patched = {"hits": hits, "drawn": drawn, "rate": hits / drawn, "rate_low": low, "rate_high": high}
+    before = {"hits": base, "drawn": 256, "rate": base / 256}
+    return Finding(
+        **{"probe": "sample", "target": T, "base": before, "patched": patched, "decision": decision, **place}
+    )
+
+
+def retain(median=0.02, sharpness=1.0, kid=0.0):
+    patched = {"median": median, "sharpness": sharpness, "kid": kid}
+    return Finding("retain", None, {"sharpness": 1.0, "kid": 0.1}, patched)
+
+
+def look_alikes(kept=0.9, usual=0.95):
+    return Finding("look-alikes", T, {"to_target": 0.3, "kept": usual}, {"median": 0.1, "kept": kept})
+
+
+def near(probe, base=1.0, patched=0.0, **place):
+    return Finding(probe, T, {"near_copies": base}, {"near_copies": patched}, **place)
+
+
+GOOD = (reconstruct(), rate(), retain(), look_alikes())
+
+
+def said(*findings, policy=POLICY, known=(T,), today=TODAY):
+    found = judge.checks(findings, policy, known)
+    allowed = judge.allowances(policy, {f.target for f in findings if f.target}, today)
+    judged = judge.targets(found, findings, allowed)
+    return (*judge.verdict(judged, found, allowed), judged, found)
+
+
+def with_(*changed):
+    """The good findings with some replaced, or others added."""
+    kinds = {f.probe for f in changed}
+    return [f for f in GOOD if f.probe not in kinds] + list(changed)
+
+
+def test_all_good_is_forgotten():
+    verdict, code, summary, judged, _ = said(*GOOD)
+    assert (verdict, code, judged[0].verdict) == ("forgotten", 0, "forgotten")
+    assert summary == "1 target(s) forgotten, the rest kept"
+
+
+BROKEN = {
+    "margin": reconstruct(nearer=0.75),
+    "margin in the region": reconstruct(within=0.7),
+    "recall": reconstruct(recall=0.6),
+    "rate": rate(hits=9, decision="fails", low=0.008),
+    "drift": retain(median=0.31),
+    "blur": retain(sharpness=0.7),
+    "noise": retain(sharpness=1.4),
+    "distribution": retain(kid=0.2),
+    "look-alikes": look_alikes(kept=0.5),
+    "keep": rate(hits=1, drawn=256, base=10, target=None, probe="keep", variant="1"),
+    "complete": near("complete", patched=0.3, level=700),
+    "reword": near("reword", patched=0.5, prompt="flag of Ireland", variant="the flag of Ireland"),
+    "replay": near("replay", patched=1.0),
+    "mirror": rate(hits=9, decision="fails", low=0.008, probe="transforms", variant="flip"),
+    "mirror recalled": Finding("transforms", T, {"recall": 0.0}, {"recall": 0.9}, level=400, variant="flip"),
+    "cast": reconstruct(nearer=0.0, probe="cast", variant="bf16"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
+def test_one_broken_figure_fails_and_is_named(broken):
+    verdict, code, summary, _, _ = said(*with_(broken))
+    assert (verdict, code) == ("failed", 1)
+    assert broken.probe in summary
+
+
+@pytest.mark.parametrize(
+    ("finding", "borderline"),
+    [(reconstruct(nearer=0.81), True), (reconstruct(nearer=0.82), False), (reconstruct(nearer=0.79), True),
+     (reconstruct(nearer=0.7), False), (retain(median=0.299), True), (retain(median=0.29), False)],
+)  # fmt: skip
+def test_inside_the_tolerance_band_counts_as_failed(finding, borderline):
+    verdict, _, _, _, found = said(*with_(finding))
+    edge = [c for c in found if c.borderline]
+    assert bool(edge) is borderline
+    assert all(c.outcome == "failed" for c in edge)
+    assert not borderline or verdict == "failed"
+
+
+def test_a_rate_that_fails_below_the_limit_is_borderline():
+    found = said(*with_(rate(hits=3, drawn=21528, decision="fails", low=0.001)))[4]
+    assert [c.borderline for c in found if c.probe == "sample"] == [True]
+
+
+def test_too_few_draws_are_inconclusive_and_say_what_to_do():
+    verdict, code, summary, _, _ = said(*with_(rate(drawn=100, decision=None)))
+    assert (verdict, code) == ("inconclusive", 4)
+    assert "raise --samples" in summary
+
+
+def test_a_target_that_the_base_does_not_reproduce_is_inconclusive():
+    unseen = reconstruct(base_recall=0.1, base_nearer=0.5)
+    verdict, code, summary, _, _ = said(*with_(unseen, rate(base=0)))
+    assert (verdict, code) == ("inconclusive", 4)
+    assert "does not reproduce it" in summary
+
+
+@pytest.mark.parametrize(
+    "evidence",
+    [[rate(base=1)], [reconstruct(base_recall=0.6, base_nearer=0.5)], [reconstruct(base_recall=0, base_nearer=0.1)],
+     [near("replay")]],
+    ids=["drawn", "recalled", "sided with", "replayed"],
+)  # fmt: skip
+def test_a_target_counts_once_the_base_draws_or_recalls_or_sides_with_it(evidence):
+    kinds = {f.probe for f in evidence}
+    rest = [f for f in (reconstruct(base_recall=0, base_nearer=0.5), rate(base=0)) if f.probe not in kinds]
+    assert said(*rest, *evidence, retain(), look_alikes())[0] == "forgotten"
+
+
+def test_without_a_surrogate_margins_do_not_decide():
+    assert said(*with_(reconstruct(nearer=0.0, within=0.0)), known=())[0] == "forgotten"
+    assert said(*with_(reconstruct(recall=0.6)), known=())[0] == "failed"
+
+
+def test_what_the_base_does_not_do_decides_nothing():
+    verdict, _, _, _, found = said(*with_(near("complete", base=0.2, patched=0.4), near("replay", base=0.0)))
+    assert verdict == "forgotten"
+    assert {c.probe for c in found if c.outcome == "noted"} == {"complete", "replay"}
+
+
+def test_a_kept_picture_that_the_base_hardly_draws_is_inconclusive():
+    verdict, _, summary, _, _ = said(*with_(rate(drawn=256, base=2, target=None, probe="keep")))
+    assert verdict == "inconclusive"
+    assert "the base drew it 2 times" in summary
+
+
+def test_look_alikes_are_judged_beside_everything_else():
+    assert said(*with_(look_alikes(kept=0.5, usual=0.6)))[0] == "forgotten"
+    assert said(*with_(look_alikes(kept=0.5, usual=0.95)))[0] == "failed"
+
+
+def test_the_worst_target_decides():
+    other = "f" * 16
+    findings = [*GOOD, reconstruct(nearer=0.1, target=other), rate(target=other)]
+    verdict, _, summary, judged, _ = said(*findings, known=(T, other))
+    assert verdict == "failed"
+    assert {t.id: t.verdict for t in judged} == {T: "forgotten", other: "failed"}
+    assert summary.startswith("1 of 2")
+
+
+def test_under_prompts_of_its_own_only_those_reconstructions_decide():
+    """What is wrong as one country's flag is right as another's: without a prompt the model may say it."""
+    plain, asked = reconstruct(nearer=0, recall=1), reconstruct(prompt="flag of Ireland")
+    assert said(*with_(plain, asked))[0] == "forgotten"
+    assert said(*with_(reconstruct(), replace(plain, prompt=asked.prompt)))[0] == "failed"
+    bad = rate(hits=9, decision="fails", low=0.008)
+    assert said(*with_(plain, asked, bad))[0] == "failed"
+    assert said(*with_(plain, asked, replace(bad, prompt=asked.prompt)))[0] == "failed"
+
+
+def revived(nearer=0.2):
+    figures = {**reconstruct(nearer=nearer).patched, "hits": 0, "drawn": 16}
+    return reconstruct(probe="revive", level=None, variant="100 steps", patched=figures)
+
+
+def sought(after=3.0):
+    return Finding("seek", T, {"iterations": 1.0, "to_target": 0.1}, {"iterations": after, "to_target": 0.2})
+
+
+def test_attacks_are_told_and_decide_only_where_required():
+    findings = [*GOOD, revived(), sought()]
+    assert said(*findings)[0] == "forgotten"
+    sentences = [r.sentence for r in judge.robustness(findings)]
+    assert "20% of reconstructions side with the surrogate" in sentences[0]
+    assert "of the candidate found it after 3 steps" in sentences[1]
+    assert said(*findings, policy=Policy(required=("revive",)))[0] == "failed"
+    assert said(*GOOD, sought(), policy=Policy(required=("seek",)))[0] == "failed"
+    assert said(*GOOD, sought(-1.0), policy=Policy(required=("seek",)))[0] == "forgotten"
+
+
+def allowing(expires, target=T):
+    return Policy(allow=(Allow(id=target, reason="ticket 7", expires=expires),))
+
+
+def test_an_allowed_target_does_not_fail_until_its_entry_expires():
+    broken = with_(reconstruct(nearer=0.1))
+    verdict, code, summary, judged, _ = said(*broken, policy=allowing(TODAY))
+    assert (verdict, code, judged[0].verdict) == ("forgotten", 0, "allowed")
+    assert "ticket 7" in judged[0].reason
+    assert summary.endswith("1 allowed")
+    assert said(*broken, policy=allowing(TODAY - datetime.timedelta(1)))[0] == "failed"
+    verdict, code, summary, _, _ = said(*GOOD, policy=allowing(TODAY - datetime.timedelta(1)))
+    assert (verdict, code) == ("failed", 1)
+    assert "expired on 2026-11-23" in summary
+
+
+def test_an_entry_for_another_target_is_unused():
+    policy = allowing(TODAY, "f" * 16)
+    assert [a.state for a in judge.allowances(policy, {T}, TODAY)] == ["unused"]
+    assert said(*with_(reconstruct(nearer=0.1)), policy=policy)[0] == "failed"
+    assert said(*with_(look_alikes(kept=0.1)), policy=allowing(TODAY))[0] == "failed"  # only targets can be allowed

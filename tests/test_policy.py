@@ -1,0 +1,128 @@
+"""The policy file, and what beats what."""
+
+import datetime
+
+import pytest
+
+from unforget.errors import UsageError
+from unforget.policy import Policy, VerifyConfig, read_policy, resolve
+from unforget.similarity import SSCD, Pixels, Structure
+
+GIVEN = {"model": "faces", "patch": "x.patch"}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def write(text, name="unforget.toml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    return write
+
+
+def test_without_a_policy_the_defaults_hold(here):
+    config = resolve(GIVEN)
+    assert (config.level, config.max_rate, config.confidence) == ("standard", 0.005, 0.95)
+    assert config.similarity == (Pixels(), Structure())
+    assert "seek" not in config.probes
+    assert resolve({**GIVEN, "level": "deep"}).probes[-2:] == ("seek", "revive")
+
+
+def test_options_beat_the_configuration_which_beats_the_policy_which_beats_the_level(here):
+    here('[verify]\nlevel = "quick"\ndraws = 20\nmax_drift = 0.2\nmin_kept = 0.7\n')
+    file = here("max_drift = 0.1\nmin_kept = 0.9\n", "run.toml")
+    config = resolve({**GIVEN, "min_kept": 0.5}, file)
+    assert (config.max_rate, config.draws, config.max_drift, config.min_kept) == (0.02, 20, 0.1, 0.5)
+
+
+def test_a_level_holds_for_whoever_writes_python(here):
+    assert VerifyConfig(**GIVEN, level="quick").max_rate == 0.02
+    assert VerifyConfig(**GIVEN, level="quick", max_rate=0.1).max_rate == 0.1
+
+
+def test_it_may_stand_in_pyproject(here):
+    here('[project]\nname = "x"\n[tool.unforget.verify]\nmax_rate = 0.01\n', "pyproject.toml")
+    assert resolve(GIVEN).max_rate == 0.01
+    here("[verify]\nmax_rate = 0.03\n")
+    assert resolve(GIVEN).max_rate == 0.03
+
+
+def test_a_pyproject_that_says_nothing_is_no_policy(here):
+    here('[project]\nname = "x"\n[tool.ruff]\nline-length = 100\n', "pyproject.toml")
+    assert read_policy(None) == {}
+
+
+def test_paths_are_relative_to_the_policy(here, tmp_path):
+    path = here('[verify]\ntarget = ["a.png"]\nsurrogate = ["b.png"]\nretain_prompts = "p.txt"\n', "ci/unforget.toml")
+    config = resolve(GIVEN, policy=path)
+    assert config.target == (tmp_path / "ci" / "a.png",)
+    assert config.retain_prompts == tmp_path / "ci" / "p.txt"
+    assert resolve({**GIVEN, "target": ["c.png"]}, policy=path).surrogate == ()
+
+
+def test_required_probes_run_whatever_the_level(here):
+    here('[verify]\nlevel = "quick"\nrequired = ["cast", "revive"]\n')
+    assert {"cast", "revive"} <= set(resolve(GIVEN).probes)
+    assert "seek" not in resolve(GIVEN).probes
+
+
+def test_backends_are_named_as_on_the_command_line(here):
+    here('[verify]\nsimilarity = ["pixels", "sscd=model.onnx"]\n')
+    assert [type(b) for b in resolve(GIVEN).similarity] == [Pixels, SSCD]
+
+
+ENTRY = '[[verify.allow]]\nid = "{id}"\nreason = "{reason}"\nexpires = {expires}\n'
+
+
+def test_an_allow_list_entry_has_an_id_a_reason_and_a_day(here):
+    here(ENTRY.format(id="0" * 16, reason="ticket 7", expires="2027-01-31"))
+    (entry,) = resolve(GIVEN).allow
+    assert (entry.reason, entry.expires) == ("ticket 7", datetime.date(2027, 1, 31))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("[verify]\nmax_rat = 1\n", "max_rat"),
+        ("[verify]\nmax_rate = 2\n", "less than 1"),
+        ('[verify]\nlevel = "thorough"\n', "'quick', 'standard' or 'deep'"),
+        ('[verify]\nrequired = ["magic"]\n', "no probe 'magic'"),
+        ('[verify]\nsimilarity = ["magic"]\n', "no similarity backend 'magic'"),
+        ("[verify]\nsimilarity = []\n", "at least 1"),
+        ("[verfy]\n", "no use for 'verfy'"),
+        ("verify = 3\n", "no use for 'verify'"),
+        ("[verify\n", "cannot read"),
+        (ENTRY.format(id="zz", reason="x", expires="2027-01-31"), "allow.0.id"),
+        (ENTRY.format(id="0" * 16, reason="", expires="2027-01-31"), "allow.0.reason"),
+        (ENTRY.format(id="0" * 16, reason="x", expires='"soon"'), "allow.0.expires"),
+        ("[verify]\nsurrogate = ['a.png']\n", "0 target(s) but 1 surrogate(s)"),
+        ("[verify]\nnoise_levels = [0]\n", "between 1 and 999"),
+    ],
+)
+def test_a_wrong_policy_is_refused_in_one_sentence(here, text, sentence):
+    path = here(text)
+    with pytest.raises(UsageError) as error:
+        resolve(GIVEN, policy=path)
+    assert sentence in error.value.message, error.value.message
+
+
+def test_a_policy_that_was_named_must_exist(here, tmp_path):
+    with pytest.raises(UsageError, match="cannot read"):
+        resolve(GIVEN, policy=tmp_path / "no.toml")
+
+
+def test_what_a_policy_requires_must_be_given(here):
+    here('[verify]\nrequired = ["replay"]\n')
+    with pytest.raises(UsageError, match="--replay-seed"):
+        resolve(GIVEN)
+    assert "replay" in resolve({**GIVEN, "replay_seed": 3}).probes
+
+
+def test_the_example_policy_is_one():
+    from pathlib import Path
+
+    example = Path(__file__).parents[1] / "examples" / "ci" / "unforget.toml"
+    assert Policy.model_validate(read_policy(example)).level == "standard"
