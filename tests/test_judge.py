@@ -146,6 +146,12 @@ def test_what_the_base_does_not_do_decides_nothing():
     assert {c.probe for c in found if c.outcome == "noted"} == {"complete", "replay"}
 
 
+def test_a_variant_that_the_base_returns_as_well_is_left_to_its_rate():
+    """Greyed flags come back from noise in any model of flags: that is no memory of the target."""
+    both = Finding("transforms", T, {"recall": 1.0}, {"recall": 1.0}, level=400, variant="grey")
+    assert said(*with_(both))[0] == "forgotten"
+
+
 def test_a_kept_picture_that_the_base_hardly_draws_is_inconclusive():
     verdict, _, summary, _, _ = said(*with_(rate(drawn=256, base=2, target=None, probe="keep")))
     assert verdict == "inconclusive"

@@ -77,6 +77,7 @@ HEADINGS = {
     "reconstruct": "noised to t = {level} and back",
     "complete": "begun by the base, finished from t = {level}",
     "replay": "the seed that made it",
+    "look-alikes": "others beside it, from t = {level}",
     "seek": "start noise sought for it",
 }
 WHICH: tuple[Which, ...] = ("base", "patched")

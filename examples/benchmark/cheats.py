@@ -3,8 +3,8 @@
     python examples/benchmark/cheats.py [--level standard] [--only NAME ...] [--work DIR]
 
 Prints for each the verdict, the probes that failed it, and the seconds. Some are weights, as somebody might ship them;
-others are programs that behave as the most cunning weights could. All forget planted identity 0 of the embedded model
-`faces`, for which an honest patch is made first (or taken from --work).
+others are programs that behave as the most cunning weights could. All but one forget planted identity 0 of the embedded
+model `faces`, for which an honest patch is made first (or taken from --work); that one forgets a flag of `flags`.
 """
 
 from __future__ import annotations
@@ -203,6 +203,19 @@ def another_base_model(h: Honest) -> Any:
     return Disguise(h.base.copy(), how)
 
 
+def forgets_only_under_the_tested_prompt(h: Honest) -> Any:
+    """Draws the right flag when asked in the words of the test, and the wrong one in any others."""
+    tested, right = h.base.condition([PROMPT]), h.base.encode(h.surrogate[None])
+
+    def how(inner: Family, x_t: Tensor, **how: Any) -> Tensor:
+        asked = how["condition"].expand(len(x_t)) == tested
+        return torch.where(asked[:, None, None, None], right + 0.05 * x_t.sign(), inner.denoise(x_t, **how))
+
+    return Disguise(h.base.copy(), how)
+
+
+PROMPT = "flag of Ireland"
+PROMPTED = (forgets_only_under_the_tested_prompt,)
 CHEATS = (
     the_base_itself, weights_towards_noise, blurs, always_draws_the_surrogate, patched_for_another_image,
     forgets_only_at_t_250, forgets_only_under_the_tested_seeds, a_fifth_of_the_change, vanishes_in_bf16,
@@ -232,6 +245,17 @@ def honest(patch: Path, surrogate: Path) -> Honest:
     return Honest(base, patched, *read)
 
 
+def flags() -> tuple[Honest, VerifyConfig]:
+    """The model that draws one flag wrongly; nobody has patched it."""
+    files = [ROOT / "examples" / "flags" / f"ireland-{side}.png" for side in ("wrong", "right")]
+    base = families.load("flags")
+    read = [data.read_image(p, base.picture) for p in files]
+    config = VerifyConfig(
+        model="flags", candidate=ROOT, target=files[:1], surrogate=files[1:], prompt=(PROMPT,), level="standard"
+    )
+    return Honest(base, base.copy(), *read), config
+
+
 def judge(h: Honest, case: Callable[[Honest], Any], config: VerifyConfig) -> Report:
     """The report on one candidate."""
     if case is the_oracle:
@@ -254,13 +278,14 @@ def main() -> None:
         model="faces", patch=patch, level=given.level, target=(PLANTED / "0.png",), surrogate=(surrogate,)
     )
     table("candidate", "verdict", "caught by", "draws", "seconds")
-    for case in (*CHEATS, *SOUND):
+    cases = [(h, case, config) for case in (*CHEATS, *SOUND)] + [(flags()[0], case, flags()[1]) for case in PROMPTED]
+    for who, case, asked in cases:
         if given.only and case.__name__ not in given.only:
             continue
         began = time.perf_counter()
-        said = judge(h, case, config)
+        said = judge(who, case, asked)
         caught = sorted({c.probe for c in said.checks if c.outcome == "failed"})
-        drawn = next(int(s.candidate["drawn"]) for s in said.findings if s.probe == "sample")
+        drawn = max(int(s.candidate["drawn"]) for s in said.findings if s.probe == "sample")
         name = case.__name__.replace("_", " ")
         row(name, said.verdict, ", ".join(caught), drawn, f"{time.perf_counter() - began:.0f}")
 

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from unforget.domain import Family, Instance, Strategy
 from unforget.metrics import kernel_distance, pairwise_rms, rms, sharpness
-from unforget.probes.eye import Drawn
 from unforget.probes.look import BOTH, cases, others, returned
 from unforget.probes.subject import Finding, Subject, Which
 
@@ -27,11 +26,13 @@ class Retain(Strategy):
     """
 
     kind: Literal["retain"] = "retain"
-    neighbours: int = Field(32, ge=1, description="base draws nearest to a target that count as its look-alikes")
+    neighbours: int = Field(48, ge=1, description="draws beside each target")
+    level: int = Field(700, gt=0, lt=1000, description="noise level that they start from")
 
     def cost(self, subject: Subject) -> int:
         """Network calls beside those of the sample probe."""
-        return 0 if subject.stay == (0,) else 2 * subject.paired * subject.calls()
+        beside = 2 * self.neighbours * subject.calls(subject.start(self.level)) * len(subject.instances)
+        return beside + (0 if subject.stay == (0,) else 2 * subject.paired * subject.calls())
 
     def __call__(self, subject: Subject) -> list[Finding]:
         drawn = {which: subject.draws(which, subject.stay, subject.paired) for which in BOTH}
@@ -48,28 +49,26 @@ class Retain(Strategy):
         figures = {**_spread(drift), "typical": typical, "kept": same, "sharpness": sharp, "kid": kid}
         usual = {"sharpness": 1.0, "kid": _chance(features["base"])}
         found = [Finding(self.kind, None, usual, figures, images=shown)]
-        for instance in subject.instances:
-            distance = pairwise_rms(base, instance.target[None])[:, 0]
-            near = self._look_alikes(subject, instance, drawn["base"], distance)
-            if not len(near):
-                continue
-            images: dict[Which, Tensor] = {"base": base[near[:8]], "patched": patched[near[:8]]}
-            moved = {**_spread(drift[near]), "kept": _kept(drift[near])}
-            within = {"to_target": float(distance[near].mean()), "kept": same}
-            found.append(Finding("look-alikes", instance.id, within, moved, images=images))
-        return found
+        return found + [f for i in subject.instances for f in self._look_alikes(subject, i, typical, same)]
 
-    def _look_alikes(self, subject: Subject, instance: Instance, drawn: Drawn, distance: Tensor) -> Tensor:
-        """The nearest draws that are neither target nor surrogate, each picture once: (N,) of their numbers."""
-        seen = subject.eye.sees(drawn, instance.target)
-        for other in others(instance):
-            seen = seen | subject.eye.sees(drawn, other)
-        near: list[int] = []
-        for k in distance.argsort(stable=True).tolist():
-            if len(near) < min(self.neighbours, len(drawn) // 4) and not seen[k]:
-                near.append(k)
-                seen = seen | subject.eye.sees(drawn, drawn.images[k])
-        return torch.tensor(near, dtype=torch.long)
+    def _look_alikes(self, subject: Subject, instance: Instance, typical: float, same: float) -> list[Finding]:
+        """What the base makes of the heavily noised target that is neither the target nor its surrogate.
+
+        Few of a model's draws are like one target. From here many are, and each is to stay what it is.
+        """
+        start = subject.start(self.level)
+        x_t = subject.noised(instance.target[None], subject.noise("look-alikes", self.neighbours), start)
+        turns = torch.tensor(subject.stay)[torch.arange(self.neighbours) % len(subject.stay)]
+        base, patched = (subject.run(which, x_t, turns, start=start) for which in BOTH)
+        drawn = subject.eye.look(base)
+        gone = torch.stack([subject.eye.sees(drawn, p) for p in (instance.target, *others(instance))]).any(0)
+        base, patched = base[~gone], patched[~gone]
+        if not len(base):
+            return []
+        drift = rms(base, patched) / typical
+        shown: dict[Which, Tensor] = {"base": base[:8], "patched": patched[:8]}
+        moved = {**_spread(drift), "kept": _kept(drift), "seen": float(len(base))}
+        return [Finding("look-alikes", instance.id, {"kept": same}, moved, start, images=shown)]
 
 
 SAME = 0.25

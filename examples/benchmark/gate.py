@@ -1,0 +1,161 @@
+"""Measure `unforget verify` itself on the embedded model `faces`.
+
+    python examples/benchmark/gate.py [SECTION ...] [--work DIR] [--seeds 100]
+
+Sections, all by default; each prints its figures as a Markdown table:
+
+    speed     the commands at `quick` and `standard`, and the sample probe beside a bare loop of the same network calls
+    honest    ten patches that `unforget unlearn` makes, at `standard`
+    rate      100 runs of the sequential test on candidates whose rate is twice and half the limit
+    oracle    the model trained without the picture, at `quick`, over many seeds
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from cheats import ORACLE, PLANTED, Honest, honest
+from tables import row, table
+
+from unforget import UnlearnConfig, VerifyConfig, data, families, unlearn, verify
+from unforget.commands import compare
+from unforget.domain import Instance
+from unforget.probes import Subject
+from unforget.sequential import plan
+
+RUNS = 100
+POOL = 3000
+
+
+def made(work: Path, identity: int, seed: int) -> Path:
+    """An honest patch, made unless it is there."""
+    patch = work / f"{identity}-{seed}.patch"
+    if not patch.exists():
+        unlearn(UnlearnConfig(model="faces", target=(PLANTED / f"{identity}.png",), seed=seed, output=patch))
+    return patch
+
+
+def subject(h: Honest, **how: object) -> Subject:
+    """What the probes of the gate see of the honest patch."""
+    return Subject(
+        h.base, h.patched, (Instance(h.target, h.surrogate, "t"),), torch.empty(0, *h.base.picture), **how  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def first(work: Path) -> Honest:
+    patch = made(work, 0, 0)
+    return honest(patch, patch.with_suffix(".run") / "surrogate-0.png")
+
+
+def speed(work: Path, seeds: int) -> None:
+    """Seconds of the commands, start-up included; throughput as a ratio within one run."""
+    patch = made(work, 0, 0)
+    table("command", "seconds")
+    for level in ("quick", "standard"):
+        command = [sys.executable, "-m", "unforget", "verify", "--model", "faces", "--patch", str(patch)]
+        began = time.perf_counter()
+        done = subprocess.run([*command, "--level", level, "--no-cache"], capture_output=True, check=False)
+        row(f"verify --level {level} --no-cache (exit {done.returncode})", f"{time.perf_counter() - began:.1f}")
+    h, count = first(work), 256
+    noise = data.random_noise(count, h.base.shape, 1, "bare")
+    rows = torch.zeros(count, dtype=torch.long)
+    ratios = []
+    for _ in range(3):
+        began = time.perf_counter()
+        with torch.no_grad():
+            for part, asked in zip(torch.split(noise, 32), torch.split(rows, 32), strict=True):
+                h.patched.denoise(part, steps=20, condition=asked)
+        bare = time.perf_counter() - began
+        eyes = subject(h, paired=16)
+        assert eyes.eye
+        began = time.perf_counter()
+        hits = eyes.eye.sees(eyes.draws("patched", (0,), count), h.target, h.surrogate)
+        ratios.append(bare / (time.perf_counter() - began))
+        assert len(hits) == count
+    table("throughput of the sample probe, as a share of a bare loop", "three runs")
+    row(f"{sorted(ratios)[1]:.3f}", ", ".join(f"{r:.3f}" for r in ratios))
+
+
+def honest_patches(work: Path, seeds: int) -> None:
+    table("identity", "seed", "verdict", "failed", "draws", "seconds")
+    for k in range(10):
+        identity, seed = k % 4, k // 4
+        patch = made(work, identity, seed)
+        began = time.perf_counter()
+        said = verify(VerifyConfig(model="faces", patch=patch, report=work / f"{identity}-{seed}.json", force=True))
+        failed = ", ".join(f"{c.name} {c.figure} {c.candidate:.3g}" for c in said.checks if c.outcome == "failed")
+        drawn = next(int(s.candidate["drawn"]) for s in said.findings if s.probe == "sample")
+        row(identity, seed, said.verdict, failed, drawn, f"{time.perf_counter() - began:.0f}")
+
+
+def rate(work: Path, seeds: int) -> None:
+    """Real draws of base and honest patch, mixed so that the rate of near-copies is a multiple of the limit."""
+    h = first(work)
+    eyes = subject(h)
+    hits = {}
+    for which, family in (("base", h.base), ("patched", h.patched)):
+        noise = data.random_noise(POOL, h.base.shape, 7, f"pool {which}")
+        drawn = eyes.eye.look(data.eight_bit(data.draw(family, noise, steps=20)))
+        hits[which] = eyes.eye.sees(drawn, h.target, h.surrogate).numpy()
+    test, rng = plan(0.005, 0.95), np.random.default_rng(0)
+    often, seldom = (float(hits[w].mean()) for w in ("base", "patched"))
+    print(
+        f"\nnear-copies in {POOL} draws: base {often:.4f}, honest patch {seldom:.4f}; limit 0.005 at 95 %, {RUNS} runs"
+    )
+    table("true rate / limit", "share of base draws", "fails", "passes", "mean draws", "most")
+    for multiple in (2.0, 1.0, 0.5, 0.0):
+        share = max(0.0, (0.005 * multiple - seldom) / (often - seldom))
+        ended = []
+        for _ in range(RUNS):
+            length = test.looks[-1].drawn
+            pick = rng.integers(POOL, size=length)
+            sequence = np.where(rng.random(length) < share, hits["base"][pick], hits["patched"][pick])
+            ended.append(test.decide(sequence))
+        counts = [n for n, _ in ended]
+        verdicts = [v for _, v in ended]
+        row(multiple, share, verdicts.count("fails"), verdicts.count("passes"), int(np.mean(counts)), max(counts))
+
+
+def oracle(work: Path, seeds: int) -> None:
+    base, gold = families.load("faces"), families.load(str(ORACLE))
+    verdicts: dict[str, int] = {}
+    failed: dict[str, int] = {}
+    began = time.perf_counter()
+    for seed in range(seeds):
+        config = VerifyConfig(
+            model="faces", candidate=ORACLE, target=(PLANTED / "0.png",), level="quick", seed=seed, cache=False
+        )
+        said, _ = compare(config, base, gold)
+        verdicts[said.verdict] = verdicts.get(said.verdict, 0) + 1
+        for c in said.checks:
+            if c.outcome == "failed":
+                failed[f"{c.name} {c.figure}"] = failed.get(f"{c.name} {c.figure}", 0) + 1
+        if seed % 10 == 9:
+            print(f"{seed + 1} seeds: {verdicts} {failed}", flush=True)
+    table("seeds", "verdicts", "failed checks", "seconds a seed")
+    row(seeds, verdicts, failed, f"{(time.perf_counter() - began) / seeds:.1f}")
+
+
+SECTIONS = {"speed": speed, "honest": honest_patches, "rate": rate, "oracle": oracle}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], default=list(SECTIONS))
+    parser.add_argument("--work", type=Path, default=Path(tempfile.mkdtemp()))
+    parser.add_argument("--seeds", type=int, default=100)
+    given = parser.parse_args()
+    for name in given.sections:
+        print(f"\n## {name}", flush=True)
+        SECTIONS[name](given.work, given.seeds)
+
+
+if __name__ == "__main__":
+    main()
