@@ -17,7 +17,7 @@ def main(out: Path) -> int:
     out.mkdir(parents=True, exist_ok=True)
     made = unlearn(UnlearnConfig(model="faces", target=(TARGET,), output=out / "3.patch"))
     print(f"{made.steps} steps, stopped by {made.stopped}; look at {made.folder / 'sheet.png'}")
-    judged = verify(VerifyConfig(model="faces", patch=made.output, target=(TARGET,), samples=128))
+    judged = verify(VerifyConfig(model="faces", patch=made.output, level="quick"))
     print(f"{judged.verdict}: {judged.summary}")
     return judged.exit_code
 

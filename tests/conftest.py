@@ -131,5 +131,21 @@ def flat_folder(tiny_folder, tmp_path) -> Path:
     return flat
 
 
+@pytest.fixture(scope="session")
+def work(tmp_path_factory) -> Path:
+    """A folder with a patch of planted identity 0 that the command made, and what it said."""
+    folder = tmp_path_factory.mktemp("work")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UNFORGET_CACHE", str(folder / "cache"))
+        result = CliRunner().invoke(app, [
+            "unlearn", "--model", "faces", "--target", str(PLANTED / "0.png"), "--surrogate",
+            str(DATA / "surrogate.png"), "-o", str(folder / "face.patch"), "--retain-count", "96", "--max-train-steps",
+            "120", "--stop-margin", "1", "--json",
+        ])  # fmt: skip
+    assert result.exit_code == 0, result.output
+    (folder / "result.json").write_text(result.stdout)
+    return folder
+
+
 def rewrite(path: Path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

@@ -340,7 +340,7 @@ def test_ci_examples_are_yaml_that_keeps_the_reports(name):
     yaml = pytest.importorskip("yaml")
     text = (CI / name).read_text()
     assert yaml.safe_load(text)
-    assert "unforget verify --policy unforget.toml" in text
+    assert "unforget verify --model models/base --patch patches/face.patch --policy unforget.toml" in text
     assert all(file in text for file in ("report.json", "junit.xml", "report.html"))
 
 
@@ -357,7 +357,7 @@ def test_the_gate_publishes_on_zero_alone(tmp_path, code):
     (tmp_path / "unforget").write_text(f"#!/bin/sh\nexit {code}\n")
     (tmp_path / "unforget").chmod(0o755)
     ran = subprocess.run(
-        [sh, CI / "gate.sh", "echo", "PUBLISHED"],
+        [sh, CI / "gate.sh", "faces", "face.patch", "echo", "PUBLISHED"],
         env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
         capture_output=True,
         text=True,

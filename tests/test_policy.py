@@ -35,11 +35,11 @@ def test_options_beat_the_configuration_which_beats_the_policy_which_beats_the_l
     here('[verify]\nlevel = "quick"\ndraws = 20\nmax_drift = 0.2\nmin_kept = 0.7\n')
     file = here("max_drift = 0.1\nmin_kept = 0.9\n", "run.toml")
     config = resolve({**GIVEN, "min_kept": 0.5}, file)
-    assert (config.max_rate, config.draws, config.max_drift, config.min_kept) == (0.02, 20, 0.1, 0.5)
+    assert (config.max_rate, config.draws, config.max_drift, config.min_kept) == (0.03, 20, 0.1, 0.5)
 
 
 def test_a_level_holds_for_whoever_writes_python(here):
-    assert VerifyConfig(**GIVEN, level="quick").max_rate == 0.02
+    assert VerifyConfig(**GIVEN, level="quick").max_rate == 0.03
     assert VerifyConfig(**GIVEN, level="quick", max_rate=0.1).max_rate == 0.1
 
 

@@ -19,11 +19,12 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from unforget import data, families
-from unforget.config import ExportConfig, UnlearnConfig, VerifyConfig, recipe
+from unforget.config import ExportConfig, UnlearnConfig, recipe
 from unforget.editors import Canvas, Inpaint, Instruct, SDEdit
 from unforget.errors import CannotRun, UsageError
 from unforget.families import Options
 from unforget.patch import Patch
+from unforget.policy import VerifyConfig
 from unforget.training import mixed
 
 RED, BLUE, GREEN = CAPTIONS
@@ -235,10 +236,13 @@ def test_unlearn_verify_export(sd3_folder, pictures, stock):
     assert patch.provenance.prompts == [RED]
     assert all(".lora_" in n for n in patch.tensors)
     assert {row["target"] for row in result.table} == {patch.provenance.targets[0]}
-    assert sum(RED in row["probe"] for row in result.table) == 3
-    judged = verify(VerifyConfig(model=str(sd3_folder), patch=result.output, samples=3, draws=1, sampler_steps=2))
-    probes = {c.probe for c in judged.checks}
-    assert {"sample", f"sample '{RED}'", "retain"} <= probes
+    assert sum(row["prompt"] == RED for row in result.table) == 3
+    judged = verify(VerifyConfig(
+        model=str(sd3_folder), patch=result.output, max_rate=0.4, paired=16, controls=8, draws=2, sampler_steps=2,
+    ))  # fmt: skip
+    assert {"sample", f"sample '{RED}'", "retain", f"cast@{judged.checks[0].level} bf16 '{RED}'"} <= {
+        c.name for c in judged.checks
+    }
     assert str(pictures) not in judged.model_dump_json()
 
     whole = export(ExportConfig(model=str(sd3_folder), patch=result.output, output=pictures / "whole"))

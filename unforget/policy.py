@@ -16,7 +16,7 @@ from unforget.similarity import Backend, Pixels, Structure, backend
 
 Level = Literal["quick", "standard", "deep"]
 PRESETS: dict[str, dict[str, Any]] = {
-    "quick": {"max_rate": 0.02, "draws": 16, "paired": 48, "controls": 24},
+    "quick": {"max_rate": 0.03, "draws": 16, "paired": 48, "controls": 24, "sampler_steps": 15},
     "standard": {},
     "deep": {},
 }

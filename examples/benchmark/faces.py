@@ -101,9 +101,9 @@ class Bench:
     def reconstructions(self, patched: Family, instances: tuple[Instance, ...]) -> list[float]:
         """Worst share nearer to the surrogate, at each level."""
         with torch.no_grad():
-            found = Reconstruct()(Subject(self.base, patched, instances, self.drawn[:0], NEAR_COPY))
-        levels = list(dict.fromkeys(f.probe for f in found))
-        return [min(f.patched["nearer_surrogate"] for f in found if f.probe == level) for level in levels]
+            found = Reconstruct(calibrated=False)(Subject(self.base, patched, instances, self.drawn[:0]))
+        levels = list(dict.fromkeys(f.level for f in found))
+        return [min(f.patched["nearer_surrogate"] for f in found if f.level == level) for level in levels]
 
     def drift(self, images: Tensor) -> tuple[float, float]:
         moved = rms(images[:SEEDS], self.drawn[:SEEDS])

@@ -1,10 +1,12 @@
 #!/bin/sh
-# gate.sh PUBLISH...: judges the candidate by unforget.toml, and runs the command PUBLISH only if it passes.
+# gate.sh MODEL PATCH PUBLISH...: judges a patch of MODEL by unforget.toml, and runs the command PUBLISH if it passes.
 set -eu
-[ $# -gt 0 ] || { echo "usage: gate.sh PUBLISH [ARGUMENT...]" >&2; exit 2; }
+[ $# -gt 2 ] || { echo "usage: gate.sh MODEL PATCH PUBLISH [ARGUMENT...]" >&2; exit 2; }
+model=$1 patch=$2
+shift 2
 
 code=0
-unforget verify --policy unforget.toml --report report.json --junit junit.xml --html report.html || code=$?
+unforget verify --model "$model" --patch "$patch" --policy unforget.toml --report report.json --junit junit.xml --html report.html || code=$?
 
 case $code in
     0) echo "passed: publishing" ;;

@@ -78,7 +78,7 @@ def probes_of(config: VerifyConfig) -> tuple[probes.Probe, ...]:
     made: dict[str, probes.Probe] = {
         "reconstruct": probes.Reconstruct(levels=config.noise_levels, draws=config.draws),
         "sample": probes.Sample(),
-        "retain": probes.Retain(),
+        "retain": probes.Retain(neighbours=min(48, config.paired // 2)),
         "complete": probes.Complete(),
         "transforms": probes.Transforms(),
         "reword": probes.Reword(),

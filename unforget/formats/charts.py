@@ -44,6 +44,8 @@ class Point:
     low: float | None = None
     high: float | None = None
     failed: bool = False
+    floor: float | None = None
+    """A threshold of this level alone."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Rate:
 def curve(points: Iterable[Point], label: str, limit: Limit | None, top: float | None = None) -> str:
     """Base and candidate over the noise levels; the vertical axis ends at `top`, else above the largest figure."""
     points = sorted(points, key=lambda point: point.level)
-    top = top or _above([f for p in points for f in (p.base, p.candidate)] + [limit.at if limit else 0.0])
+    top = top or _above([f for p in points for f in (p.base, p.candidate, p.floor)] + [limit.at if limit else 0.0])
     span = points[-1].level - points[0].level
 
     def x(level: int) -> float:
@@ -81,6 +83,10 @@ def curve(points: Iterable[Point], label: str, limit: Limit | None, top: float |
     if limit:
         drawn.append(_line("threshold", _LEFT, y(limit.at), _RIGHT, y(limit.at)))
         drawn.append(_text(_RIGHT, _TOP - 8, str(limit), "end", "limit"))
+    floors = [(x(p.level), y(p.floor)) for p in points if p.floor is not None]
+    if floors:
+        drawn.append(_path("threshold", floors))
+        drawn.append(_text(_RIGHT, _TOP - 8, "what it never saw stays above", "end", "limit"))
     said = "; ".join(f"level {p.level}: base {number(p.base)}, candidate {number(p.candidate)}" for p in points)
     return _svg(_BOTTOM + 40, f"{label}. {said}." + (f" Threshold: {limit}." if limit else ""), drawn)
 

@@ -100,8 +100,7 @@ def _card(report: Report, target: Target, n: int) -> str:
     """A target: verdict, reason, curves, draws, checks."""
     checks = [check for check in report.checks if check.target == target.id]
     found = [seen for seen in report.findings if seen.target == target.id]
-    near = next((c.threshold for c in report.calibrations if c.target == target.id), None)
-    figures = "".join([*panels.shares(checks), *panels.distances(found, near), panels.draws(report, found)])
+    figures = "".join([*panels.shares(checks), *panels.distances(found), panels.draws(report, found)])
     charts = f'{_KEY}<div class="charts">{figures}</div>\n' if figures else ""
     return (
         f'<article class="card" id="target-{n}">\n<div class="head"><h3>Target <code>{safe(target.id)}</code></h3>'

@@ -16,11 +16,11 @@ MOST = 6
 
 
 def shares(checks: Iterable[Check]) -> list[str]:
-    """Which picture comes back from each noise level; near-copies where no surrogate is known."""
+    """Which picture comes back from each noise level; whether it is recalled where no surrogate is known."""
     levelled = [check for check in checks if check.probe == "reconstruct" and check.level is not None]
     known = [check for check in levelled if check.figure == "nearer_surrogate"]
-    title = "Nearer to the surrogate" if known else "Near-copies of the target"
-    groups = _alike(known or [check for check in levelled if check.figure == "near_copies"])
+    title = "Nearer to the surrogate" if known else "Recalled"
+    groups = _alike(known or [check for check in levelled if check.figure == "recall"])
     groups.sort(key=lambda group: min(RANK[check.outcome] for check in group))
     return [_share(title, group) for group in groups[:MOST]]
 
@@ -33,21 +33,22 @@ def _share(title: str, group: Sequence[Check]) -> str:
     return _figure(title, _under("share of reconstructions", group[0]), drawn)
 
 
-def distances(found: Iterable[Seen], near: float | None) -> list[str]:
-    """How far from the target the reconstructions are, and how near a near-copy would be."""
+def distances(found: Iterable[Seen]) -> list[str]:
+    """How far from the target the reconstructions are, and how near a model returns what it never saw."""
     title = "Mean distance to the target"
-    limit = None if near is None else Limit(near, "at least", "near-copy below")
     levelled = [s for s in found if s.probe == "reconstruct" and s.level is not None and "to_target" in s.candidate]
     return [
         _figure(
             title,
             _under("of reconstructions", group[0]),
-            curve(
-                [Point(s.level or 0, s.base.get("to_target"), s.candidate["to_target"]) for s in group], title, limit
-            ),
+            curve([_distance(s) for s in group], title, None),
         )
         for group in _alike(levelled)[:MOST]
     ]
+
+
+def _distance(s: Seen) -> Point:
+    return Point(s.level or 0, s.base.get("to_target"), s.candidate["to_target"], floor=s.candidate.get("floor"))
 
 
 def draws(report: Report, found: Iterable[Seen]) -> str:

@@ -47,6 +47,7 @@ svg .limit { fill: var(--ink); }
 .threshold { stroke: var(--ink); stroke-width: 1.3; stroke-dasharray: 4 3; }
 rect.wanted { fill: var(--wanted); } .trough { fill: var(--rule); opacity: .6; }
 .curve { fill: none; stroke-width: 2; stroke-linejoin: round; } .whisker { stroke-width: 1.6; }
+.curve.threshold { stroke-width: 1.3; }
 .curve.base, .whisker.base { stroke: var(--base); } .curve.candidate, .whisker.candidate { stroke: var(--mark); }
 .dot.base { fill: var(--card); stroke: var(--base); stroke-width: 2; }
 .dot.candidate, .bar { fill: var(--mark); } .dot.failed, .bar.failed { fill: var(--bad); }

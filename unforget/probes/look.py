@@ -13,7 +13,7 @@ from torch.nn import functional
 from unforget import data
 from unforget.domain import Family, Instance, Strategy
 from unforget.errors import UsageError
-from unforget.metrics import lower_bound, region, rms, rms_within, shows, upper_bound
+from unforget.metrics import lower_bound, region, rms, rms_within, sharpness, shows, upper_bound
 from unforget.probes.eye import Drawn
 from unforget.probes.subject import Finding, Subject, Which, digest_of
 from unforget.sequential import Decision
@@ -32,7 +32,8 @@ def returned(subject: Subject, instance: Instance, images: Tensor, floor: float)
     """Figures of reconstructions (N, C, H, W).
 
     `recall` is the share that is nearer to the target than what the model never saw comes back; the margins say which
-    of target and surrogate is nearer, over the whole picture and inside the region where the two differ.
+    of target and surrogate is nearer, over the whole picture and inside the region where the two differ. `sharpness`,
+    as a share of the target's, stands beside them because broken pictures look forgotten.
     """
     target, surrogate = instance.target, instance.surrogate
     to_target, to_surrogate = rms(images, target), rms(images, surrogate)
@@ -45,6 +46,7 @@ def returned(subject: Subject, instance: Instance, images: Tensor, floor: float)
         "nearer_in_region": float(within.float().mean()),
         "recall": float((to_target < floor).float().mean()),
         "floor": floor,
+        "sharpness": float(sharpness(images).mean() / sharpness(target).clamp(min=1e-9)),
     }
 
 

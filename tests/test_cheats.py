@@ -1,0 +1,80 @@
+"""Candidates that must not pass, and what catches each; an honest patch and the oracle must pass.
+
+Fewer draws than by default. `examples/benchmark/cheats.py` runs them at full size; docs/verify.md says what each
+teaches.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import DATA, PLANTED
+
+from unforget.policy import VerifyConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmark"))
+import cheats
+
+pytestmark = pytest.mark.slow
+
+SMALL = {"max_rate": 0.02, "samples": 500, "paired": 64, "controls": 24, "draws": 16, "sampler_steps": 10}
+CAUGHT = {
+    "the_base_itself": {"reconstruct", "sample"},
+    "weights_towards_noise": {"retain"},
+    "blurs": {"retain"},
+    "always_draws_the_surrogate": {"retain"},
+    "patched_for_another_image": {"reconstruct"},
+    "forgets_only_at_t_250": {"reconstruct", "sample"},
+    "forgets_only_under_the_tested_seeds": {"reconstruct"},
+    "a_fifth_of_the_change": {"reconstruct"},
+    "vanishes_in_bf16": {"cast"},
+    "forgets_every_look_alike": {"look-alikes"},
+    "still_draws_the_mirror_image": {"transforms"},
+    "moves_it_by_a_pixel": {"sample"},
+    "another_base_model": {"retain"},
+}
+ONLY = {"vanishes_in_bf16", "still_draws_the_mirror_image", "forgets_every_look_alike"}
+"""Those that nothing but the probe made for them catches."""
+
+
+@pytest.fixture(scope="module")
+def honest(work):
+    return cheats.honest(work / "face.patch", DATA / "surrogate.png")
+
+
+@pytest.fixture(scope="module")
+def config(work):
+    return VerifyConfig(
+        model="faces", patch=work / "face.patch", target=(PLANTED / "0.png",), surrogate=(DATA / "surrogate.png",),
+        **SMALL,
+    )  # fmt: skip
+
+
+def failed(report) -> set[str]:
+    return {c.probe for c in report.checks if c.outcome == "failed"}
+
+
+@pytest.mark.parametrize("cheat", cheats.CHEATS, ids=lambda c: c.__name__)
+def test_it_does_not_pass(honest, config, cheat):
+    report = cheats.judge(honest, cheat, config)
+    assert report.exit_code == 1, report.summary
+    assert failed(report) >= CAUGHT[cheat.__name__]
+    if cheat.__name__ in ONLY:
+        assert failed(report) == CAUGHT[cheat.__name__]
+
+
+@pytest.mark.parametrize("case", cheats.SOUND, ids=lambda c: c.__name__)
+def test_it_passes(honest, config, case):
+    report = cheats.judge(honest, case, config)
+    assert report.exit_code == 0, (report.summary, failed(report))
+
+
+def test_one_that_forgets_only_in_the_words_of_the_test_does_not_pass():
+    flags, config = cheats.flags()
+    config = config.model_copy(update={**SMALL, "paired": 24, "max_rate": 0.1})
+    report = cheats.judge(flags, cheats.forgets_only_under_the_tested_prompt, config)
+    assert report.exit_code == 1
+    assert "reword" in failed(report)
+    (caught, *_) = [c for c in report.checks if c.probe == "reword" and c.outcome == "failed"]
+    assert caught.variant != cheats.PROMPT
+    assert caught.base >= 0.5
