@@ -17,7 +17,7 @@ import cheats
 
 pytestmark = pytest.mark.slow
 
-SMALL = {"max_rate": 0.02, "samples": 500, "paired": 64, "controls": 24, "draws": 16, "sampler_steps": 10}
+SMALL = {"max_rate": 0.02, "samples": 400, "paired": 64, "controls": 24, "draws": 16, "sampler_steps": 10}
 CAUGHT = {
     "the_base_itself": {"reconstruct", "sample"},
     "weights_towards_noise": {"retain"},

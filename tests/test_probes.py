@@ -46,6 +46,7 @@ def test_a_picture_that_the_model_repeats_does_not_teach_that_different_pictures
     shown = torch.cat([single, repeated])
     again = probes.calibrate(pairwise_rms(shown, shown), 0.001)
     assert again == clean
+    assert probes.Eye((Pixels(),), shown, 0.001).single.tolist() == [True] * 40 + [False] * 12
 
 
 def test_no_more_than_one_pair_can_be_told():

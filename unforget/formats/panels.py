@@ -21,7 +21,7 @@ def shares(checks: Iterable[Check]) -> list[str]:
     known = [check for check in levelled if check.figure == "nearer_surrogate"]
     title = "Nearer to the surrogate" if known else "Recalled"
     groups = _alike(known or [check for check in levelled if check.figure == "recall"])
-    groups.sort(key=lambda group: min(RANK[check.outcome] for check in group))
+    groups.sort(key=lambda group: (min(RANK[check.outcome] for check in group), not group[0].prompt))
     return [_share(title, group) for group in groups[:MOST]]
 
 
@@ -43,7 +43,7 @@ def distances(found: Iterable[Seen]) -> list[str]:
             _under("of reconstructions", group[0]),
             curve([_distance(s) for s in group], title, None),
         )
-        for group in _alike(levelled)[:MOST]
+        for group in sorted(_alike(levelled), key=lambda group: not group[0].prompt)[:MOST]
     ]
 
 

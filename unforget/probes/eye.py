@@ -48,6 +48,8 @@ class Radius:
 class Eye:
     """Sees near-copies: a picture is one if any backend says so.
 
+    `single` says which of the references the base does not repeat, (N,) of bool.
+
     Args:
         backends: Each with a threshold of its own.
         references: What the base draws, (N, C, H, W): pictures known to differ, but for those that it repeats.
@@ -56,7 +58,9 @@ class Eye:
 
     def __init__(self, backends: Sequence[Backend], references: Tensor, false_alarm: float) -> None:
         self.backends = tuple(backends)
-        self.radii = tuple(calibrate(pairwise(e, e), false_alarm) for e in self.look(references).embeds)
+        apart = [pairwise(e, e) for e in self.look(references).embeds]
+        self.radii = tuple(calibrate(distances, false_alarm) for distances in apart)
+        self.single = torch.stack([~repeated(distances) for distances in apart]).all(0)
 
     def look(self, images: Tensor) -> Drawn:
         """The pictures with their embeddings."""
@@ -92,13 +96,22 @@ def calibrate(distances: Tensor, false_alarm: float) -> Radius:
         false_alarm: In (0, 1); no less than one pair can be told.
     """
     above = torch.triu(torch.ones_like(distances, dtype=torch.bool), 1)
-    apart = REPEATED * float(distances[above].nanmedian())
-    close = (distances < apart).fill_diagonal_(False)
-    repeated = close.sum(1) >= 2
-    single = ~(repeated | close[:, repeated].any(1))
+    single = ~repeated(distances)
     pairs = distances[above & single & single[:, None]]
     pairs = pairs[~pairs.isnan()].sort().values
     if not len(pairs):
-        return Radius(apart, 1.0, 0)
+        return Radius(_apart(distances), 1.0, 0)
     rank = min(int(false_alarm * len(pairs)), len(pairs) - 1)
     return Radius(float(pairs[rank]), (rank + 1) / len(pairs), len(pairs))
+
+
+def repeated(distances: Tensor) -> Tensor:
+    """Which pictures come up again and again, or are near one that does, from their distances (N, N): (N,) of bool."""
+    close = (distances < _apart(distances)).fill_diagonal_(False)
+    often = close.sum(1) >= 2
+    return often | close[:, often].any(1)
+
+
+def _apart(distances: Tensor) -> float:
+    above = torch.triu(torch.ones_like(distances, dtype=torch.bool), 1)
+    return REPEATED * float(distances[above].nanmedian())

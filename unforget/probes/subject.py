@@ -171,15 +171,15 @@ class Subject:
     def floor(self, level: int, row: int) -> float:
         """Distance that pictures which the model need not have seen stay above when noised to a level and denoised.
 
-        Little noise hides little: any model returns any picture from there, more or less. What it was never trained on
-        comes back so near in one case of twenty.
+        Little noise hides little: any model returns any picture from there, more or less. What it draws once comes back
+        so near in one case of twenty; what it repeats, it may have memorised, and is left out.
         """
 
         def make() -> dict[str, float]:
             shown = self.draws("base", self.stay, self.paired)
             known = torch.stack([self.eye.sees(shown, i.target) for i in self.instances]).any(0)
-            pictures = shown.images[~known][: self.controls]
-            if not len(pictures):  # whatever it draws is a target
+            pictures = shown.images[self.eye.single & ~known][: self.controls]
+            if not len(pictures):  # whatever it draws it repeats
                 return {"floor": 0.0}
             noise = self.noise("control", len(pictures))
             start = self.start(level)
