@@ -183,7 +183,10 @@ def context(
     def answer(x_t: Tensor, index: Tensor, condition: Tensor) -> Tensor:
         return base.predict(x_t, index, condition)
 
-    return Context(base.schedule, answer, encoded, Pool.cat(pool, more), counts), Pool.cat(nearest, more)
+    # What a prompt draws competes with the target in the belief. An edit of the target must not: the base never draws
+    # it, and so near a rival would keep the belief in the target, and with it the change, small.
+    rivals = Pool.cat(pool, more[more.condition > 0])
+    return Context(base.schedule, answer, encoded, rivals, counts), Pool.cat(nearest, more)
 
 
 def _copies(pool: Pool, instances: Sequence[Instance], near_copy: float) -> Tensor:

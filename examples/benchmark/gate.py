@@ -31,7 +31,7 @@ from unforget.probes import Subject
 from unforget.sequential import plan
 
 RUNS = 100
-POOL = 3000
+POOL = 2000
 
 
 def made(work: Path, identity: int, seed: int) -> Path:
