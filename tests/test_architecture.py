@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from unforget import editors, objectives, probes, surgery
+from unforget import editors, objectives, probes, similarity, surgery
 from unforget.domain import Strategy
 
 ROOT = Path(__file__).parents[1]
@@ -93,7 +93,7 @@ def test_help_does_not_import_torch(command):
     subprocess.run([sys.executable, "-c", code, *command, "--help"], check=True, capture_output=True)
 
 
-UNIONS = [surgery.Surgery, objectives.Objective, objectives.Weighting, editors.Editor]
+UNIONS = [surgery.Surgery, objectives.Objective, objectives.Weighting, editors.Editor, similarity.Backend]
 KINDS = [k for union in UNIONS for k in typing.get_args(typing.get_args(union)[0])] + list(
     typing.get_args(probes.Probe)
 )

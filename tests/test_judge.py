@@ -146,6 +146,12 @@ def test_what_the_base_does_not_do_decides_nothing():
     assert {c.probe for c in found if c.outcome == "noted"} == {"complete", "replay"}
 
 
+def test_a_required_probe_without_a_control_is_inconclusive():
+    findings = with_(near("complete", base=0.2, patched=0.0))
+    assert said(*findings)[0] == "forgotten"
+    assert said(*findings, policy=Policy(required=("complete",)))[0] == "inconclusive"
+
+
 def test_a_variant_that_the_base_returns_as_well_is_left_to_its_rate():
     """Greyed flags come back from noise in any model of flags: that is no memory of the target."""
     both = Finding("transforms", T, {"recall": 1.0}, {"recall": 1.0}, level=400, variant="grey")

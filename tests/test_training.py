@@ -10,6 +10,7 @@ from unforget.config import Recipe
 from unforget.domain import Instance, Pool
 from unforget.errors import CannotRun
 from unforget.objectives import CleanSpace, Context, PosteriorSwap
+from unforget.prepare import context as prepared
 from unforget.prepare import neighbours
 from unforget.training import Pace, adam, mixed, train, worst_margin
 
@@ -117,6 +118,15 @@ def test_neighbours_are_the_nearest_to_any_target(scene):
     close = context.instances[0].target + 0.01
     targets = torch.stack([i.target for i in context.instances])
     assert neighbours(torch.cat([keep.x_0, close[None]]), targets, 1).tolist() == [len(keep)]
+
+
+def test_an_edit_of_the_target_is_visited_but_no_rival_to_it(tiny, scene):
+    """As a rival it would keep the belief in the target small, and the target would stay."""
+    instances, keep = scene[0].instances, scene[1]
+    edit = instances[0].target.lerp(instances[0].surrogate, 0.5)
+    context, near = prepared(tiny, instances, keep, Pool.of(edit[None]), 0.01)
+    assert torch.equal(context.keep.x_0, keep.x_0)
+    assert any(torch.equal(x, edit) for x in near.x_0)
 
 
 def test_eight_bit_adam_says_what_it_needs(monkeypatch):

@@ -177,6 +177,7 @@ def test_a_candidate_of_another_architecture_or_resolution_cannot_be_judged(veri
         (["--similarity", "sscd=no.onnx"], 3, "sscd"),
         (["--require", "magic"], 2, "no probe 'magic'"),
         (["--require", "replay"], 2, "--replay-seed"),
+        (["--require", "reword"], 2, "there is no prompt"),
         (["--replay-seed", "1", "--replay-scheduler", "Magic"], 2, "no scheduler 'Magic'"),
         (["--prompt", "a cat"], 2, "takes no prompts"),
     ],

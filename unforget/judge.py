@@ -75,7 +75,10 @@ class _Judge:
             yield self._check(f, "kept", "at least", policy.min_kept * f.base["kept"])
         elif f.probe in ("complete", "reword", "replay"):
             check = self._check(f, "near_copies", "at most", 0 if f.probe == "replay" else CHANCE)
-            yield check if f.base["near_copies"] >= HALF else _noted(check, "the base does not draw the target so")
+            if f.base["near_copies"] < HALF:  # nothing to compare with, which is too little where it is required
+                outcome: Outcome = "inconclusive" if f.probe in policy.required else "noted"
+                check = _changed(check, outcome, "the base does not draw the target so")
+            yield check
         elif f.probe == "seek":
             tried = f.patched["iterations"]
             check = self._check(f, "iterations", "at most", -1)

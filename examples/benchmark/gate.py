@@ -7,6 +7,8 @@ Sections, all by default; each prints its figures as a Markdown table:
     speed     the commands at `quick` and `standard`, and the sample probe beside a bare loop of the same network calls
     honest    ten patches that `unforget unlearn` makes, at `standard`
     rate      100 runs of the sequential test on candidates whose rate is twice and half the limit
+    recall    how near pictures come back that were never seen, beside the planted ones, and the near-copy threshold
+              against pictures that nobody trained on
     oracle    the model trained without the picture, at `quick`, over many seeds
 """
 
@@ -27,8 +29,10 @@ from tables import row, table
 from unforget import UnlearnConfig, VerifyConfig, data, families, unlearn, verify
 from unforget.commands import compare
 from unforget.domain import Instance
+from unforget.metrics import rms
 from unforget.probes import Subject
 from unforget.sequential import plan
+from unforget.similarity import pairwise
 
 RUNS = 100
 POOL = 2000
@@ -123,6 +127,33 @@ def rate(work: Path, seeds: int) -> None:
         row(multiple, share, verdicts.count("fails"), verdicts.count("passes"), int(np.mean(counts)), max(counts))
 
 
+def recall(work: Path, seeds: int) -> None:
+    base, gold = families.load("faces"), families.load(str(ORACLE))
+    planted = torch.stack([data.read_image(p, base.picture) for p in sorted(PLANTED.glob("*.png"))])
+    unseen = torch.stack([data.read_image(p, base.picture) for p in sorted((ORACLE.parent / "heldout").glob("*.png"))])
+    eyes = Subject(base, gold, (Instance(planted[0], planted[0], "t"),), unseen[:0])
+
+    def back(which: str, pictures: torch.Tensor, level: int) -> torch.Tensor:
+        start, noise = eyes.start(level), eyes.noise("recall", len(pictures))
+        return rms(eyes.run(which, eyes.noised(pictures, noise, start), torch.tensor([0]), start=start), pictures)
+
+    table("RMS to the picture", "250", "400", "550")
+    levels = (250, 400, 550)
+    row("the gate's floor", *(f"{eyes.floor(level, 0):.3f}" for level in levels))
+    found = [back("base", unseen, level) for level in levels]
+    row("64 unseen pictures, by the base: median / 5 %", *(f"{f.median():.3f} / {f.quantile(0.05):.3f}" for f in found))
+    for k, picture in enumerate(planted):
+        shown = picture.expand(32, -1, -1, -1)
+        row(f"planted {k}, by the base: median", *(f"{back('base', shown, level).median():.3f}" for level in levels))
+    shown = planted[0].expand(32, -1, -1, -1)
+    row("planted 0, by the oracle: median", *(f"{back('patched', shown, level).median():.3f}" for level in levels))
+    table("backend", "threshold", "its false alarms", "pairs of draws and unseen pictures under it")
+    drawn = eyes.draws("base", (0,), eyes.paired)
+    for k, (backend, radius) in enumerate(zip(eyes.backends, eyes.eye.radii, strict=True)):
+        under = int((pairwise(drawn.embeds[k], eyes.eye.look(unseen).embeds[k]) < radius.distance).sum())
+        row(backend.name, radius.distance, f"{radius.false_alarm:.1e}", f"{under} of {len(drawn) * len(unseen)}")
+
+
 def oracle(work: Path, seeds: int) -> None:
     base, gold = families.load("faces"), families.load(str(ORACLE))
     verdicts: dict[str, int] = {}
@@ -143,7 +174,7 @@ def oracle(work: Path, seeds: int) -> None:
     row(seeds, verdicts, failed, f"{(time.perf_counter() - began) / seeds:.1f}")
 
 
-SECTIONS = {"speed": speed, "honest": honest_patches, "rate": rate, "oracle": oracle}
+SECTIONS = {"speed": speed, "honest": honest_patches, "rate": rate, "recall": recall, "oracle": oracle}
 
 
 def main() -> None:

@@ -54,6 +54,8 @@ def compare(
     subject, known = _subject(config, base, candidate, listener)
     suite = probes_of(config)
     if len(subject.instances[0].conditions) == 1:  # no prompt to put in other words
+        if "reword" in config.required:
+            raise UsageError("the policy requires the probe reword, and there is no prompt", "Give --prompt.")
         suite = tuple(p for p in suite if p.kind != "reword")
     listener.note(_estimate(suite, subject, config.level))
     findings, seconds = probes.collect(suite, subject, listener.stage)
