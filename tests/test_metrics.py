@@ -2,6 +2,7 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
+from unforget import metrics
 from unforget.metrics import lower_bound, margin, pairwise_rms, rms, sharpness, shows, upper_bound
 
 
@@ -48,3 +49,23 @@ def test_a_picture_shows_the_target_wherever_it_has_it_and_an_unrelated_one_does
     images = torch.stack([target, moved, surrogate, torch.zeros(3, 32, 32)])
     assert shows(images, target, surrogate).tolist() == [True, True, False, False]
     assert not shows(images, target, target).any()
+
+
+def test_the_region_is_the_fewest_pixels_that_carry_the_difference():
+    target = torch.zeros(3, 4, 5)
+    surrogate = target.clone()
+    surrogate[:, 1, 2] = 1.0  # 12 of 13.0 in all
+    surrogate[:, 1, 3] = 2.0
+    surrogate[:, 0, 0] = 0.1
+    where = metrics.region(target, surrogate)
+    assert where.nonzero().tolist() == [[1, 2], [1, 3]]
+    assert metrics.region(target, surrogate, 0.7).nonzero().tolist() == [[1, 3]]
+    assert float(metrics.rms_within(target, surrogate, where)) == pytest.approx(2.5**0.5)
+
+
+def test_the_kernel_distance_is_none_between_halves_and_sees_collapse():
+    features = torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
+    same = metrics.kernel_distance(features[:200], features[200:])
+    collapsed = metrics.kernel_distance(features[:200], features[200:201].expand(200, -1))
+    assert abs(same) < 0.1 < collapsed
+    assert metrics.kernel_distance(10 * features[:200], 10 * features[200:]) == pytest.approx(same)

@@ -6,7 +6,7 @@ Sections, all by default; each prints its figures as a Markdown table:
 
     speed     the commands at `quick` and `standard`, and the sample probe beside a bare loop of the same network calls
     honest    ten patches that `unforget unlearn` makes, at `standard`
-    rate      100 runs of the sequential test on candidates whose rate is twice and half the limit
+    rate      1,000 runs of the sequential test on candidates whose rate is twice and half the limit
     recall    how near pictures come back that were never seen, beside the planted ones, and the near-copy threshold
               against pictures that nobody trained on
     oracle    the model trained without the picture, at `quick`, over many seeds
@@ -34,7 +34,7 @@ from unforget.probes import Subject
 from unforget.sequential import plan
 from unforget.similarity import pairwise
 
-RUNS = 100
+RUNS = 1000
 POOL = 2000
 
 
