@@ -43,6 +43,13 @@ def test_a_level_holds_for_whoever_writes_python(here):
     assert VerifyConfig(**GIVEN, level="quick", max_rate=0.1).max_rate == 0.1
 
 
+def test_a_patch_is_held_to_less_drift_than_a_folder_that_may_be_trained_again(here):
+    assert resolve(GIVEN).max_drift == 0.15
+    assert resolve({"model": "faces", "candidate": "x"}).max_drift == 0.5
+    here("[verify]\nmax_drift = 0.2\n")
+    assert resolve(GIVEN).max_drift == 0.2
+
+
 def test_it_may_stand_in_pyproject(here):
     here('[project]\nname = "x"\n[tool.unforget.verify]\nmax_rate = 0.01\n', "pyproject.toml")
     assert resolve(GIVEN).max_rate == 0.01

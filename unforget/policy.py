@@ -50,7 +50,9 @@ class Policy(Config):
     controls: int = Field(48, ge=8, le=4096, description="pictures that show what any model returns")
     sampler_steps: int = Field(20, ge=2, le=1000, description="sampler steps of the draws")
     nearer: float = Field(0.8, ge=0, le=1, description="least share of reconstructions nearer to the surrogate")
-    max_drift: float = Field(0.3, gt=0, description="largest median same-seed drift, in distances between draws")
+    max_drift: float = Field(
+        0.5, gt=0, description="largest median same-seed drift, in distances between draws; 0.15 for a patch"
+    )
     min_kept: float = Field(0.6, ge=0, le=1, description="least share of look-alikes and --keep pictures still drawn")
     tolerance: float = Field(0.02, ge=0, lt=1, description="a figure so near its threshold counts as failed")
     target: tuple[Path, ...] = Field((), description="picture that must be gone; found beside the patch if not given")
@@ -103,6 +105,13 @@ class VerifyConfig(ModelConfig, Policy):
     html: Path | None = Field(None, description="write a page to look at here")
     save_images: Path | None = Field(None, description="folder for pictures, which then stand in the page, too")
     cache: bool = Field(True, description="keep what the base does for the next run")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _patched(cls, values: Any) -> Any:
+        """A patch is to leave seeds alone; a folder may hold a model that was trained again, which cannot."""
+        patched = isinstance(values, dict) and values.get("patch") is not None
+        return {"max_drift": 0.15, **values} if patched else values
 
     @model_validator(mode="after")
     def _one(self) -> Self:

@@ -72,7 +72,10 @@ def verify(
     ] = None,
     sampler_steps: Annotated[int | None, typer.Option(help="Sampler steps of the draws. [default: 20]")] = None,
     max_drift: Annotated[
-        float | None, typer.Option(help="Largest median same-seed drift, in distances between draws. [default: 0.3]")
+        float | None,
+        typer.Option(
+            help="Largest median same-seed drift, in distances between draws. [default: 0.15, 0.5 for a folder]"
+        ),
     ] = None,
     min_kept: Annotated[
         float | None, typer.Option(help="Least share of look-alikes still drawn. [default: 0.6]")
