@@ -248,7 +248,6 @@ def test_sscd_sees_small_pictures_small(tmp_path, monkeypatch, side, seen):
 
 
 def test_sscd_as_onnx(tmp_path):
-    pytest.importorskip("onnxruntime")
     path = tmp_path / "model.onnx"
     path.write_bytes(mean_colour_onnx())
     how = SSCD(path=path)

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from unforget.schedule import Schedule
 
 
+LARGE = 500_000_000
+"""Weights from which on a model is treated with care for memory."""
 Scope = Literal["bottleneck", "full", "lora"]
 """Which weights are trained: `bottleneck`, those that tell one picture from another; `full`, all; `lora`, a low-rank
 adapter on the attention projections beside frozen weights."""

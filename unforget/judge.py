@@ -86,8 +86,7 @@ class _Judge:
 
     def _check(self, f: Finding, figure: str, rule: Rule, threshold: float) -> Check:
         value = f.patched[figure]
-        near = abs(value - threshold) <= self.policy.tolerance * abs(threshold) and value != threshold == 0
-        near = near or (threshold != 0 and abs(value - threshold) <= self.policy.tolerance * abs(threshold))
+        near = threshold != 0 and abs(value - threshold) <= self.policy.tolerance * abs(threshold)
         good = (value >= threshold if rule == "at least" else value <= threshold) and not near
         return Check(
             probe=f.probe, target=f.target, level=f.level, prompt=f.prompt, variant=f.variant, figure=figure,

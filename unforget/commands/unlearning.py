@@ -15,7 +15,7 @@ from torch import nn
 from unforget import data, families, prepare, probes, training
 from unforget.commands.common import load, options, read, salted, versions, writable
 from unforget.config import Recipe, UnlearnConfig, recipe
-from unforget.domain import Family, Instance, Listener, Pool
+from unforget.domain import LARGE, Family, Instance, Listener, Pool
 from unforget.errors import CannotRun, ExitCode, NothingChanged
 from unforget.metrics import rms
 from unforget.objectives import Context
@@ -101,11 +101,8 @@ def memory_plan(config: UnlearnConfig) -> dict[str, float]:
     return reckon(found, how.train, how.rank, micro_batch=micro, checkpointing=checkpointing, half=half).gib()
 
 
-LARGE = 500_000_000
-"""Weights from which on gradients are checkpointed unless the user says no."""
-
-
 def _wants_checkpointing(network: nn.Module, config: UnlearnConfig) -> bool:
+    """Large models do unless the user says no."""
     wanted = config.gradient_checkpointing
     return sum(p.numel() for p in network.parameters()) >= LARGE if wanted is None else wanted
 

@@ -13,13 +13,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unforget import data
-from unforget.domain import Family, Instance, Strategy
+from unforget.domain import LARGE, Family, Instance, Strategy
 from unforget.metrics import rms
 from unforget.probes.look import BOTH, cases, others, returned
 from unforget.probes.subject import Finding, Subject, Which
-
-LARGE = 500_000_000
-"""Weights from which on only an adapter is tuned."""
 
 
 class Seek(Strategy):
@@ -89,6 +86,7 @@ class Revive(Strategy):
     def __call__(self, subject: Subject) -> list[Finding]:
         whole, found = subject.patched, []
         twin = whole.copy()
+        # Of a large model only an adapter is tuned.
         large = sum(p.numel() for p in twin.network.parameters()) >= LARGE
         parameters = twin.trainable("lora" if large else "full")
         for p in parameters:
