@@ -299,11 +299,13 @@ def test_merging_is_the_adapter(sd3):
 
     from unforget.patch import Provenance
 
-    record = Provenance(base="x", base_digest="", targets=[], surrogates=[], adapter={"rank": 3, "alpha": 6},
-                        recipe={}, seed=0, steps=0, versions={})  # fmt: skip
+    record = Provenance(base="x", base_digest="", targets=[], surrogates=[], holds="lora",
+                        adapter={"rank": 3, "alpha": 6}, recipe={}, seed=0, steps=0, versions={})  # fmt: skip
     factors = get_peft_model_state_dict(sd3.network)
     plain = tiny_sd3().transformer.eval()
-    plain.load_state_dict(Patch(factors, record).weights(plain), strict=False)
+    patch = Patch(factors, record)
+    for name in patch.names():
+        plain.state_dict()[name].copy_(patch.after(name, plain.state_dict()[name]))
     x, row = torch.randn(1, *sd3.shape), sd3.condition([RED])
     with torch.no_grad():
         with_adapter = sd3.predict(x, torch.tensor([700]), row)

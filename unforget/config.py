@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from unforget.domain import Scope
 from unforget.editors import Editor, SDEdit
@@ -117,6 +117,26 @@ class ModelConfig(Config):
     resize: bool = Field(False, description="crop and scale pictures to the model's size")
 
 
+class PatchedConfig(ModelConfig):
+    """What commands ask that take patches."""
+
+    patch: tuple[Path, ...] = Field((), description="patch to put on the base; repeats, in order")
+    scale: tuple[float, ...] = Field((), description="share of each patch, in the same order; 1 if not given")
+
+    @field_validator("patch", mode="before")
+    @classmethod
+    def _several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, (str, Path)) else value or ()
+
+    @model_validator(mode="after")
+    def _scaled(self) -> Self:
+        if self.scale and len(self.scale) != len(self.patch):
+            raise ValueError(f"{len(self.patch)} patch(es) but {len(self.scale)} scale(s)")
+        if not all(0 < abs(s) <= 100 for s in self.scale):
+            raise ValueError("a scale is a number other than 0, between -100 and 100")
+        return self
+
+
 class DrawConfig(ModelConfig):
     """What both commands that make surrogates ask about the pictures that the base draws."""
 
@@ -140,7 +160,7 @@ class EditConfig(DrawConfig):
     pick: int | None = Field(None, ge=1, description="take this candidate of the sheet instead of the best")
 
 
-class UnlearnConfig(DrawConfig):
+class UnlearnConfig(DrawConfig, PatchedConfig):
     """`unforget unlearn`."""
 
     target: tuple[Path, ...] = Field(min_length=1, description="picture to forget; repeats")
@@ -161,10 +181,10 @@ class UnlearnConfig(DrawConfig):
         return self
 
 
-class ExportConfig(ModelConfig):
+class ExportConfig(PatchedConfig):
     """`unforget export`."""
 
-    patch: Path = Field(description="patch to put on the base")
+    patch: tuple[Path, ...] = Field(min_length=1, description="patch to put on the base; repeats, in order")
     output: Path = Field(description="folder to write")
     format: Literal["diffusers", "lora"] = Field("diffusers", description="layout of the checkpoint")
 

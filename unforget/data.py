@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -13,12 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from unforget.domain import Family, Instance, Noised, Pool
 from unforget.errors import UsageError
 from unforget.metrics import pairwise_rms
+from unforget.storage import open_tensors, replacing, write_bytes, write_tensors
 
 if TYPE_CHECKING:
     from unforget.schedule import Schedule
@@ -133,16 +134,6 @@ def write_image(image: Tensor | Image.Image, path: Path) -> None:
     write_bytes(buffer.getvalue(), path)
 
 
-def write_bytes(content: bytes, path: Path) -> None:
-    """Write beside and rename, so that no reader ever sees half a file."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 def eight_bit(images: Tensor) -> Tensor:
     """Pictures as a file would hold them: rounded to 8 bits, again in [-1, 1]."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
@@ -235,12 +226,11 @@ def cached(key: Sequence[object], make: Callable[[], Tensor]) -> Tensor:
     path = _place(key, "safetensors")
     if path.is_file():
         try:
-            images: Tensor = load_file(path)["images"]
-            return images.float() / 127.5 - 1
+            return open_tensors(path).load()["images"].float() / 127.5 - 1
         except Exception:  # a damaged cache is only a cache
             path.unlink(missing_ok=True)
     eight = ((make().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    _keep(save({"images": eight.contiguous()}), path)
+    _keep(path, lambda beside: write_tensors({"images": eight}, {}, beside))
     return eight.float() / 127.5 - 1
 
 
@@ -251,22 +241,21 @@ def cached_figures(key: Sequence[object], make: Callable[[], dict[str, float]]) 
         return {str(k): float(v) for k, v in json.loads(path.read_text()).items()}
     except (OSError, ValueError, AttributeError, TypeError):
         figures = make()
-        _keep(json.dumps(figures).encode(), path)
+        _keep(path, lambda beside: beside.write_text(json.dumps(figures)))
         return figures
 
 
 def _place(key: Sequence[object], suffix: str) -> Path:
     asked = hashlib.sha256(json.dumps(key).encode()).hexdigest()
-    return cache_folder() / f"{key[0]}-3-{asked[:32]}.{suffix}"
+    return cache_folder() / f"{key[0]}-4-{asked[:32]}.{suffix}"
 
 
-def _keep(content: bytes, path: Path) -> None:
+def _keep(path: Path, write: Callable[[Path], object]) -> None:
     """Store in the cache; one that cannot be written is no reason to stop."""
-    try:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_bytes(content, path)
-    except OSError:
-        pass
+        with replacing(path) as beside:
+            write(beside)
 
 
 def nearest(images: Tensor, target: Tensor, count: int) -> Tensor:

@@ -138,6 +138,13 @@ def targets(found: Sequence[Check], findings: Sequence[Finding], allowed: Sequen
     return out
 
 
+def unjudged(promised: Sequence[str], judged: Sequence[str], allowed: Sequence[Allowed]) -> list[Target]:
+    """Targets that a patch was made for and that nobody looked for: nothing is known of them."""
+    spared = {a.id for a in allowed if a.state == "active"}
+    reason = "the patch was made for it, and no picture with that id was given (see --target, $UNFORGET_SALT)"
+    return [Target(id=t, verdict="inconclusive", reason=reason) for t in promised if t not in {*judged, *spared}]
+
+
 def _words(found: Sequence[Check]) -> str:
     worst = found[0]
     rest = f", and {len(found) - 1} more" if len(found) > 1 else ""

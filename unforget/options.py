@@ -31,6 +31,10 @@ Targets = Annotated[list[Path] | None, typer.Option("--target", "-t", help="Pict
 Surrogates = Annotated[
     list[Path] | None, typer.Option("--surrogate", "-s", help="What to say instead, one a target, in order.")
 ]
+Patches = Annotated[list[Path] | None, typer.Option(help="Patch to put on the base; repeats, in order.")]
+Scales = Annotated[
+    list[float] | None, typer.Option(help="Share of each patch, in the same order. [default: 1, the whole]")
+]
 NearCopy = Annotated[
     float | None, typer.Option(help="RMS under which two pictures are the same, pixels in [-1, 1]. [default: 0.16]")
 ]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
-from unforget.config import Config, ModelConfig, read, sentence, stated
+from unforget.config import Config, PatchedConfig, read, sentence, stated
 from unforget.errors import UsageError
 from unforget.probes import LEVELS, Probe
 from unforget.similarity import Backend, Pixels, Structure, backend
@@ -91,10 +91,10 @@ class Policy(Config):
         return tuple(kind for kind in LEVELS["deep"] if kind in wanted)
 
 
-class VerifyConfig(ModelConfig, Policy):
+class VerifyConfig(PatchedConfig, Policy):
     """`unforget verify`."""
 
-    patch: Path | None = Field(None, description="patch to judge")
+    patch: tuple[Path, ...] = Field((), description="patch to judge; repeats, for several on one base")
     candidate: Path | None = Field(None, description="or a diffusers folder to judge")
     replay_seed: int | None = Field(None, ge=0, lt=2**63, description="seed that made the picture")
     replay_steps: int | None = Field(None, ge=1, le=10_000, description="sampler steps that made it")
@@ -110,12 +110,12 @@ class VerifyConfig(ModelConfig, Policy):
     @classmethod
     def _patched(cls, values: Any) -> Any:
         """A patch is to leave seeds alone; a folder may hold a model that was trained again, which cannot."""
-        patched = isinstance(values, dict) and values.get("patch") is not None
+        patched = isinstance(values, dict) and values.get("patch")
         return {"max_drift": 0.15, **values} if patched else values
 
     @model_validator(mode="after")
     def _one(self) -> Self:
-        if (self.patch is None) == (self.candidate is None):
+        if bool(self.patch) == bool(self.candidate):
             raise ValueError("give either --patch or --candidate")
         if "replay" in self.required and self.replay_seed is None:
             raise ValueError("the policy requires the probe replay: give --replay-seed")

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from unforget.data import write_bytes
 from unforget.errors import ExitCode
+from unforget.storage import write_bytes
 
 Verdict = Literal["forgotten", "failed", "inconclusive", "allowed"]
 Outcome = Literal["passed", "failed", "inconclusive", "noted"]

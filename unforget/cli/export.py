@@ -17,9 +17,11 @@ from unforget.options import (
     Force,
     Guidance,
     Model,
+    Patches,
     Pickle,
     PipelineConfig,
     Resolution,
+    Scales,
     Threads,
 )
 
@@ -27,7 +29,8 @@ from unforget.options import (
 @app.command()
 def export(
     model: Model = None,
-    patch: Annotated[Path | None, typer.Option(help="Patch to put on the base.")] = None,
+    patch: Patches = None,
+    scale: Scales = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder to write.")] = None,
     format: Annotated[str | None, typer.Option(help="diffusers or lora. [default: diffusers]")] = None,
     guidance: Guidance = None,

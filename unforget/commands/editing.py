@@ -12,8 +12,8 @@ from unforget.config import EditConfig
 from unforget.domain import Listener
 from unforget.editors import Canvas
 from unforget.errors import UsageError
-from unforget.patch import digest
 from unforget.sheets import candidate_sheet
+from unforget.storage import digest
 
 
 @dataclass(frozen=True)

@@ -12,19 +12,21 @@ from unforget.config import ExportConfig
 from unforget.domain import Family, Listener
 from unforget.errors import CannotRun, UsageError
 from unforget.metrics import rms
-from unforget.patch import Patch, digest
+from unforget.patch import Stack
+from unforget.storage import digest
 
 
 def export(config: ExportConfig, listener: Listener | None = None) -> Path:
     """Write base plus patch as a checkpoint, or the patch as a LoRA, that the stock loader opens, and open it."""
     listener = listener or Listener()
     writable(config.output, config.force)
-    patch = Patch.load(config.patch)
+    stack = Stack.load(config.patch, config.scale)
+    patch = stack.patches[0]
     if config.format == "lora" and patch.provenance.adapter is None:
         raise UsageError("the patch holds whole weights, not a LoRA", "Unlearn with --train lora, or export diffusers.")
     family = load(config)
     base = family.copy() if config.format == "lora" else None
-    patch.apply(family.network, name=config.model)
+    stack.apply(family.network, name=config.model)
     beside = config.output.with_name(f".{config.output.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     try:

@@ -19,8 +19,9 @@ from unforget.domain import LARGE, Family, Instance, Listener, Pool
 from unforget.errors import CannotRun, ExitCode, NothingChanged
 from unforget.metrics import rms
 from unforget.objectives import Context
-from unforget.patch import Patch, Provenance, digest
+from unforget.patch import Patch, Provenance, Stack, joined, plain
 from unforget.sheets import evidence_rows, sheet
+from unforget.storage import digest
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ def unlearn(config: UnlearnConfig, listener: Listener | None = None) -> Unlearne
     prepare.distinct(targets, given)
     retain = data.read_folder(config.retain, patched.picture, resize=config.resize) if config.retain else None
     base_digest = digest(patched.network.state_dict())
+    stack = Stack.load(config.patch, config.scale)
+    root = {n: t.clone() for n, t in patched.network.state_dict().items() if n in set(stack.names())}
+    stack.apply(patched.network, name=config.model)
     prepare.conditions(patched, config.prompt)
     base = patched.reference(how.train)
     kept = Pool.of(retain) if retain is not None else prepare.drawn(base, base_digest, config, listener)
@@ -75,7 +79,9 @@ def unlearn(config: UnlearnConfig, listener: Listener | None = None) -> Unlearne
     if not patch.tensors:
         shutil.rmtree(folder)
         raise NothingChanged("the run ended with the weights it began with", "Raise --learning-rate.")
-    patch.save(config.output)
+    final = joined(stack, patch, plain(patched.network))
+    made = Stack((final,)).digest({**plain(patched.network), **root})
+    Patch(final.tensors, final.provenance.model_copy(update={"patched_digest": made})).save(config.output)
     stay = tuple(dict.fromkeys(context.keep.condition.tolist()))
     subject = probes.Subject(base, patched, instances, torch.empty(0, *base.picture), paired=config.preview, stay=stay)
     return _finish(config, folder, outcome, subject, listener)
@@ -150,6 +156,7 @@ def _provenance(config: UnlearnConfig, how: Recipe, instances: Sequence[Instance
         targets=[i.id for i in instances],
         surrogates=[data.image_id(i.surrogate, salted(base_digest)) for i in instances],
         prompts=list(config.prompt),
+        holds="lora" if how.train == "lora" else "weights",
         adapter={"rank": how.rank, "alpha": how.lora_alpha} if how.train == "lora" else None,
         recipe=how.model_dump(mode="json"),
         seed=config.seed,

@@ -17,10 +17,11 @@ from unforget.errors import CannotRun, UsageError
 from unforget.formats.junit import junit
 from unforget.formats.markdown import markdown
 from unforget.formats.page import page
-from unforget.patch import Patch, digest
+from unforget.patch import Stack, provenance
 from unforget.policy import Policy, VerifyConfig
 from unforget.report import Calibration, Report, Seen
 from unforget.sheets import Row, evidence_rows, sheet
+from unforget.storage import digest, write_bytes
 
 PRIVATE = {"target", "surrogate", "keep", "prompt", "retain_prompts", "allow", "similarity"}
 """Settings that name files, prompts or targets: they stay out of the report."""
@@ -62,7 +63,7 @@ def compare(
     ids = [i.id for i in subject.instances]
     allowed = judge.allowances(config, ids, datetime.datetime.now(datetime.UTC).date())
     found = judge.checks(findings, config, known)
-    judged = judge.targets(found, findings, allowed)
+    judged = judge.targets(found, findings, allowed) + judge.unjudged(_made_for(config), ids, allowed)
     verdict, code, summary = judge.verdict(judged, found, allowed)
     result = Report(
         verdict=verdict, exit_code=code, summary=summary, level=config.level, targets=judged, checks=found,
@@ -161,9 +162,9 @@ def _write(config: VerifyConfig, result: Report, rows: list[Row]) -> None:
     if config.report:
         result.save(config.report)
     if config.junit:
-        data.write_bytes(junit(result).encode(), config.junit)
+        write_bytes(junit(result).encode(), config.junit)
     if config.html:
-        data.write_bytes(page(result, rows if config.save_images else ()).encode(), config.html)
+        write_bytes(page(result, rows if config.save_images else ()).encode(), config.html)
     if config.save_images:
         config.save_images.mkdir(exist_ok=True)
         data.write_image(sheet(result.summary, rows), config.save_images / "sheet.png")
@@ -179,11 +180,9 @@ def _write(config: VerifyConfig, result: Report, rows: list[Row]) -> None:
 
 def _candidate(config: VerifyConfig, base: Family) -> Family:
     """The model to judge: the base with the patch on, or an exported checkpoint of the same architecture."""
-    if config.patch is not None:
+    if config.patch:
         family = base.copy()
-        Patch.load(config.patch).apply(family.network, name=config.model)
-        if not all(bool(p.isfinite().all()) for p in family.network.parameters()):
-            raise CannotRun(f"the patch '{config.patch}' holds NaN or infinite weights", "Unlearn again.")
+        Stack.load(config.patch, config.scale).apply(family.network, name=config.model)
         return family
     family = families.load(str(config.candidate), options(config, base))
     shapes = [{n: t.shape for n, t in m.network.state_dict().items()} for m in (base, family)]
@@ -199,21 +198,25 @@ def _read_instances(
 ) -> tuple[tuple[Instance, ...], bool]:
     """The targets with their surrogates, and whether those are known."""
     targets, surrogates = list(config.target), list(config.surrogate)
-    beside = config.patch.with_suffix(".run") if config.patch else None
-    if not targets and beside is not None:
-        targets, surrogates = sorted(beside.glob("target-*.png")), sorted(beside.glob("surrogate-*.png"))
+    for path in config.patch if not targets else ():
+        beside = path.with_suffix(".run")
+        targets += sorted(beside.glob("target-*.png"))
+        surrogates += sorted(beside.glob("surrogate-*.png"))
     if not targets:
         raise UsageError("no target to look for", "Give --target FILE; the patch holds only digests of its targets.")
     pictures = [read(p, base, config, listener) for p in targets]
     replaced = [read(p, base, config, listener) for p in surrogates]
-    prompts: Sequence[str] = config.prompt
     ids = [data.image_id(p, salted(base_digest)) for p in pictures]
-    if config.patch is not None:
-        made = Patch.load(config.patch).provenance
-        prompts = prompts or made.prompts
-        for path, target in zip(targets, ids, strict=True):
-            if target not in made.targets:
-                listener.note(f"{path} is not among the targets that the patch was made for")
-    rows = prepare.conditions(base, prompts)
+    made = [provenance(path) for path in config.patch]
+    for path, target in zip(targets, ids, strict=True):
+        if made and target not in _made_for(config):
+            listener.note(f"{path} is not among the targets that the patch was made for")
+    rows = prepare.conditions(base, config.prompt or [p for m in made for p in m.all_prompts])
     triples = zip(pictures, replaced or pictures, ids, strict=True)
-    return tuple(Instance(t, s, id, rows) for t, s, id in triples), bool(replaced)
+    once = {id: Instance(t, s, id, rows) for t, s, id in triples}
+    return tuple(once.values()), bool(replaced)
+
+
+def _made_for(config: VerifyConfig) -> list[str]:
+    """Ids of all targets that the patches name, those of the ledger first."""
+    return list(dict.fromkeys(t for path in config.patch for t in provenance(path).all_targets))

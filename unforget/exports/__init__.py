@@ -1,0 +1,1 @@
+"""A patched model in the forms that other programs open."""
