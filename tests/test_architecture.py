@@ -14,9 +14,9 @@ from unforget.domain import Strategy
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "unforget"
 ORDER = [
-    "errors", "storage", "schedule", "domain", "surgery", "metrics", "sequential", "similarity", "data", "objectives",
-    "families", "editors", "patch", "engine", "probes", "sheets", "config", "training", "prepare", "policy", "report",
-    "judge", "formats", "exports", "commands", "console", "options", "cli",
+    "errors", "processes", "storage", "schedule", "domain", "surgery", "metrics", "sequential", "similarity", "data",
+    "objectives", "families", "editors", "patch", "engine", "probes", "sheets", "config", "training", "prepare", "runs",
+    "policy", "report", "judge", "formats", "exports", "commands", "console", "options", "cli",
 ]  # fmt: skip
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name not in ("__init__.py", "__main__.py") or p.parent != PACKAGE)
 

@@ -172,6 +172,10 @@ class UnlearnConfig(DrawConfig, PatchedConfig):
     preview: int = Field(8, ge=1, le=256, description="reconstructions a level, and seeds, to show at the end")
     gradient_checkpointing: bool | None = Field(None, description="less memory, more time; on for large models")
     use_8bit_adam: bool = Field(False, description="optimiser state in 8 bits (needs bitsandbytes)")
+    resume: bool = Field(False, description="go on with the run beside the patch from its last checkpoint")
+    checkpointing_steps: int | None = Field(
+        None, ge=1, description="updates between two checkpoints; as often as costs under 5 % of the time if not given"
+    )
     recipe: Recipe | Choice = Choice()
 
     @model_validator(mode="after")

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from unforget.errors import ExitCode, UnforgetError
+from unforget.errors import ExitCode, Terminated, UnforgetError
 
 if TYPE_CHECKING:
     from unforget.domain import Listener
     from unforget.patch import Patch
     from unforget.report import Check, Report
 
-err = Console(stderr=True, highlight=False)
+PROCESS = int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
+"""Which of several processes this is, as a launcher says; the first one alone speaks, but for errors."""
+err = Console(stderr=True, highlight=False, quiet=PROCESS > 0)
 out = Console(highlight=False)
 
 
@@ -94,7 +101,9 @@ def progress() -> Iterator[Listener]:
     from unforget.domain import Listener
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(*columns, TextColumn("{task.fields[figures]}"), console=err, disable=not err.is_terminal)
+    bar = Progress(
+        *columns, TextColumn("{task.fields[figures]}"), console=err, disable=not err.is_terminal or PROCESS > 0
+    )
     with bar:
         task = bar.add_task("loading", total=None, figures="")
 
@@ -106,31 +115,60 @@ def progress() -> Iterator[Listener]:
             shown = [f"{k} {figures[k]:.3g}" for k in ("forget", "retain", "cosine", "margin") if k in figures]
             bar.update(task, advance=n, total=figures.get("of"), figures="  ".join(shown))
 
-        yield Listener(stage, advance, lambda sentence: err.print(f"note: {sentence}", style="yellow", soft_wrap=True))
+        yield Listener(stage, advance, lambda sentence: _note(sentence))
+
+
+def _note(sentence: str) -> None:
+    err.print(f"note: {_plain(_redacted(sentence))}", style="yellow", soft_wrap=True)
 
 
 @contextmanager
 def errors() -> Iterator[None]:
     """Turn what went wrong into a sentence, a way out and an exit code."""
+    mine = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminate) if mine else None
     try:
         yield
     except UnforgetError as error:
         _fail(error.message, error.hint, error.code, error)
     except KeyboardInterrupt as error:
         _fail("interrupted", "", ExitCode.INTERRUPTED, error)
-    except MemoryError as error:
-        _fail("out of memory", "Give a smaller --micro-batch.", ExitCode.CANNOT_RUN, error)
     except OSError as error:
-        _fail(f"cannot write or read: {error}", "Check the disk and the permissions.", ExitCode.CANNOT_RUN, error)
+        what = f"{error.strerror or error}" + (f": '{Path(error.filename).name}'" if error.filename else "")
+        _fail(f"cannot read or write: {what}", "Check the disk and the permissions.", ExitCode.CANNOT_RUN, error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search(r"out of memory|allocate memory", str(error)):
+            raise
+        _fail("out of memory", LESS_MEMORY, ExitCode.CANNOT_RUN, error)
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, before)
+
+
+LESS_MEMORY = "Give a smaller --micro-batch; a run of `unlearn` goes on with --resume."
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated("told to stop")
 
 
 def _fail(message: str, hint: str, code: ExitCode, error: BaseException) -> NoReturn:
     if os.environ.get("UNFORGET_DEBUG") == "1":
         raise error
-    err.print(f"[bold red]error:[/] {_plain(message)}", soft_wrap=True)
+    where = f"process {PROCESS}: " if PROCESS else ""
+    loud = Console(stderr=True, highlight=False)
+    loud.print(f"[bold red]error:[/] {where}{_plain(_redacted(message))}", soft_wrap=True)
     if hint:
-        err.print(f"  {_plain(hint)}", soft_wrap=True)
+        loud.print(f"  {_plain(hint)}", soft_wrap=True)
     raise typer.Exit(code) from None
+
+
+def _redacted(text: str) -> str:
+    """Without secrets that a library may have put into its own message."""
+    known = [os.environ.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "UNFORGET_SALT")]
+    for secret in known:
+        text = text.replace(secret, "***") if secret else text
+    return re.sub(r"hf_[A-Za-z0-9]{8,}", "***", text)
 
 
 def _plain(text: str) -> str:

@@ -9,21 +9,23 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image, ImageFile, UnidentifiedImageError
 from torch import Tensor
 
+from unforget import processes
 from unforget.domain import Family, Instance, Noised, Pool
-from unforget.errors import UsageError
+from unforget.errors import CannotRun, UsageError
 from unforget.metrics import pairwise_rms
-from unforget.storage import open_tensors, replacing, write_bytes, write_tensors
+from unforget.storage import open_tensors, read_json, replacing, write_bytes, write_tensors
 
 if TYPE_CHECKING:
     from unforget.schedule import Schedule
 
+T = TypeVar("T")
 MAX_SIDE = 8192
 """Longest side of an image that is decoded at all, in pixels."""
 PIXELS_DRAWN = PIXELS_TRAINED = 32 * 32 * 32
@@ -186,11 +188,15 @@ def draw(
     """
     if condition is None:
         condition = torch.zeros(1, dtype=torch.long)
-    out, size = [], in_one_pass(PIXELS_DRAWN, family.picture)
-    for part, rows in zip(torch.split(noise, size), torch.split(condition.expand(len(noise)), size), strict=True):
-        out.append(family.decode(family.denoise(part, steps=steps, start=start, condition=rows)))
-        advance(len(part))
-    return torch.cat(out)
+    size = in_one_pass(PIXELS_DRAWN, family.picture)
+    parts = list(zip(torch.split(noise, size), torch.split(condition.expand(len(noise)), size), strict=True))
+
+    def make(part: tuple[Tensor, Tensor]) -> Tensor:
+        pictures = family.decode(family.denoise(part[0], steps=steps, start=start, condition=part[1]))
+        advance(len(pictures) * processes.count())
+        return pictures
+
+    return processes.gathered(parts, [len(part) for part, _ in parts], make)
 
 
 def cache_folder() -> Path:
@@ -224,11 +230,12 @@ def drawn_cached(
 def cached(key: Sequence[object], make: Callable[[], Tensor]) -> Tensor:
     """Pictures (N, C, H, W) in [-1, 1], in 8 bits, made once for a key and then read from the cache."""
     path = _place(key, "safetensors")
-    if path.is_file():
-        try:
-            return open_tensors(path).load()["images"].float() / 127.5 - 1
-        except Exception:  # a damaged cache is only a cache
-            path.unlink(missing_ok=True)
+
+    def read() -> Tensor:
+        return open_tensors(path).load()["images"].float() / 127.5 - 1
+
+    if (known := _known(read)) is not None:
+        return known
     eight = ((make().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     _keep(path, lambda beside: write_tensors({"images": eight}, {}, beside))
     return eight.float() / 127.5 - 1
@@ -237,12 +244,23 @@ def cached(key: Sequence[object], make: Callable[[], Tensor]) -> Tensor:
 def cached_figures(key: Sequence[object], make: Callable[[], dict[str, float]]) -> dict[str, float]:
     """Figures by name, made once for a key and then read from the cache."""
     path = _place(key, "json")
-    try:
-        return {str(k): float(v) for k, v in json.loads(path.read_text()).items()}
-    except (OSError, ValueError, AttributeError, TypeError):
-        figures = make()
-        _keep(path, lambda beside: beside.write_text(json.dumps(figures)))
-        return figures
+    if (known := _known(lambda: {str(k): float(v) for k, v in read_json(path).items()})) is not None:
+        return known
+    figures = make()
+    _keep(path, lambda beside: beside.write_text(json.dumps(figures)))
+    return figures
+
+
+def _known(read: Callable[[], T]) -> T | None:
+    """What the cache holds, if it does for the first process; a damaged one is only a cache."""
+    found: T | None = None
+    with contextlib.suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
+        found = read()
+    if not processes.agreed(found is not None):
+        return None
+    if found is None:
+        raise CannotRun("a process does not see the cache of the first one", "Put $UNFORGET_CACHE where all see it.")
+    return found
 
 
 def _place(key: Sequence[object], suffix: str) -> Path:
@@ -277,19 +295,21 @@ def batches(
     forget_range: tuple[float, float],
     retain_range: tuple[float, float] = (0.0, 1.0),
     seed: int,
+    first: int = 0,
+    generator: torch.Generator | None = None,
 ) -> Iterator[tuple[Noised, Noised]]:
-    """Pairs of noised batches; every draw comes from one CPU generator.
+    """Pairs of noised batches; every draw comes from one CPU generator: that of the seed, or one that is on its way.
 
     Targets take turns, each under every prompt of its own. Of a retain batch, `neighbour_share` are pictures near a
     target, the rest any; where they have prompts, some are shown without, as guidance asks.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = generator or torch.Generator().manual_seed(seed)
     cases = [(i, c) for i in instances for c in i.conditions]
     targets = torch.stack([i.target for i, _ in cases])
     surrogates = torch.stack([i.surrogate for i, _ in cases])
     asked = torch.tensor([c for _, c in cases])
     near = round(retain_batch * neighbour_share) if len(neighbours) else 0
-    for step in range(steps):
+    for step in range(first, steps):
         turn = (torch.arange(forget_batch) + step * forget_batch) % len(cases)
         forget = noised(targets[turn], surrogates[turn], asked[turn], schedule, generator, forget_range)
         kept = Pool.cat(_choose(neighbours, near, generator), _choose(keep, retain_batch - near, generator))

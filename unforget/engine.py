@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from unforget import processes
 from unforget.domain import Noised
 from unforget.surgery import Gram, Weights
 
@@ -52,6 +53,7 @@ def run(
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     max_grad_norm: float = 1.0,
     micro_batch: int | None = None,
+    done: int = 0,
 ) -> Iterator[Step]:
     """Minimise both losses over the optimizer's parameters, one update a pair of batches.
 
@@ -64,12 +66,13 @@ def run(
         scheduler: Stepped after every update.
         max_grad_norm: Clips the combined gradient, over all parameters at once.
         micro_batch: Images in one forward pass; gradients accumulate before the surgery.
+        done: Updates that were made before, from which the steps count on.
 
     Yields:
         A `Step` after every update. One that is not finite was not applied.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    for number, (forget_batch, retain_batch) in enumerate(batches, 1):
+    for number, (forget_batch, retain_batch) in enumerate(batches, done + 1):
         forget_loss, g_f = _gradient(forget, forget_batch, parameters, micro_batch)
         retain_loss, g_r = _gradient(retain, retain_batch, parameters, micro_batch)
         gram = Gram(_dot(g_f, g_f), _dot(g_f, g_r), _dot(g_r, g_r))
@@ -90,10 +93,11 @@ def run(
 def _gradient(
     loss: Loss, batch: Noised, parameters: list[nn.Parameter], micro_batch: int | None
 ) -> tuple[float, list[Tensor]]:
-    """Mean loss over the batch and its gradient, a few images at a time."""
-    total, gradient = 0.0, [torch.zeros_like(p) for p in parameters]
+    """Mean loss over the batch and its gradient, a few images at a time, of which several processes take turns."""
+    total, gradient = torch.zeros((), dtype=torch.float64), [torch.zeros_like(p) for p in parameters]
     size = len(batch.x_0)
-    for part in _split(batch, micro_batch or size):
+    mine = Noised(*(column[processes.rank() :: processes.count()] for column in vars(batch).values()))
+    for part in _split(mine, micro_batch or size) if len(mine.x_0) else ():
         share = len(part.x_0) / size
         value = loss(part) * share
         parts = torch.autograd.grad(value, parameters, allow_unused=True)
@@ -101,7 +105,8 @@ def _gradient(
             if g is not None:
                 sum_ += g
         total += float(value.detach())
-    return total, gradient
+    processes.add([total, *gradient])
+    return float(total), gradient
 
 
 def _split(batch: Noised, size: int) -> Iterator[Noised]:

@@ -19,7 +19,9 @@ class ExitCode(enum.IntEnum):
     INCONCLUSIVE = 4
     """The base does not reproduce the target, or there is too little evidence."""
     INTERRUPTED = 130
-    """Stopped by the user."""
+    """Stopped by the user (SIGINT)."""
+    TERMINATED = 143
+    """Told to stop (SIGTERM)."""
 
 
 class UnforgetError(Exception):
@@ -45,6 +47,18 @@ class UsageError(UnforgetError):
 
 class CannotRun(UnforgetError):
     """The request is sound but cannot be carried out."""
+
+
+class Interrupted(UnforgetError):
+    """Stopped by the user."""
+
+    code = ExitCode.INTERRUPTED
+
+
+class Terminated(UnforgetError):
+    """Told to stop."""
+
+    code = ExitCode.TERMINATED
 
 
 class NothingChanged(UnforgetError):

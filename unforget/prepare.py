@@ -10,7 +10,7 @@ from torch import Tensor
 
 from unforget import data
 from unforget.config import EditConfig, UnlearnConfig
-from unforget.domain import Family, Instance, Listener, Pool
+from unforget.domain import Family, Instance, Listener, Pool, Predict
 from unforget.editors import Candidate, Canvas, Editor, SDEdit, carried, rank
 from unforget.errors import CannotRun, UsageError
 from unforget.metrics import pairwise_rms, rms, shows
@@ -179,14 +179,20 @@ def context(
     latents = zip(*(base.encode(torch.stack([vars(i)[n] for i in gone])) for n in ("target", "surrogate")), strict=True)
     encoded = tuple(replace(i, target=t, surrogate=s) for i, (t, s) in zip(gone, latents, strict=True))
 
+    # What a prompt draws competes with the target in the belief. An edit of the target must not: the base never draws
+    # it, and so near a rival would keep the belief in the target, and with it the change, small.
+    rivals = Pool.cat(pool, more[more.condition > 0])
+    return Context(base.schedule, answers(base), encoded, rivals, counts), Pool.cat(nearest, more)
+
+
+def answers(base: Family) -> Predict:
+    """What the base says, without gradients."""
+
     @torch.no_grad()
     def answer(x_t: Tensor, index: Tensor, condition: Tensor) -> Tensor:
         return base.predict(x_t, index, condition)
 
-    # What a prompt draws competes with the target in the belief. An edit of the target must not: the base never draws
-    # it, and so near a rival would keep the belief in the target, and with it the change, small.
-    rivals = Pool.cat(pool, more[more.condition > 0])
-    return Context(base.schedule, answer, encoded, rivals, counts), Pool.cat(nearest, more)
+    return answer
 
 
 def _copies(pool: Pool, instances: Sequence[Instance], near_copy: float) -> Tensor:

@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unforget import processes
+
 MAX_HEADER = 4 * 2**20
 """Largest header that is parsed, bytes; the largest models here have a tenth of it."""
 MAX_JSON = 2**20
@@ -41,14 +43,16 @@ class BadFile(ValueError):
 def replacing(path: Path) -> Iterator[Path]:
     """A path to write to, beside the wanted one, that takes its place only when all was written and flushed.
 
-    Whatever stops the writer, no reader ever sees half a file, and what was there before stays until then.
+    Whatever stops the writer, no reader ever sees half a file, and what was there before stays until then. Of several
+    processes the first one's file is taken.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield beside
-        with beside.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        if processes.main():
+            with beside.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
 

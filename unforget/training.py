@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from unforget import data, engine
+from unforget import data, engine, processes
 from unforget.config import Recipe
 from unforget.domain import Family, Instance, Pool, Predict
 from unforget.errors import CannotRun
@@ -25,6 +25,19 @@ LEVELS = (250, 400, 550)
 """Noise levels, timesteps of 1000, at which the margin is measured."""
 STEPS = 10
 """Steps of a whole sampling run, for the margin."""
+
+
+@dataclass(frozen=True)
+class State:
+    """All that a run needs to go on after an update as if it had never stopped.
+
+    Attributes:
+        tensors: Trained weights, the optimiser's state, and the state of the generator that draws the batches.
+        figures: Updates made, learning rate, pace and margins, and what the optimiser keeps as numbers.
+    """
+
+    tensors: dict[str, Tensor]
+    figures: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -84,8 +97,12 @@ def worst_margin(family: Family, instances: tuple[Instance, ...], draws: int = 4
     for level in LEVELS:
         start = data.start_level(family, level / 1000, steps=STEPS)
         x_t = family.schedule.add_noise(targets, noise, torch.full((len(cases),), start))
-        parts = zip(torch.split(x_t, size), torch.split(asked, size), strict=True)
-        back = torch.cat([family.denoise(x, steps=STEPS, start=start, condition=rows) for x, rows in parts])
+        parts = list(zip(torch.split(x_t, size), torch.split(asked, size), strict=True))
+
+        def denoise(part: tuple[Tensor, Tensor], start: int = start) -> Tensor:
+            return family.denoise(part[0], steps=STEPS, start=start, condition=part[1])
+
+        back = processes.gathered(parts, [len(x) for x, _ in parts], denoise)
         worst = min(worst, float(margin(back, targets, surrogates).reshape(-1, draws).mean(1).min()))
     return worst
 
@@ -95,7 +112,12 @@ class _Margin:
 
     def __init__(self, patched: Family, instances: tuple[Instance, ...], enough: float | None) -> None:
         self.patched, self.instances, self.enough = patched, instances, enough
-        self.now, self.before = None if enough is None else worst_margin(patched, instances), -math.inf
+        self.now: float | None = None
+        self.before = -math.inf
+
+    def first(self) -> None:
+        if self.enough is not None:
+            self.now = worst_margin(self.patched, self.instances)
 
     def look(self) -> None:
         if self.now is not None:
@@ -165,6 +187,8 @@ def train(
     mixed_precision: Literal["auto", "no", "bf16"] = "no",
     use_8bit_adam: bool = False,
     on_step: Callable[[dict[str, Any]], object] = lambda row: None,
+    resume: State | None = None,
+    after: Callable[[int, Callable[[], State]], object] = lambda step, state: None,
 ) -> Outcome:
     """Change the weights of `patched` in place.
 
@@ -178,45 +202,102 @@ def train(
         mixed_precision: `bf16` computes the passes in bfloat16; `auto` does where the machine has it in hardware.
         use_8bit_adam: Keep the optimiser's state in 8 bits (bitsandbytes).
         on_step: Told the figures of every update.
+        resume: Where an earlier run of the same arguments was; it goes on from there, to the same weights.
+        after: Called after every update with its number and a function that tells where the run is.
 
     Raises:
         CannotRun: If a loss is NaN; the weights are then those of the last good update.
     """
-    pace = Pace(recipe)
-    weights = patched.trainable(recipe.train, rank=recipe.rank, alpha=recipe.lora_alpha, seed=seed)
-    for weight in weights:
-        weight.requires_grad_(True)
-    optimizer = adam(weights, recipe.learning_rate, eight_bit=use_8bit_adam)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, pace.factor)
-    worst = _Margin(patched, context.instances, recipe.stop_margin)
-    half = computes_half(mixed_precision, weights[0].device)
+    run = _Run(patched, context, recipe, seed, use_8bit_adam)
+    half = computes_half(mixed_precision, run.weights[0].device)
     again = bool(getattr(patched.network, "is_gradient_checkpointing", False))
     says = mixed(patched.predict, half, checkpointed=again)
     context = replace(context, base=mixed(context.base, half))
     micro_batch = micro_batch or data.in_one_pass(data.PIXELS_TRAINED, patched.picture)
     try:
-        for step in steps(says, context, near, recipe, seed, micro_batch, optimizer, scheduler):
+        if resume is None:
+            run.worst.first()
+        else:
+            run.restore(resume)
+        for step in steps(
+            says, context, near, recipe, seed, micro_batch, run.optimizer, run.scheduler, run.generator, run.done
+        ) if run.done < run.pace.end else ():  # fmt: skip
             if not step.finite:
                 raise CannotRun(
                     f"the loss is not a number at step {step.number}; the last good weights are kept",
                     "Lower --learning-rate.",
                 )
-            if step.number % CHECK_EVERY == 0:
-                worst.look()
-                if worst.held:
-                    pace.reach(step.number)
-            on_step(_row(step, float(scheduler.get_last_lr()[0]), worst.now, pace))
-            if step.number >= pace.end:
+            run.look(step.number)
+            on_step(_row(step, float(run.scheduler.get_last_lr()[0]), run.worst.now, run.pace))
+            after(step.number, run.state)
+            if step.number >= run.pace.end:
                 break
     finally:
         patched.network.requires_grad_(False)
-    worst.look()
-    return Outcome(step.number, "margin" if pace.reached else "budget", worst.now)
+    run.worst.look()
+    return Outcome(run.done, "margin" if run.pace.reached else "budget", run.worst.now)
+
+
+class _Run:
+    """What changes from update to update."""
+
+    def __init__(self, patched: Family, context: Context, recipe: Recipe, seed: int, eight_bit: bool) -> None:
+        self.done, self.pace = 0, Pace(recipe)
+        self.weights = patched.trainable(recipe.train, rank=recipe.rank, alpha=recipe.lora_alpha, seed=seed)
+        for weight in self.weights:
+            weight.requires_grad_(True)
+        self.optimizer = adam(self.weights, recipe.learning_rate, eight_bit=eight_bit)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.pace.factor)
+        self.worst = _Margin(patched, context.instances, recipe.stop_margin)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def look(self, step: int) -> None:
+        """Take note of an update, and now and then of the margin."""
+        self.done = step
+        if step % CHECK_EVERY == 0:
+            self.worst.look()
+            if self.worst.held:
+                self.pace.reach(step)
+
+    def state(self) -> State:
+        tensors = {f"weight.{i}": w.detach() for i, w in enumerate(self.weights)}
+        tensors["generator"] = self.generator.get_state()
+        numbers: dict[str, Any] = {}
+        for i, weight in enumerate(self.weights):
+            for key, value in self.optimizer.state[weight].items():
+                (tensors if isinstance(value, Tensor) else numbers)[f"optimizer.{i}.{key}"] = value
+        figures = {
+            "step": self.done, "learning_rate": self.scheduler.get_last_lr()[0], "start": self.pace.start,
+            "reached": self.pace.reached, "margin": self.worst.now, "margin_before": self.worst.before,
+            "optimizer": numbers,
+        }  # fmt: skip
+        return State(tensors, figures)
+
+    @torch.no_grad()
+    def restore(self, state: State) -> None:
+        f = state.figures
+        self.done, self.pace.start, self.pace.reached = f["step"], f["start"], f["reached"]
+        self.worst.now, self.worst.before = f["margin"], f["margin_before"]
+        self.generator.set_state(state.tensors["generator"])
+        known = {**state.tensors, **f["optimizer"]}
+        for i, weight in enumerate(self.weights):
+            weight.copy_(known[f"weight.{i}"])
+            prefix = f"optimizer.{i}."
+            # Adam keeps its count of steps on the CPU, its moments where the weight is.
+            self.optimizer.state[weight] = {
+                key.removeprefix(prefix): v.to(weight.device) if isinstance(v, Tensor) and v.dim() else v
+                for key, v in known.items() if key.startswith(prefix)
+            }  # fmt: skip
+        # The rate of the next update was fixed before the pace may have changed: taken over, not computed again.
+        for group in self.optimizer.param_groups:
+            group["lr"] = f["learning_rate"]
+        self.scheduler.last_epoch, self.scheduler._last_lr = self.done, [f["learning_rate"]]
 
 
 def steps(
     says: Predict, context: Context, near: Pool, recipe: Recipe, seed: int, micro_batch: int | None,
     optimizer: torch.optim.Optimizer, scheduler: torch.optim.lr_scheduler.LRScheduler,
+    generator: torch.Generator | None = None, done: int = 0,
 ) -> Iterator[engine.Step]:  # fmt: skip
     """The updates of a run as `engine.run` yields them: `says` is the network in training, in its precision."""
     pairs = data.batches(
@@ -230,6 +311,8 @@ def steps(
         neighbour_share=recipe.neighbour_share,
         forget_range=recipe.forget_range,
         seed=seed,
+        first=done,
+        generator=generator,
     )
     return engine.run(
         pairs,
@@ -240,6 +323,7 @@ def steps(
         scheduler=scheduler,
         max_grad_norm=recipe.max_grad_norm,
         micro_batch=micro_batch,
+        done=done,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -27,11 +27,25 @@ from unforget.options import (
     Resolution,
     RetainCount,
     RetainPrompts,
+    Scales,
     Seed,
     Surrogates,
     Targets,
     Threads,
 )
+
+if TYPE_CHECKING:
+    from unforget.config import UnlearnConfig
+
+
+def _resumed(config: UnlearnConfig, which: str) -> UnlearnConfig:
+    """diffusers' spelling of --resume."""
+    from unforget.errors import UsageError
+
+    folder = config.output.with_suffix(".run")
+    if which != "latest" and Path(which).resolve() != folder.resolve():
+        raise UsageError(f"'{which}' is not the run of {config.output}, which is '{folder}'", "Give its --output too.")
+    return config.model_copy(update={"resume": True})
 
 
 @app.command()
@@ -45,6 +59,11 @@ def unlearn(
     retain: Annotated[
         Path | None, typer.Option(help="Folder of pictures to keep. [default: drawn from the base]")
     ] = None,
+    patch: Annotated[
+        list[Path] | None,
+        typer.Option(help="Patch to begin with, which the new one will hold; repeats. [default: the base alone]"),
+    ] = None,
+    scale: Scales = None,
     prompt: Prompts = None,
     retain_prompts: RetainPrompts = None,
     retain_count: RetainCount = None,
@@ -84,6 +103,26 @@ def unlearn(
     pipeline_config: PipelineConfig = None,
     t5: T5 = None,
     config: ConfigFile = None,
+    resume: Annotated[
+        bool | None, typer.Option("--resume", help="Go on with the run beside the patch, to the same bytes.")
+    ] = None,
+    resume_from_checkpoint: Annotated[
+        str | None,
+        typer.Option(
+            "--resume-from-checkpoint",
+            "--resume_from_checkpoint",
+            help="The same: latest, or the folder of this run.",
+        ),
+    ] = None,
+    checkpointing_steps: Annotated[
+        int | None,
+        typer.Option(
+            "--checkpointing-steps",
+            "--checkpointing_steps",
+            rich_help_panel=MACHINE,
+            help="Updates between two checkpoints. [default: as often as costs under 5 % of the time]",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the configuration and a memory plan, and stop.")
     ] = False,
@@ -150,6 +189,8 @@ def unlearn(
         if target and not output:
             given["output"] = target[0].with_suffix(".patch").name
         resolved = build(UnlearnConfig, given, config)
+        if resume_from_checkpoint is not None:
+            resolved = _resumed(resolved, resume_from_checkpoint)
         if dry_run:
             from unforget.commands import memory_plan, recipe_of
 

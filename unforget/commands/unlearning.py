@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from unforget import data, families, prepare, probes, training
-from unforget.commands.common import load, options, read, salted, versions, writable
+from unforget import data, families, prepare, probes, processes, runs, training
+from unforget.commands.common import load, options, patience, read, salted, versions, writable
 from unforget.config import Recipe, UnlearnConfig, recipe
 from unforget.domain import LARGE, Family, Instance, Listener, Pool
-from unforget.errors import CannotRun, ExitCode, NothingChanged
+from unforget.errors import CannotRun, ExitCode, NothingChanged, UsageError
 from unforget.metrics import rms
-from unforget.objectives import Context
-from unforget.patch import Patch, Provenance, Stack, joined, plain
+from unforget.patch import Patch, Provenance, Stack, joined, plain, provenance
+from unforget.runs import Prepared, Run
 from unforget.sheets import evidence_rows, sheet
 from unforget.storage import digest
 
@@ -48,43 +48,147 @@ class Unlearned:
 
 
 def unlearn(config: UnlearnConfig, listener: Listener | None = None) -> Unlearned:
-    """Make the model say the surrogates instead of the targets, and write the difference as a patch."""
+    """Make the model say the surrogates instead of the targets, and write the difference as a patch.
+
+    With `resume` the run in the folder beside the patch goes on from where it was, to the same bytes.
+    """
     listener = listener or Listener()
     folder = config.output.with_suffix(".run")
-    writable(config.output, config.force)
-    writable(folder, config.force)
+    if config.resume:
+        runs.must_exist(folder)
+    else:
+        runs.must_not_go_on(folder, config.force)
+        writable(config.output, config.force)
+        writable(folder, config.force)
     how = recipe_of(config)
     patched = load(config)
-    targets = [read(p, patched, config, listener) for p in config.target]
-    given = [read(p, patched, config, listener) for p in config.surrogate]
-    prepare.distinct(targets, given)
-    retain = data.read_folder(config.retain, patched.picture, resize=config.resize) if config.retain else None
     base_digest = digest(patched.network.state_dict())
-    stack = Stack.load(config.patch, config.scale)
-    root = {n: t.clone() for n, t in patched.network.state_dict().items() if n in set(stack.names())}
-    stack.apply(patched.network, name=config.model)
-    prepare.conditions(patched, config.prompt)
+    inputs = _read(config, patched, base_digest, listener)
+    root = {n: t.clone() for n, t in patched.network.state_dict().items() if n in set(inputs.stack.names())}
+    inputs.stack.apply(patched.network, name=config.model)
+    run = Run(folder, _asked(config, how, inputs, base_digest), _machine(config))
+    processes.together()
+    if config.resume:
+        for difference in run.take_up():
+            listener.note(f"{difference}: the last bits may come out otherwise")
+        if run.finished is not None:
+            return _remembered(run, config)
+    else:
+        run.begin()
     base = patched.reference(how.train)
-    kept = Pool.of(retain) if retain is not None else prepare.drawn(base, base_digest, config, listener)
-    instances, edits = prepare.instances(base, targets, given, kept, config, listener, salted(base_digest))
-    namesakes = prepare.namesakes(base, base_digest, instances, kept, config, listener)
-    context, near = prepare.context(base, instances, kept, Pool.cat(Pool.of(edits), namesakes), config.near_copy)
+    if not run.is_prepared:
+        run.keep(_prepare(base, inputs, config, listener, base_digest), base, base_digest)
+    # Read back even if just made: sums depend on how tensors lie in memory, and a resumed run has only the file.
+    prepared = run.prepared(base, base_digest)
     patched.release()
     if _wants_checkpointing(patched.network, config):
         patched.network.enable_gradient_checkpointing()  # type: ignore[operator]
-    _empty_run(folder)
-    record = _provenance(config, how, instances, base_digest)
-    outcome = _train(base, patched, context, near, config, how, folder, record, listener)
+    record = _provenance(config, how, prepared.instances[: len(inputs.targets)], base_digest)
+    outcome = _train(base, patched, prepared, config, how, run, record, listener)
     patch = Patch.between(base.network, patched.network, record.model_copy(update={"steps": outcome.steps}))
     if not patch.tensors:
         shutil.rmtree(folder)
         raise NothingChanged("the run ended with the weights it began with", "Raise --learning-rate.")
-    final = joined(stack, patch, plain(patched.network))
+    final = joined(inputs.stack, patch, plain(patched.network))
     made = Stack((final,)).digest({**plain(patched.network), **root})
     Patch(final.tensors, final.provenance.model_copy(update={"patched_digest": made})).save(config.output)
-    stay = tuple(dict.fromkeys(context.keep.condition.tolist()))
-    subject = probes.Subject(base, patched, instances, torch.empty(0, *base.picture), paired=config.preview, stay=stay)
-    return _finish(config, folder, outcome, subject, listener)
+    stay = tuple(dict.fromkeys(prepared.context.keep.condition.tolist()))
+    empty = torch.empty(0, *base.picture)
+    subject = probes.Subject(base, patched, prepared.instances, empty, paired=config.preview, stay=stay)
+    result = _finish(config, folder, outcome, subject, listener)
+    run.finish({**{k: v for k, v in vars(result).items() if k not in ("output", "folder")}, "digest": made})
+    return result
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What the user gave, read and checked."""
+
+    targets: list[Tensor]
+    surrogates: list[Tensor]
+    retain: Tensor | None
+    stack: Stack
+    earlier: tuple[Instance, ...]
+
+
+def _read(config: UnlearnConfig, family: Family, base_digest: str, listener: Listener) -> _Inputs:
+    targets = [read(p, family, config, listener) for p in config.target]
+    given = [read(p, family, config, listener) for p in config.surrogate]
+    prepare.distinct(targets, given)
+    retain = data.read_folder(config.retain, family.picture, resize=config.resize) if config.retain else None
+    stack = Stack.load(config.patch, config.scale)
+    stack.check(family.network, config.model)
+    prepare.conditions(family, config.prompt)
+    earlier = _earlier(config, stack, family, base_digest, listener)
+    for path, target in zip(config.target, targets, strict=True):
+        if data.image_id(target, salted(base_digest)) in {t for p in stack.patches for t in p.provenance.all_targets}:
+            raise UsageError(f"'{path}' is forgotten already by a --patch", "Leave it out, or leave the patch out.")
+    return _Inputs(targets, given, retain, stack, earlier)
+
+
+def _earlier(
+    config: UnlearnConfig, stack: Stack, family: Family, base_digest: str, listener: Listener
+) -> tuple[Instance, ...]:
+    """The targets of the patches that a run begins with, as far as their pictures lie beside them."""
+    found: dict[str, Instance] = {}
+    for path, patch in zip(config.patch, stack.patches, strict=True):
+        rows = prepare.conditions(family, patch.provenance.all_prompts)
+        folder = path.with_suffix(".run")
+        sides = (sorted(folder.glob(f"{side}-*.png")) for side in ("target", "surrogate"))
+        for pair in zip(*sides, strict=False):
+            target, surrogate = (read(p, family, config, listener) for p in pair)
+            id = data.image_id(target, salted(base_digest))
+            if id in patch.provenance.all_targets:
+                found[id] = Instance(target, surrogate, id, rows)
+    missing = {t for p in stack.patches for t in p.provenance.all_targets} - set(found)
+    if missing:
+        listener.note(
+            f"{len(missing)} target(s) of the earlier patches cannot be looked at again: their pictures are not "
+            "beside them; `unforget verify --target` can"
+        )
+    return tuple(found.values())
+
+
+def _asked(config: UnlearnConfig, how: Recipe, inputs: _Inputs, base_digest: str) -> dict[str, Any]:
+    """All that the result of a run depends on."""
+    pictures = {"target": inputs.targets, "surrogate": inputs.surrogates}
+    fields = {"seed", "prompt", "near_copy", "min_distance", "sampler_steps", "retain_count", "preview"}
+    return {
+        **config.model_dump(mode="json", include={*fields, "guidance", "resolution", "t5", "scale"}),
+        "base": base_digest,
+        "recipe": how.model_dump(mode="json"),
+        "patch": [p.digest for p in inputs.stack.patches],
+        **{side: [data.image_id(p, salted(base_digest)) for p in found] for side, found in pictures.items()},
+        "retain": None if inputs.retain is None else digest({"": inputs.retain}),
+        "retain_prompts": None if config.retain_prompts is None else list(data.read_lines(config.retain_prompts)),
+    }
+
+
+def _machine(config: UnlearnConfig) -> dict[str, Any]:
+    """What may change when a run goes on, at the price of its last bits."""
+    fields = {"device", "threads", "micro_batch", "mixed_precision", "gradient_checkpointing", "use_8bit_adam"}
+    return {**config.model_dump(mode="json", include=fields), "processes": processes.count(), **versions()}
+
+
+def _prepare(
+    base: Family, inputs: _Inputs, config: UnlearnConfig, listener: Listener, base_digest: str
+) -> Prepared:  # fmt: skip
+    """Draw what must stay, make surrogates, and encode it all."""
+    now = digest(base.network.state_dict())
+    kept = Pool.of(inputs.retain) if inputs.retain is not None else prepare.drawn(base, now, config, listener)
+    targets, given = inputs.targets, list(inputs.surrogates)
+    instances, edits = prepare.instances(base, targets, given, kept, config, listener, salted(base_digest))
+    namesakes = prepare.namesakes(base, now, instances, kept, config, listener)
+    context, near = prepare.context(base, instances, kept, Pool.cat(Pool.of(edits), namesakes), config.near_copy)
+    return Prepared((*instances, *inputs.earlier), context, near)
+
+
+def _remembered(run: Run, config: UnlearnConfig) -> Unlearned:
+    """The result of a run that had ended already."""
+    known = dict(run.finished or {})
+    if not config.output.is_file() or provenance(config.output).patched_digest != known.pop("digest", None):
+        raise UsageError(f"the run ended, but '{config.output}' is not its patch any more", "Start again with --force.")
+    return Unlearned(config.output, run.folder, **known)
 
 
 def recipe_of(config: UnlearnConfig) -> Recipe:
@@ -113,39 +217,43 @@ def _wants_checkpointing(network: nn.Module, config: UnlearnConfig) -> bool:
     return sum(p.numel() for p in network.parameters()) >= LARGE if wanted is None else wanted
 
 
-def _empty_run(folder: Path) -> None:
-    """Make the folder of a run, without what an earlier run of that name left."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for pattern in ("target-*.png", "surrogate-*.png", "sheet.png", "metrics.jsonl", "last-good.patch"):
-        for path in folder.glob(pattern):
-            path.unlink()
-
-
 def _train(
-    base: Family, patched: Family, context: Context, near: Pool, config: UnlearnConfig, how: Recipe, folder: Path,
+    base: Family, patched: Family, prepared: Prepared, config: UnlearnConfig, how: Recipe, run: Run,
     record: Provenance, listener: Listener,
 ) -> training.Outcome:  # fmt: skip
-    """Train with a log; if it breaks off, leave the last good weights beside the log."""
+    """Train with a log and a checkpoint; if it breaks off, leave the last good weights beside the log."""
+    state = run.state()
+    done = 0 if state is None else state.figures["step"]
+    run.log(done)
     listener.stage("unlearn", how.max_train_steps)
-    done = 0
-    with (folder / "metrics.jsonl").open("w") as log:
+    listener.advance(done)
+    with (run.folder / "metrics.jsonl").open("a") as log, patience() as stop:
 
         def on_step(row: dict[str, object]) -> None:
             nonlocal done
             done += 1
-            log.write(json.dumps(row) + "\n")
-            log.flush()
+            if processes.main():
+                log.write(json.dumps(row) + "\n")
+                log.flush()
             listener.advance(1, **row)
+
+        def after(step: int, now: Callable[[], training.State]) -> None:
+            stopped = processes.anywhere(stop.asked is not None)
+            if stopped or run.due(step, config.checkpointing_steps):
+                run.save(now())
+            if stopped:
+                stop.leave(f"stopped after step {step} of {how.max_train_steps}", "Go on with --resume.")
 
         try:
             return training.train(
-                patched, context, near, how, seed=config.seed, micro_batch=config.micro_batch,
+                patched, prepared.context, prepared.near, how, seed=config.seed, micro_batch=config.micro_batch,
                 mixed_precision=config.mixed_precision, use_8bit_adam=config.use_8bit_adam, on_step=on_step,
+                resume=state, after=after,
             )  # fmt: skip
         except CannotRun:
             if done:
                 last = Patch.between(base.network, patched.network, record.model_copy(update={"steps": done}))
-                last.save(folder / "last-good.patch")
+                last.save(run.folder / "last-good.patch")
             raise
 
 

@@ -1,0 +1,215 @@
+"""A run that is stopped anywhere goes on to the same bytes, and never starts afresh unasked."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+import torch
+from conftest import rewrite
+
+from unforget import data, training
+from unforget.commands import unlearn
+from unforget.config import Recipe, UnlearnConfig
+from unforget.errors import Interrupted, Terminated, UsageError
+from unforget.patch import Patch
+from unforget.storage import open_tensors
+
+STEPS = 30
+
+
+@pytest.fixture
+def config(tiny_folder, tmp_path):
+    """A run of thirty updates on a tiny model, with looks at the margin and a pace that depends on them."""
+    for k, name in enumerate(("target", "surrogate")):
+        picture = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(k)) * 2 - 1
+        data.write_image(picture, tmp_path / f"{name}.png")
+    how = Recipe(
+        max_train_steps=STEPS, cooldown_steps=8, forget_batch_size=2, retain_batch_size=4, learning_rate=1e-3,
+        stop_margin=-1.0,
+    )  # fmt: skip
+
+    def make(name="a", **changes):
+        options = {
+            "model": str(tiny_folder), "target": (tmp_path / "target.png",), "surrogate": (tmp_path / "surrogate.png",),
+            "output": tmp_path / f"{name}.patch", "recipe": how, "retain_count": 8, "sampler_steps": 2, "preview": 1,
+            "checkpointing_steps": 1,
+        }  # fmt: skip
+        return UnlearnConfig(**{**options, **changes})
+
+    return make
+
+
+def stop_at(monkeypatch, step, number=signal.SIGINT):
+    """Send a signal while an update is under way."""
+    row = training._row
+
+    def signalling(update, *args):
+        if update.number == step:
+            os.kill(os.getpid(), number)
+        return row(update, *args)
+
+    monkeypatch.setattr(training, "_row", signalling)
+
+
+@pytest.mark.parametrize("step", [1, 19, 20, 21, 27])
+def test_a_stopped_run_goes_on_to_the_same_bytes(config, monkeypatch, step):
+    whole = unlearn(config("whole"))
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        with pytest.raises(Interrupted, match=f"stopped after step {step} of {STEPS}"):
+            unlearn(config())
+    assert not config().output.exists()
+    rest = []
+    monkeypatch.setattr(training, "_row", lambda u, *a, row=training._row: rest.append(u.number) or row(u, *a))
+    result = unlearn(config(resume=True))
+    assert rest[0] == step + 1
+    assert config().output.read_bytes() == config("whole").output.read_bytes()
+    assert (result.steps, result.stopped, result.table) == (whole.steps, whole.stopped, whole.table)
+    logs = [(config(n).output.with_suffix(".run") / "metrics.jsonl").read_text() for n in ("a", "whole")]
+    assert logs[0] == logs[1]
+    assert not (result.folder / "checkpoint.safetensors").exists()
+
+
+def test_lora_too(sd3_folder, config, monkeypatch):
+    how = Recipe(
+        max_train_steps=4, cooldown_steps=2, forget_batch_size=2, retain_batch_size=2, train="lora", rank=2,
+        forget_range=(0.05, 1.0),
+    )  # fmt: skip
+    options = {"model": str(sd3_folder), "recipe": how, "prompt": ("a red square",), "retain_count": 12}
+    unlearn(config("whole", **options))
+    stop_at(monkeypatch, 2)
+    with pytest.raises(Interrupted):
+        unlearn(config(**options))
+    unlearn(config(resume=True, **options))
+    assert config().output.read_bytes() == config("whole").output.read_bytes()
+
+
+def test_killed_before_the_first_update(config, monkeypatch):
+    unlearn(config("whole"))
+    for name in ("trainable", "denoise"):  # before training, and while the retain set is drawn
+        with monkeypatch.context() as patch:
+            patch.setattr(f"unforget.families.ddpm.DDPM.{name}", lambda *a, **k: 1 / 0)
+            patch.setenv("UNFORGET_CACHE", str(config().output.parent / "empty"))
+            with pytest.raises(ZeroDivisionError):
+                unlearn(config(force=True))
+        unlearn(config(resume=True))
+        assert config().output.read_bytes() == config("whole").output.read_bytes()
+
+
+def test_sigterm_has_its_own_code(config, monkeypatch):
+    stop_at(monkeypatch, 2, signal.SIGTERM)
+    with pytest.raises(Terminated) as caught:
+        unlearn(config())
+    assert caught.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_run_that_ended_is_told_again(config, monkeypatch):
+    first = unlearn(config())
+    monkeypatch.setattr(training, "train", None)
+    assert unlearn(config(resume=True)) == first
+    config().output.write_bytes(b"something else")
+    with pytest.raises(UsageError, match="not a patch"):
+        unlearn(config(resume=True))
+
+
+def stopped(config, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)
+        with pytest.raises(Interrupted):
+            unlearn(config())
+    return config().output.with_suffix(".run")
+
+
+def test_missing_or_foreign_is_an_error_never_a_fresh_start(config, monkeypatch):
+    with pytest.raises(UsageError, match="no run to resume"):
+        unlearn(config(resume=True))
+    folder = stopped(config, monkeypatch)
+    with pytest.raises(UsageError, match="did not end"):
+        unlearn(config())
+    with pytest.raises(UsageError, match="another one: it differs in seed"):
+        unlearn(config(resume=True, seed=7))
+    swapped = {"target": config().surrogate, "surrogate": config().target}
+    with pytest.raises(UsageError, match="differs in surrogate, target"):
+        unlearn(config(resume=True, **swapped))
+    before = (folder / "checkpoint.safetensors").read_bytes()
+    other = config("b")
+    shutil.copytree(folder, other.output.with_suffix(".run"))
+    rewrite(other.output.with_suffix(".run") / "run.json", asked={})
+    with pytest.raises(UsageError, match="another one"):
+        unlearn(config("b", resume=True))
+    assert (folder / "checkpoint.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["run.json", "prepared.safetensors", "checkpoint.safetensors"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff" * 100])
+def test_a_damaged_file_is_an_error(config, monkeypatch, name, content):
+    folder = stopped(config, monkeypatch)
+    (folder / name).write_bytes(content)
+    with pytest.raises(UsageError, match="damaged"):
+        unlearn(config(resume=True))
+
+
+def test_what_the_machine_does_otherwise_is_said(config, monkeypatch):
+    from unforget.domain import Listener
+
+    stopped(config, monkeypatch)
+    notes = []
+    unlearn(config(resume=True, micro_batch=1), Listener(note=notes.append))
+    assert any("micro_batch was None and is 1" in n for n in notes)
+
+
+def test_a_full_disk_costs_the_step_in_progress(config, monkeypatch):
+    """The checkpoint that cannot be written leaves the one before it as it was."""
+    from unforget import storage
+
+    write = storage.write_tensors
+    left = {"writes": 5}
+
+    def full(tensors, metadata, path, **options):
+        left["writes"] -= 1
+        if left["writes"] < 0:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device", str(path))
+        write(tensors, metadata, path, **options)
+
+    unlearn(config("whole"))
+    with monkeypatch.context() as patch:
+        patch.setattr("unforget.runs.write_tensors", full)
+        with pytest.raises(OSError, match="No space"):
+            unlearn(config())
+    folder = config().output.with_suffix(".run")
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "checkpoint.safetensors", "metrics.jsonl", "prepared.safetensors", "run.json"
+    ]  # fmt: skip
+    assert json.loads(open_tensors(folder / "checkpoint.safetensors").metadata["unforget.checkpoint"])["step"] == 4
+    unlearn(config(resume=True))
+    assert config().output.read_bytes() == config("whole").output.read_bytes()
+
+
+def test_the_command_takes_both_spellings(cli, config, monkeypatch, tmp_path):
+    stopped(config, monkeypatch)
+    common = ["unlearn", "--model", config().model, "-t", "target.png", "-o", "a.patch"]
+    result = cli(*common, "--resume_from_checkpoint", "elsewhere")
+    assert result.exit_code == 2
+    assert "is not the run of a.patch" in " ".join(result.output.split())
+    result = cli(*common, "--resume-from-checkpoint", "latest")
+    assert "it differs in" in " ".join(result.output.split())
+    assert cli("unlearn", "--model", config().model, "-t", "target.png", "-o", "c.patch", "--resume").exit_code == 2
+
+
+def test_later_patches_begin_with_earlier_ones(config, tmp_path):
+    """The ledger: a second patch holds the first, names its targets, and they are looked at again."""
+    first = unlearn(config("first"))
+    options = {"target": config().surrogate, "surrogate": config().target, "patch": (first.output,)}
+    second = unlearn(config("second", **options))
+    made, before = (Patch.load(p).provenance for p in (second.output, first.output))
+    assert [e.targets for e in made.earlier] == [before.targets]
+    assert made.earlier[0].digest == Patch.load(first.output).digest
+    assert made.base_digest == before.base_digest
+    assert {row["target"] for row in second.table} == {*made.targets, *before.targets}
+    assert len(list(second.folder.glob("target-*.png"))) == 2
+    with pytest.raises(UsageError, match="is forgotten already"):
+        unlearn(config("third", patch=(first.output,)))

@@ -1,0 +1,236 @@
+"""The folder of a run: who it is, what it prepared, and where it was, so that it can go on from there.
+
+`run.json` is written before any work and names what the run was asked for; `prepared.safetensors` holds what training
+starts from; `checkpoint.safetensors` all that changes from update to update. Each is written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unforget import processes
+from unforget.domain import Family, Instance, Pool
+from unforget.errors import CannotRun, UsageError
+from unforget.objectives import Context
+from unforget.prepare import answers
+from unforget.storage import BadFile, open_tensors, read_json, replacing, write_json, write_tensors
+from unforget.training import State
+
+OVERHEAD = 0.05
+"""Largest share of a run's time that goes into saving it, unless the user says how often."""
+
+
+def must_exist(folder: Path) -> None:
+    """Refuse to resume what is not there: never a fresh start.
+
+    Raises:
+        UsageError: If the folder holds no run.
+    """
+    if not (folder / "run.json").is_file():
+        raise UsageError(f"there is no run to resume in '{folder}'", "Start it without --resume.")
+
+
+def must_not_go_on(folder: Path, force: bool) -> None:
+    """Refuse to start where a run can be resumed.
+
+    Raises:
+        UsageError: If a run was stopped there, unless by force.
+    """
+    if not force and (folder / "run.json").is_file() and not (folder / "sheet.png").is_file():
+        raise UsageError(
+            f"'{folder}' holds a run that did not end", "Go on with --resume, or start again with --force."
+        )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What training starts from.
+
+    Attributes:
+        instances: Targets and surrogates, as pictures.
+        context: What objectives may consult.
+        near: Pictures to keep that are near a target, as the network works on them.
+    """
+
+    instances: tuple[Instance, ...]
+    context: Context
+    near: Pool
+
+
+class Run:
+    """The folder of one run, and what may be asked of it.
+
+    Args:
+        folder: `NAME.run`.
+        asked: What the run is to do, as JSON: all that its result depends on.
+        how: Machine and pace, which may change when it goes on.
+    """
+
+    def __init__(self, folder: Path, asked: Mapping[str, Any], how: Mapping[str, Any]) -> None:
+        self.folder, self.asked, self.how = folder, dict(asked), dict(how)
+        self.finished: dict[str, Any] | None = None
+        self._saved, self._cost = 0.0, 0.0
+
+    @property
+    def _manifest(self) -> Path:
+        return self.folder / "run.json"
+
+    @property
+    def _prepared(self) -> Path:
+        return self.folder / "prepared.safetensors"
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where the state lies."""
+        return self.folder / "checkpoint.safetensors"
+
+    def begin(self) -> None:
+        """Make the folder, without what an earlier run of that name left."""
+        if not processes.main():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        mine = ("target-*.png", "surrogate-*.png", "sheet.png", "metrics.jsonl", "last-good.patch", "verify.json")
+        for pattern in (*mine, "run.json", "prepared.safetensors", "checkpoint.safetensors", ".*.partial"):
+            for path in self.folder.glob(pattern):
+                path.unlink()
+        self._write()
+
+    def _write(self) -> None:
+        if processes.main():
+            write_json({"asked": self.asked, "how": self.how, "finished": self.finished}, self._manifest)
+
+    def take_up(self) -> list[str]:
+        """Go on with the run that is there.
+
+        Returns:
+            What is done otherwise than before, as sentences: the result may differ in its last bits.
+
+        Raises:
+            UsageError: If there is none, or it was asked for something else. Never a fresh start.
+        """
+        must_exist(self.folder)
+        try:
+            found = read_json(self._manifest)
+            asked, how, self.finished = dict(found["asked"]), dict(found["how"]), found["finished"]
+        except (BadFile, OSError, KeyError, TypeError, ValueError):
+            raise UsageError(f"'{self._manifest}' is damaged", "Start again with --force.") from None
+        # What it is asked for now, as a file would hold it.
+        wanted = json.loads(json.dumps(self.asked))
+        other = [k for k in {**asked, **wanted} if asked.get(k) != wanted.get(k)]
+        if other:
+            raise UsageError(
+                f"the run in '{self.folder}' is another one: it differs in {', '.join(sorted(other))}",
+                "Resume it with the options it was started with, or give another --output.",
+            )
+        now = json.loads(json.dumps(self.how))
+        return [f"{k} was {how.get(k)!r} and is {now[k]!r}" for k in now if how.get(k) != now[k]]
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """Note the result; what was kept to go on is not needed any more."""
+        self.finished = dict(result)
+        self._write()
+        if processes.main():
+            self._prepared.unlink(missing_ok=True)
+            self.checkpoint.unlink(missing_ok=True)
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the run came so far before it was stopped."""
+        return processes.agreed(self._prepared.is_file())
+
+    def prepared(self, base: Family, base_digest: str) -> Prepared:
+        """What training starts from.
+
+        Raises:
+            UsageError: If the file is damaged.
+            CannotRun: If the model is not the one that it was prepared with.
+        """
+        processes.together()
+        try:
+            opened = open_tensors(self._prepared)
+            said = json.loads(opened.metadata["unforget.prepared"])
+            if said["base_digest"] != base_digest:
+                raise CannotRun(
+                    f"the run began with another model ({said['base_digest'][:12]}, now {base_digest[:12]})",
+                    "Give the model that it began with.",
+                )
+            base.condition(said["prompts"])
+            return _unpacked(opened.load(), said, base)
+        except (BadFile, OSError, KeyError, TypeError, ValueError, IndexError):
+            raise UsageError(f"'{self._prepared}' is damaged", "Start again with --force.") from None
+
+    def keep(self, prepared: Prepared, base: Family, base_digest: str) -> None:
+        """Store what training starts from."""
+        tensors, said = _packed(prepared)
+        said.update(base_digest=base_digest, prompts=base.prompts)
+        with replacing(self._prepared) as beside:
+            write_tensors(tensors, {"unforget.prepared": json.dumps(said)}, beside)
+
+    def state(self) -> State | None:
+        """Where the run was, if it made an update.
+
+        Raises:
+            UsageError: If the file is damaged.
+        """
+        if not processes.agreed(self.checkpoint.is_file()):
+            return None
+        try:
+            opened = open_tensors(self.checkpoint)
+            return State(opened.load(), json.loads(opened.metadata["unforget.checkpoint"]))
+        except (BadFile, OSError, KeyError, ValueError):
+            raise UsageError(f"'{self.checkpoint}' is damaged", "Start again with --force.") from None
+
+    def save(self, state: State) -> None:
+        """Store where the run is."""
+        began = time.monotonic()
+        if processes.main():
+            with replacing(self.checkpoint) as beside:
+                write_tensors(state.tensors, {"unforget.checkpoint": json.dumps(state.figures)}, beside)
+        self._saved, self._cost = time.monotonic(), time.monotonic() - began
+
+    def due(self, step: int, every: int | None) -> bool:
+        """Whether to save after an update: every so many, or as often as it costs little."""
+        if every is not None:
+            return step % every == 0
+        return time.monotonic() - self._saved >= self._cost / OVERHEAD
+
+    def log(self, done: int) -> None:
+        """Cut the log back to the updates that count."""
+        path = self.folder / "metrics.jsonl"
+        if processes.main():
+            lines = path.read_text().splitlines(keepends=True)[:done] if path.is_file() else []
+            with replacing(path) as beside:
+                beside.write_text("".join(lines))
+
+
+def _packed(prepared: Prepared) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors, said = {}, {}
+    for name, instances in (("shown", prepared.instances), ("gone", prepared.context.instances)):
+        for side in ("target", "surrogate"):
+            tensors[f"{name}.{side}"] = torch.stack([getattr(i, side) for i in instances])
+        said[name] = [[i.id, list(i.conditions)] for i in instances]
+    for name, pool in (("keep", prepared.context.keep), ("near", prepared.near)):
+        tensors[f"{name}.x_0"], tensors[f"{name}.condition"] = pool.x_0, pool.condition
+    tensors["copies"] = prepared.context.copies
+    return tensors, said
+
+
+def _unpacked(tensors: Mapping[str, Tensor], said: Mapping[str, Any], base: Family) -> Prepared:
+    def instances(name: str) -> tuple[Instance, ...]:
+        rows: Sequence[Any] = said[name]
+        sides = zip(tensors[f"{name}.target"], tensors[f"{name}.surrogate"], rows, strict=True)
+        return tuple(Instance(t, s, str(id), tuple(conditions)) for t, s, (id, conditions) in sides)
+
+    def pool(name: str) -> Pool:
+        return Pool(tensors[f"{name}.x_0"], tensors[f"{name}.condition"])
+
+    context = Context(base.schedule, answers(base), instances("gone"), pool("keep"), tensors["copies"])
+    return Prepared(instances("shown"), context, pool("near"))
