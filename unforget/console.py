@@ -145,6 +145,11 @@ def errors() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
+def leave(code: int) -> NoReturn:
+    """End with a verdict. Of several processes the first one's counts: a launcher stops all when one says no."""
+    raise typer.Exit(0 if PROCESS else code)
+
+
 LESS_MEMORY = "Give a smaller --micro-batch; a run of `unlearn` goes on with --resume."
 
 

@@ -253,11 +253,17 @@ def cached_figures(key: Sequence[object], make: Callable[[], dict[str, float]]) 
 
 def _known(read: Callable[[], T]) -> T | None:
     """What the cache holds, if it does for the first process; a damaged one is only a cache."""
-    found: T | None = None
-    with contextlib.suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
-        found = read()
+
+    def attempt() -> T | None:
+        with contextlib.suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
+            return read()
+        return None
+
+    found = attempt()
     if not processes.agreed(found is not None):
         return None
+    if found is None:  # the first process may have written it a moment ago
+        found = attempt()
     if found is None:
         raise CannotRun("a process does not see the cache of the first one", "Put $UNFORGET_CACHE where all see it.")
     return found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unforget.cli.app import app
-from unforget.console import before_after, err, errors, print_json, progress
+from unforget.console import before_after, err, errors, leave, print_json, progress
 from unforget.options import (
     MACHINE,
     T5,
@@ -213,4 +213,4 @@ def unlearn(
             if not result.forgotten:
                 err.print("[red]The target still comes back.[/] Raise --max-train-steps or lower --retain-weight.")
             typer.echo(str(result.output))
-        raise typer.Exit(EXIT_UNLEARN[result.forgotten])
+        leave(EXIT_UNLEARN[result.forgotten])

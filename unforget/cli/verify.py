@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from unforget.cli.app import app, values
-from unforget.console import checks_table, err, errors, progress
+from unforget.console import checks_table, err, errors, leave, progress
 from unforget.options import (
     MACHINE,
     REPORTS,
@@ -136,4 +136,4 @@ def verify(
             for noted in result.robustness:
                 err.print(f"{noted.target[:8]} {noted.probe}: {noted.sentence}", soft_wrap=True)
             typer.echo(f"{result.verdict}: {result.summary}")
-        raise typer.Exit(result.exit_code)
+        leave(result.exit_code)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from unforget import data, families, judge, prepare, probes
+from unforget import data, families, judge, prepare, probes, processes
 from unforget.commands.common import load, options, read, salted, versions, writable
 from unforget.domain import Family, Instance, Listener
 from unforget.errors import CannotRun, UsageError
@@ -158,7 +158,10 @@ def _seen(f: probes.Finding) -> Seen:
 
 
 def _write(config: VerifyConfig, result: Report, rows: list[Row]) -> None:
-    """Every form that was asked for. Pictures only with --save-images."""
+    """Every form that was asked for, and the JSON beside the last patch, for its export. Pictures only on request."""
+    beside = config.patch[-1].with_suffix(".run") if config.patch else None
+    if beside is not None and beside.is_dir():
+        result.save(beside / "verify.json")
     if config.report:
         result.save(config.report)
     if config.junit:
@@ -170,7 +173,7 @@ def _write(config: VerifyConfig, result: Report, rows: list[Row]) -> None:
         data.write_image(sheet(result.summary, rows), config.save_images / "sheet.png")
     step = os.environ.get("GITHUB_STEP_SUMMARY")
     summary = config.summary or (Path(step) if step else None)
-    if summary:
+    if summary and processes.main():
         try:
             with summary.open("a", encoding="utf-8") as file:
                 file.write(markdown(result) + "\n")

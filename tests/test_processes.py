@@ -1,0 +1,78 @@
+"""Two processes on this machine find what one finds."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from unforget import data
+from unforget.patch import Patch
+
+POLICY = """
+[verify]
+level = "quick"
+max_rate = 0.2
+paired = 40
+controls = 8
+draws = 2
+noise_levels = [400]
+sampler_steps = 3
+similarity = ["pixels"]
+"""
+RUN = (
+    "unlearn", "--model", "tiny", "-t", "target.png", "-s", "surrogate.png", "--retain-count", "40",
+    "--max-train-steps", "6", "--learning-rate", "1e-3", "--mixed-precision", "no", "--threads", "1",
+    "--stop-margin", "0.9",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory, tiny_folder):
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "tiny").symlink_to(tiny_folder)
+    (folder / "unforget.toml").write_text(POLICY)
+    for k, name in enumerate(("target", "surrogate")):
+        picture = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(k)) * 2 - 1
+        data.write_image(picture, folder / f"{name}.png")
+    return folder
+
+
+def launched(folder, processes, *args):
+    """What `accelerate launch -m unforget ARGS` does on one machine."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--no-python"]
+    command = [sys.executable, *(launcher if processes > 1 else []), *([sys.executable] if processes > 1 else [])]
+    cache = str(folder / f"cache-{processes}")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "UNFORGET_CACHE": cache, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
+    return subprocess.run([*command, "-m", "unforget", *args], cwd=folder, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does(here):
+    for n in (1, 2):
+        result = launched(here, n, *RUN, "-o", f"{n}.patch", "--json")
+        assert result.returncode == 1, result.stderr  # so few updates forget nothing
+        assert json.loads(result.stdout)["steps"] == 6  # the first process alone speaks
+        assert not list(here.glob("**/*.partial"))
+    one, two = (Patch.load(here / f"{n}.patch") for n in (1, 2))
+    for name, tensor in one.tensors.items():
+        torch.testing.assert_close(two.tensors[name], tensor, rtol=1e-4, atol=1e-6)
+    assert two.provenance.targets == one.provenance.targets
+
+    for n in (1, 2):
+        result = launched(here, n, "verify", "--model", "tiny", "--patch", "1.patch", "--report", f"{n}.json")
+        assert (result.returncode, "failed: " in result.stdout) == (1, True), result.stderr
+    reports = [json.loads((here / f"{n}.json").read_text()) for n in (1, 2)]
+    for report in reports:
+        report.pop("seconds")
+    assert reports[0] == reports[1]
+
+
+@pytest.mark.slow
+def test_what_all_processes_see_is_an_error_of_each(here):
+    result = launched(here, 2, "unlearn", "--model", "tiny", "-t", "no.png")
+    assert result.returncode == 1  # the launcher's own
+    assert result.stderr.count("there is no file 'no.png'") == 2
+    assert "process 1: " in result.stderr
