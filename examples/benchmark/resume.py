@@ -3,9 +3,10 @@
     python examples/benchmark/resume.py [--kills 25] [--seed 0]
 
 The run is `unforget unlearn` on the embedded model `faces`, from the start of the interpreter to its end, with a
-checkpoint after every update. Moments are spread evenly over the time of an undisturbed run. After each kill every file
-that can be seen must be whole; then `--resume` must end with the bytes of the undisturbed patch. A kill that comes before
-the run has a folder leaves nothing to resume: `--resume` must say so (exit 2), and the plain command is given again.
+checkpoint after every update. Moments are spread evenly over the time of an undisturbed run. After each kill every
+file that can be seen must be whole; then `--resume` must end with the bytes of the undisturbed patch. A kill that comes
+before the run has a folder leaves nothing to resume: `--resume` must say so (exit 2), and the plain command is given
+again.
 """
 
 import argparse
@@ -27,9 +28,10 @@ from unforget.storage import open_tensors
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [
-    sys.executable, "-m", "unforget", "unlearn", "--model", "faces", "--target",
-    str(ROOT / "examples" / "faces" / "planted" / "0.png"), "--surrogate", str(ROOT / "tests" / "data" / "surrogate.png"),
-    "--output", "x.patch", "--retain-count", "48", "--sampler-steps", "10", "--max-train-steps", "40", "--stop-margin", "1",
+    sys.executable, "-m", "unforget", "unlearn", "--model", "faces",
+    "--target", str(ROOT / "examples" / "faces" / "planted" / "0.png"),
+    "--surrogate", str(ROOT / "tests" / "data" / "surrogate.png"),
+    "--output", "x.patch", "--retain-count", "48", "--max-train-steps", "40", "--stop-margin", "1",
     "--train-batch-size", "4", "--retain-batch-size", "8", "--checkpointing-steps", "1",
 ]  # fmt: skip
 
@@ -82,7 +84,9 @@ def main() -> None:
     given = parser.parse_args()
     began = time.monotonic()
     whole = start(given.work / "whole")
-    whole.communicate()
+    said = whole.communicate()[1]
+    if whole.returncode not in (0, 1):
+        sys.exit(said.decode())
     length = time.monotonic() - began
     wanted = (given.work / "whole" / "x.patch").read_bytes()
     print(f"an undisturbed run takes {length:.1f} s", flush=True)

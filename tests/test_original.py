@@ -1,0 +1,335 @@
+"""The original layout of SD3, against diffusers' own reader of it."""
+
+import copy
+import socket
+
+import pytest
+import torch
+from conftest import CAPTIONS, tiny_sd3
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_vae_checkpoint,
+    convert_sd3_transformer_checkpoint_to_diffusers,
+    create_diffusers_clip_model_from_ldm,
+    create_diffusers_t5_model_from_checkpoint,
+)
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+
+from unforget.errors import CannotRun
+from unforget.families import original
+from unforget.families.original import Piece, grouped, to_diffusers, to_original
+
+SMALL = {
+    "sample_size": 8, "patch_size": 2, "in_channels": 16, "out_channels": 16, "attention_head_dim": 4,
+    "num_attention_heads": 2, "joint_attention_dim": 12, "caption_projection_dim": 8, "pooled_projection_dim": 6,
+}  # fmt: skip
+ARCHITECTURES = {
+    "sd3-medium": {"num_layers": 24, "pos_embed_max_size": 192},  # its config.json knows nothing of the later options
+    "sd3.5-medium": {
+        "num_layers": 24, "pos_embed_max_size": 384, "dual_attention_layers": list(range(13)), "qk_norm": "rms_norm",
+    },
+    "sd3.5-large": {
+        "num_layers": 38, "pos_embed_max_size": 192, "dual_attention_layers": [], "qk_norm": "rms_norm",
+    },
+}  # fmt: skip
+VAE = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [4, 8, 16, 16], "layers_per_block": 2, "latent_channels": 16, "norm_num_groups": 4,
+    "use_quant_conv": False, "use_post_quant_conv": False,
+}  # fmt: skip
+
+
+class Shapes(dict):
+    """Names and shapes of an original, written as its own code builds it."""
+
+    def layer(self, name, *shape):
+        self[f"{name}.weight"], self[f"{name}.bias"] = shape, shape[:1]
+
+    def random(self, dtype=torch.float16):
+        generator = torch.Generator().manual_seed(0)
+        return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in self.items()}
+
+
+def mmdit(config) -> Shapes:
+    """`MMDiTX` of Stability's mmditx.py."""
+    shapes, depth, head = Shapes(), config["num_layers"], config["attention_head_dim"]
+    d = head * config["num_attention_heads"]
+    top = "model.diffusion_model"
+    shapes[f"{top}.pos_embed"] = 1, config["pos_embed_max_size"] ** 2, d
+    shapes.layer(f"{top}.x_embedder.proj", d, 16, 2, 2)
+    shapes.layer(f"{top}.context_embedder", d, config["joint_attention_dim"])
+    for name, width in (("t_embedder", 256), ("y_embedder", config["pooled_projection_dim"])):
+        shapes.layer(f"{top}.{name}.mlp.0", d, width)
+        shapes.layer(f"{top}.{name}.mlp.2", d, d)
+    for i in range(depth):
+        for stream in ("x_block", "context_block"):
+            block = f"{top}.joint_blocks.{i}.{stream}"
+            pre_only = stream == "context_block" and i == depth - 1
+            dual = stream == "x_block" and i in config.get("dual_attention_layers", [])
+            shapes.layer(f"{block}.adaLN_modulation.1", (2 if pre_only else 9 if dual else 6) * d, d)
+            for attention in ("attn", "attn2") if dual else ("attn",):
+                shapes.layer(f"{block}.{attention}.qkv", 3 * d, d)
+                if config.get("qk_norm"):
+                    shapes[f"{block}.{attention}.ln_q.weight"] = shapes[f"{block}.{attention}.ln_k.weight"] = (head,)
+                if not pre_only:
+                    shapes.layer(f"{block}.{attention}.proj", d, d)
+            if not pre_only:
+                shapes.layer(f"{block}.mlp.fc1", 4 * d, d)
+                shapes.layer(f"{block}.mlp.fc2", d, 4 * d)
+    shapes.layer(f"{top}.final_layer.adaLN_modulation.1", 2 * d, d)
+    shapes.layer(f"{top}.final_layer.linear", 64, d)
+    return shapes
+
+
+def autoencoder(config) -> Shapes:
+    """`VAEEncoder` and `VAEDecoder` of Stability's sd3_impls.py."""
+    shapes, widths = Shapes(), config["block_out_channels"]
+    latent, deepest, last = config["latent_channels"], config["block_out_channels"][-1], len(widths) - 1
+
+    def resnet(name, before, after):
+        shapes.layer(f"{name}.norm1", before)
+        shapes.layer(f"{name}.conv1", after, before, 3, 3)
+        shapes.layer(f"{name}.norm2", after)
+        shapes.layer(f"{name}.conv2", after, after, 3, 3)
+        if before != after:
+            shapes.layer(f"{name}.nin_shortcut", after, before, 1, 1)
+        return after
+
+    for side in ("first_stage_model.encoder", "first_stage_model.decoder"):
+        down = side.endswith("encoder")
+        width = widths[0] if down else deepest
+        shapes.layer(f"{side}.conv_in", width, 3 if down else latent, 3, 3)
+        for i in range(len(widths)) if down else reversed(range(len(widths))):
+            level = f"{side}.{'down' if down else 'up'}.{i}"
+            for j in range(config["layers_per_block"] + (not down)):
+                width = resnet(f"{level}.block.{j}", width, widths[i])
+            if i != (last if down else 0):
+                shapes.layer(f"{level}.{'down' if down else 'up'}sample.conv", width, width, 3, 3)
+        resnet(f"{side}.mid.block_1", deepest, deepest)
+        shapes.layer(f"{side}.mid.attn_1.norm", deepest)
+        for name in ("q", "k", "v", "proj_out"):
+            shapes.layer(f"{side}.mid.attn_1.{name}", deepest, deepest, 1, 1)
+        resnet(f"{side}.mid.block_2", deepest, deepest)
+        shapes.layer(f"{side}.norm_out", width)
+        shapes.layer(f"{side}.conv_out", 2 * latent if down else 3, width, 3, 3)
+    return shapes
+
+
+def read(layout, checkpoint):
+    return {name: to_diffusers(piece, checkpoint[piece.original]) for name, piece in layout.items()}
+
+
+def written(layout, weights):
+    return {
+        name: to_original([(layout[n], weights[n]) for n in reversed(names)])  # any order does
+        for name, names in grouped(layout).items()
+    }
+
+
+def assert_same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert tensor.dtype == theirs[name].dtype, name
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def shapes_of(weights):
+    return {name: tuple(tensor.shape) for name, tensor in weights.items()}
+
+
+def meta(cls, config):
+    with torch.device("meta"):
+        return cls.from_config(config).state_dict()
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_transformer_there_and_back(name):
+    config = SMALL | ARCHITECTURES[name]
+    checkpoint, layout = mmdit(config).random(), original.transformer(config)
+    weights = read(layout, checkpoint)
+    assert_same(weights, convert_sd3_transformer_checkpoint_to_diffusers(dict(checkpoint)))  # it empties what it gets
+    assert shapes_of(weights) == shapes_of(meta(SD3Transformer2DModel, config))
+    back = written(layout, weights)
+    assert_same(back, checkpoint)
+    assert all(tensor.is_contiguous() for tensor in back.values())
+
+
+@pytest.mark.parametrize("widths", [[4, 8, 16, 16], [8, 8, 8, 8], [4, 8]])
+def test_the_vae_there_and_back(widths):
+    n = len(widths)
+    config = VAE | {
+        "block_out_channels": widths, "down_block_types": VAE["down_block_types"][:n],
+        "up_block_types": VAE["up_block_types"][:n],
+    }  # fmt: skip
+    checkpoint, layout = autoencoder(config).random(), original.vae(config)
+    weights = read(layout, checkpoint)
+    assert_same(weights, convert_ldm_vae_checkpoint(dict(checkpoint), config))
+    assert shapes_of(weights) == shapes_of(meta(AutoencoderKL, config))
+    assert_same(written(layout, weights), checkpoint)
+
+
+@pytest.mark.parametrize("quant", [False, True])
+@pytest.mark.parametrize("attention", [False, True])
+def test_the_vae_has_what_its_configuration_says(quant, attention):
+    config = VAE | {"use_quant_conv": quant, "use_post_quant_conv": quant, "mid_block_add_attention": attention}
+    assert original.vae(config).keys() == meta(AutoencoderKL, config).keys()
+
+
+def clip(width):
+    torch.manual_seed(width)
+    return CLIPTextConfig(
+        vocab_size=20, hidden_size=width, intermediate_size=16, projection_dim=8, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=8, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+
+
+def saved(model, folder):
+    """The names and weights of the file that transformers writes."""
+    model.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
+
+
+def test_the_two_clips_are_what_diffusers_reads(tmp_path):
+    folders = {which: tmp_path / str(which) for which in (1, 2)}
+    files = {which: saved(CLIPTextModelWithProjection(clip(8 * which)), folders[which]) for which in (1, 2)}
+    layouts = {which: original.text_encoder(which, files[which]) for which in (1, 2)}
+    checkpoint = written(layouts[1], files[1]) | written(layouts[2], files[2])
+    assert "text_encoders.clip_g.transformer.text_projection.weight" in checkpoint
+    for which in (1, 2):
+        assert_same(read(layouts[which], checkpoint), files[which])
+        theirs = create_diffusers_clip_model_from_ldm(
+            CLIPTextModelWithProjection, checkpoint, config=str(folders[which]), local_files_only=True
+        ).state_dict()
+        if which == 1:  # stock puts an identity there
+            assert torch.equal(theirs.pop("text_projection.weight"), torch.eye(8))
+            del files[1]["text_projection.weight"]
+        assert_same(files[which], theirs)
+
+
+def test_a_clip_without_the_wrapper_has_the_same_original(tmp_path):
+    weights = saved(CLIPTextModel(clip(8)), tmp_path)
+    layout = original.text_encoder(1, weights)
+    wrapped = original.text_encoder(1, CLIPTextModelWithProjection(clip(8)).state_dict())
+    projection = "text_encoders.clip_l.transformer.text_projection.weight"
+    assert {p.original for p in layout.values()} == {p.original for p in wrapped.values()} - {projection}
+    theirs = create_diffusers_clip_model_from_ldm(
+        CLIPTextModel, written(layout, weights), config=str(tmp_path), local_files_only=True
+    )
+    assert_same(weights, theirs.state_dict())
+
+
+def test_t5_is_what_diffusers_reads(tmp_path):
+    torch.manual_seed(0)
+    model = T5EncoderModel(T5Config(
+        vocab_size=20, d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu",
+    )).eval()  # fmt: skip
+    weights = saved(model, tmp_path)
+    layout = original.text_encoder(3, weights)
+    checkpoint = written(layout, weights)
+    prefix = "text_encoders.t5xxl.transformer."
+    assert "encoder.embed_tokens.weight" not in weights
+    assert torch.equal(checkpoint[prefix + "shared.weight"], checkpoint[prefix + "encoder.embed_tokens.weight"])
+    assert_same(read(layout, checkpoint), weights)
+    whole = original.text_encoder(3, model.state_dict())  # both names, no copy
+    assert_same(written(whole, model.state_dict()), checkpoint)
+
+    def opened(checkpoint):
+        return create_diffusers_t5_model_from_checkpoint(
+            T5EncoderModel, checkpoint, config=str(tmp_path), local_files_only=True
+        ).eval()
+
+    theirs = opened(checkpoint)
+    assert_same(model.state_dict(), theirs.state_dict())
+    tokens = torch.tensor([[3, 4, 1]])
+    with torch.no_grad():
+        assert torch.equal(model(tokens).last_hidden_state, theirs(tokens).last_hidden_state)
+    del checkpoint[prefix + "encoder.embed_tokens.weight"]  # why it is written twice
+    assert opened(checkpoint).encoder.embed_tokens.weight.is_meta
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("asked the network")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    """Stock tells the text encoders of a file apart by their width, so one is wider, and clip_l projects nothing."""
+    made = tiny_sd3()
+    config = copy.deepcopy(made.text_encoder_2.config)  # both have the same
+    config.hidden_size = 16
+    made.text_encoder_2 = CLIPTextModelWithProjection(config)
+    torch.nn.init.eye_(made.text_encoder.text_projection.weight)
+    return made
+
+
+@pytest.fixture(scope="module")
+def single(pipeline, tmp_path_factory):
+    """The pipeline as a folder of configurations, without weights, and as one file."""
+    folder = tmp_path_factory.mktemp("original")
+    pipeline.save_pretrained(folder / "config")
+    for weights in (folder / "config").rglob("*.safetensors"):
+        weights.unlink()
+    parts = {
+        "transformer": original.transformer(pipeline.transformer.config),
+        "vae": original.vae(pipeline.vae.config),
+        "text_encoder": original.text_encoder(1, pipeline.text_encoder.state_dict()),
+        "text_encoder_2": original.text_encoder(2, pipeline.text_encoder_2.state_dict()),
+    }
+    checkpoint = {}
+    for name, layout in parts.items():
+        checkpoint |= written(layout, getattr(pipeline, name).state_dict())
+    save_file(checkpoint, folder / "model.safetensors")
+    return folder
+
+
+def test_stock_opens_the_transformer_of_a_file(pipeline, single, offline):
+    opened = SD3Transformer2DModel.from_single_file(
+        str(single / "model.safetensors"), config=str(single / "config"), subfolder="transformer", local_files_only=True
+    )
+    assert_same(opened.state_dict(), pipeline.transformer.state_dict())
+
+
+def test_stock_opens_the_whole_file(pipeline, single, offline):
+    absent = {"text_encoder_3": None, "tokenizer_3": None}  # stock asks for it, though the index has null there
+    opened = StableDiffusion3Pipeline.from_single_file(
+        str(single / "model.safetensors"), config=str(single / "config"), local_files_only=True, **absent
+    )
+    for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+        assert_same(getattr(opened, name).state_dict(), getattr(pipeline, name).state_dict())
+    assert opened.text_encoder_3 is None
+    drawn = []
+    for each in (pipeline, opened):
+        each.set_progress_bar_config(disable=True)
+        latents = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+        drawn.append(each(CAPTIONS[0], latents=latents, num_inference_steps=2, output_type="pt").images)
+    torch.testing.assert_close(*drawn)  # not to the bit: mapped weights lie elsewhere, and kernels differ by that
+
+
+def test_parts_come_whole_and_alike():
+    q, k, v = (Piece("qkv", (i, 3)) for i in range(3))
+    ones = torch.ones(2, 2)
+    assert to_original([(v, ones * 3), (q, ones), (k, ones * 2)])[:, 0].tolist() == [1, 1, 2, 2, 3, 3]
+    assert to_original([(Piece("o"), torch.ones(2, 3).T)]).is_contiguous()
+    for bad in ([(q, ones), (k, ones)], [(q, ones), (k, ones), (k, ones)], [(q, ones), (k, ones), (Piece("o"), ones)]):
+        with pytest.raises(CannotRun, match="needs 3 parts"):
+            to_original(bad)
+    for other in (ones.half(), ones[:1]):
+        with pytest.raises(CannotRun, match="differ in shape or dtype"):
+            to_original([(q, ones), (k, ones), (v, other)])
+    with pytest.raises(CannotRun, match="not 3 equal parts"):
+        to_diffusers(q, ones)
+    with pytest.raises(CannotRun, match="not 2 equal parts"):
+        to_diffusers(Piece("adaLN", swapped=True), torch.ones(3))
+
+
+def test_what_the_original_does_not_know_is_refused():
+    with pytest.raises(CannotRun, match="layer_norm"):
+        original.transformer(SMALL | {"num_layers": 2, "qk_norm": "layer_norm"})
+    with pytest.raises(CannotRun, match="AttnDownEncoderBlock2D"):
+        original.vae(VAE | {"down_block_types": ["DownEncoderBlock2D"] * 3 + ["AttnDownEncoderBlock2D"]})
