@@ -143,7 +143,7 @@ def open_tensors(path: Path) -> Opened:
         raise BadFile(f"the metadata of '{path.name}' are not texts")
     tensors, end = {}, 0
     entries = [(_entry(path, name, value), name) for name, value in header.items()]
-    for (begin, lazy), name in sorted(entries, key=lambda e: e[0][0]):
+    for (begin, lazy), name in sorted(entries, key=lambda e: (e[0][0], e[0][1].size)):
         if begin != end:
             raise BadFile(f"the tensors of '{path.name}' overlap or leave holes")
         end += lazy.size

@@ -1,0 +1,162 @@
+"""Our files against the safetensors library, and against files that lie."""
+
+import hashlib
+import json
+import struct
+import tracemalloc
+
+import pytest
+import safetensors.torch
+import torch
+
+from unforget.storage import (
+    BadFile,
+    Digested,
+    Lazy,
+    digest,
+    open_tensors,
+    read_json,
+    replacing,
+    write_bytes,
+    write_tensors,
+)
+
+TENSORS = {
+    "half": torch.arange(3, dtype=torch.float16),
+    "brain": torch.randn(2, 5, generator=torch.Generator().manual_seed(0)).bfloat16(),
+    "a.single": torch.randn(4, 3, generator=torch.Generator().manual_seed(1)),
+    "bytes": torch.tensor([1, 2, 3], dtype=torch.uint8),
+    "scalar": torch.tensor(7, dtype=torch.int64),
+    "empty": torch.empty(0, 4),
+    "flag": torch.tensor([True, False]),
+    "eight": torch.tensor([0.5, -2.0]).to(torch.float8_e4m3fn),
+}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(
+        a[n].dtype == b[n].dtype and a[n].shape == b[n].shape
+        and torch.equal(a[n].contiguous().flatten().view(torch.uint8), b[n].contiguous().flatten().view(torch.uint8))
+        for n in a
+    )  # fmt: skip
+
+
+def test_the_library_reads_what_we_write_and_we_what_it_writes(tmp_path):
+    write_tensors(TENSORS, {"who": "we"}, tmp_path / "ours")
+    assert equal(safetensors.torch.load_file(tmp_path / "ours"), TENSORS)
+    with safetensors.safe_open(tmp_path / "ours", "pt") as file:
+        assert file.metadata() == {"who": "we"}
+    safetensors.torch.save_file(TENSORS, tmp_path / "theirs", {"who": "they"})
+    opened = open_tensors(tmp_path / "theirs")
+    assert opened.metadata == {"who": "they"}
+    assert equal(opened.load(), TENSORS)
+
+
+def test_equal_content_is_equal_bytes_in_a_sorted_header(tmp_path):
+    write_tensors(TENSORS, {"b": "2", "a": "1"}, tmp_path / "a")
+    lazily = {n: Lazy(t.dtype, tuple(t.shape), lambda t=t: t) for n, t in reversed(TENSORS.items())}
+    write_tensors(lazily, {"a": "1", "b": "2"}, tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    raw = (tmp_path / "a").read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + length])
+    assert list(header) == sorted(header)
+    for value in header.values():
+        if "dtype" in value:  # every tensor is aligned in its file, as readers that map it need
+            width = {"F32": 4, "I64": 8, "F16": 2, "BF16": 2}.get(value["dtype"], 1)
+            assert (8 + length + value["data_offsets"][0]) % width == 0
+
+
+def test_the_hash_and_the_digest_are_of_the_content(tmp_path):
+    told = Digested()
+    write_tensors(TENSORS, {}, tmp_path / "a", digested=told, hash_key="hash")
+    raw = (tmp_path / "a").read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    assert open_tensors(tmp_path / "a").metadata["hash"] == "0x" + hashlib.sha256(raw[8 + length :]).hexdigest()
+    assert told.hexdigest() == digest(TENSORS) == digest(dict(reversed(TENSORS.items())))
+    for name, other in (("flag", ~TENSORS["flag"]), ("half", TENSORS["half"].float()), ("empty", torch.empty(4, 0))):
+        assert digest({**TENSORS, name: other}) != digest(TENSORS)
+    assert digest({("b" if n == "half" else n): t for n, t in TENSORS.items()}) != digest(TENSORS)
+
+
+def test_tensors_are_made_one_at_a_time(tmp_path):
+    size = 2**20
+    lazy = {f"{i}": Lazy(torch.uint8, (size,), lambda: torch.zeros(size, dtype=torch.uint8)) for i in range(40)}
+    tracemalloc.start()
+    write_tensors(lazy, {}, tmp_path / "a")
+    assert tracemalloc.get_traced_memory()[1] < 3 * size
+    tracemalloc.stop()
+    wrong = Lazy(torch.uint8, (2,), lambda: torch.zeros(3, dtype=torch.uint8))
+    with pytest.raises(ValueError, match="became"):
+        write_tensors({"a": wrong}, {}, tmp_path / "b")
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a"
+    write_bytes(b"before", path)
+
+    def interrupted():
+        with replacing(path) as beside:
+            beside.write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert path.read_bytes() == b"before"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def file(header: dict | bytes, data: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+LIES = {
+    "empty": b"",
+    "seven bytes": b"\0" * 7,
+    "a header longer than the file": file({}, length=2**20),
+    "a header of exabytes": file({}, length=2**63),
+    "no json": file(b"{{{{"),
+    "nested": file(b"[" * 100_000),
+    "not utf-8": file(b'{"\xff": 1}'),
+    "a list": file(b"[1, 2]"),
+    "metadata that are numbers": file({"__metadata__": {"a": 1}}),
+    "an entry that is text": file({"a": "F32"}),
+    "an unknown type": file({"a": {**ONE, "dtype": "F31"}}, b"1234"),
+    "a negative size": file({"a": {**ONE, "shape": [-1]}}, b"1234"),
+    "a huge size": file({"a": {**ONE, "shape": [2**40], "data_offsets": [0, 2**42]}}, b"1234"),
+    "a size that overflows": file({"a": {**ONE, "shape": [2**40, 2**40]}}, b"1234"),
+    "a size of true": file({"a": {**ONE, "shape": [True]}}, b"1234"),
+    "offsets of another size": file({"a": {**ONE, "data_offsets": [0, 3]}}, b"1234"),
+    "offsets beyond the end": file({"a": {**ONE, "data_offsets": [4, 8]}}, b"1234"),
+    "overlapping tensors": file({"a": ONE, "b": ONE}, b"1234"),
+    "bytes that nobody owns": file({"a": ONE}, b"12345"),
+    "missing bytes": file({"a": ONE}, b"123"),
+    "no offsets": file({"a": {"dtype": "F32", "shape": [1]}}, b"1234"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_what_lies_about_itself_is_refused_before_anything_is_allocated(tmp_path, lie):
+    (tmp_path / "a").write_bytes(LIES[lie])
+    tracemalloc.start()
+    with pytest.raises(BadFile):
+        open_tensors(tmp_path / "a")
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+
+
+def test_a_file_that_shrinks_while_it_is_read(tmp_path):
+    write_tensors(TENSORS, {}, tmp_path / "a")
+    opened = open_tensors(tmp_path / "a")
+    (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes()[:-40])
+    with pytest.raises(BadFile, match="shorter"):
+        opened.load()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b"\xff\xfe", b" " * (2**20 + 1)])
+def test_json_that_is_none(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(BadFile):
+        read_json(tmp_path / "a.json")
