@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from unforget.errors import CannotRun, UsageError
-from unforget.patch import HEADER, Patch, Provenance, Stack
-from unforget.storage import digest
+from unforget.patch import HEADER, Patch, Provenance, Stack, bits, joined, plain, take_off
+from unforget.storage import digest, write_tensors
 
 
 @pytest.fixture
@@ -85,4 +85,162 @@ def test_a_safetensors_file_without_our_header_is_not_a_patch(tmp_path):
 
     save_file({"a": torch.ones(1)}, tmp_path / "a")
     with pytest.raises(UsageError, match="not a patch"):
+        Patch.load(tmp_path / "a")
+
+
+def made(network, **changes):
+    fields = {
+        "base": "net", "base_digest": digest(network.state_dict()), "targets": ["t"], "surrogates": ["s"],
+        "recipe": {}, "seed": 0, "steps": 1, "versions": {},
+    }  # fmt: skip
+    return Provenance(**{**fields, **changes})
+
+
+def lora(network, seed, rank=2, alpha=4, modules=("0", "1"), **changes):
+    g = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for m in modules:
+        out, into = network.get_submodule(m).weight.shape
+        tensors[f"{m}.lora_A.weight"] = torch.randn(rank, into, generator=g)
+        tensors[f"{m}.lora_B.weight"] = torch.randn(out, rank, generator=g)
+    return Patch(tensors, made(network, holds="lora", adapter={"rank": rank, "alpha": alpha}, **changes))
+
+
+def twin(network):
+    other = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    other.load_state_dict(network.state_dict())
+    return other
+
+
+def weights(network):
+    return {n: t.clone() for n, t in network.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_two_patches_of_one_base_add_up(patch, network):
+    other = lora(network, 1)
+    both = twin(network)
+    Stack((patch, other), (1.0, 0.5)).apply(both)
+    w, scaled = network[1].weight, 0.5 * 2 * other.tensors["1.lora_B.weight"] @ other.tensors["1.lora_A.weight"]
+    torch.testing.assert_close(both[1].weight, w + 0.1 + scaled)
+    torch.testing.assert_close(both[1].bias, network[1].bias)
+
+
+def test_one_patch_in_full_is_exact_and_half_of_it_is_half(patch, network):
+    once = twin(network)
+    Stack((patch,)).apply(once)
+    assert torch.equal(once[1].weight, patch.tensors["1.weight"])
+    half = twin(network)
+    Stack((patch,), (0.5,)).apply(half)
+    torch.testing.assert_close(half[1].weight, network[1].weight + 0.05)
+
+
+def test_within_a_block_and_then_as_it_was(patch, network):
+    before = weights(network)
+    stack = Stack((patch, lora(network, 1)), (2.0, -1.0))
+    with stack.on(network):
+        assert not torch.equal(network[1].weight, before["1.weight"])
+    assert same(weights(network), before)
+    with pytest.raises(ZeroDivisionError), stack.on(network):
+        1 / 0  # noqa: B018
+    assert same(weights(network), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_delta_is_put_on_and_taken_off_bit_for_bit(network, dtype):
+    network.to(dtype)
+    base, after = weights(network), twin(network.float()).to(dtype)
+    network.to(dtype)
+    with torch.no_grad():
+        for p in after.parameters():
+            p += torch.randn(p.shape, generator=torch.Generator().manual_seed(3)).to(dtype) * 1e-2
+    found = weights(after)
+    tensors = {n: bits(base[n], found[n]) for n in base}
+    delta = Patch(tensors, made(network, holds="bits", patched_digest=digest(found)))
+    Stack((delta,)).apply(network)
+    assert same(weights(network), found)
+    with pytest.raises(CannotRun, match="the patch was made for"):
+        Stack((delta,)).apply(network)
+    take_off(delta, network)
+    assert same(weights(network), base)
+    with pytest.raises(CannotRun, match="the delta makes"):
+        take_off(delta, network)
+
+
+def test_only_a_delta_is_taken_off(patch, network):
+    with pytest.raises(UsageError, match="only a delta"):
+        take_off(patch, network)
+
+
+def test_the_digest_of_a_stack_is_that_of_the_patched_network(patch, network):
+    stack = Stack((patch, lora(network, 1)), (1.0, 0.3))
+    told = stack.digest(network.state_dict())
+    stack.apply(network)
+    assert told == digest(network.state_dict())
+
+
+def test_loras_lie_side_by_side(network):
+    """A later LoRA holds the earlier one: the same weights, one file, and a ledger."""
+    first, second = lora(network, 1, targets=["a"], prompts=["x"]), lora(network, 2, rank=1, alpha=3, modules=("1",))
+    whole = joined(Stack((first,), (0.5,)), second, plain(network))
+    assert whole.provenance.adapter == {"rank": 3, "alpha": 3}
+    assert [e.targets for e in whole.provenance.earlier] == [["a"]]
+    assert whole.provenance.all_targets == ["a", "t"]
+    assert whole.provenance.all_prompts == ["x"]
+    one, two = twin(network), twin(network)
+    Stack((whole,)).apply(one)
+    Stack((first, second), (0.5, 1.0)).apply(two)
+    for a, b in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_weights_and_a_lora_become_weights(patch, network):
+    second = lora(network, 2, modules=("0",))
+    upon = twin(network)
+    Stack((patch,)).apply(upon)
+    whole = joined(Stack((patch,)), second, plain(upon))
+    assert whole.provenance.holds == "weights"
+    assert whole.names() == ["0.weight", "1.weight"]
+    alone = twin(network)
+    Stack((whole,)).apply(alone)
+    assert torch.equal(alone[1].weight, patch.tensors["1.weight"])
+    torch.testing.assert_close(alone[0].weight, network[0].weight + second.difference("0.weight", network[0].weight))
+
+
+def test_no_patch_is_put_on_twice(patch, network, tmp_path):
+    patch.save(tmp_path / "a")
+    joined(Stack((Patch.load(tmp_path / "a"),)), lora(network, 1), plain(network)).save(tmp_path / "ab")
+    for paths in (("a", "a"), ("a", "ab"), ("ab", "a")):
+        with pytest.raises(UsageError, match=r"'.*a' would be put on twice"):
+            Stack.load([tmp_path / p for p in paths])
+
+
+def test_a_flipped_bit_is_noticed(patch, tmp_path):
+    patch.save(tmp_path / "a")
+    raw = bytearray((tmp_path / "a").read_bytes())
+    raw[-1] ^= 1
+    (tmp_path / "a").write_bytes(raw)
+    with pytest.raises(UsageError, match="is damaged"):
+        Patch.load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("change", [
+    {"9.lora_A.weight": torch.zeros(2, 3)}, {"1.lora_A.weight": torch.zeros(2, 7)},
+    {"1.lora_B.weight": torch.zeros(2, 3)}, {"1.lora_B.weight": torch.full((2, 2), torch.nan)},
+])  # fmt: skip
+def test_what_does_not_fit_changes_nothing(network, change):
+    found = lora(network, 1)
+    found.tensors.update(change)
+    before = weights(network)
+    with pytest.raises(CannotRun, match=r"no place for|NaN"):
+        Stack((found,)).apply(network)
+    assert same(weights(network), before)
+
+
+def test_a_patch_of_an_earlier_version_says_so(patch, tmp_path):
+    write_tensors(patch.tensors, {HEADER: json.dumps({**patch.provenance.model_dump(), "format": 1})}, tmp_path / "a")
+    with pytest.raises(UsageError, match="not a patch of this version: format"):
         Patch.load(tmp_path / "a")

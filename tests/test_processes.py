@@ -70,6 +70,17 @@ def test_two_processes_do_what_one_does(here):
     assert reports[0] == reports[1]
 
 
+@pytest.mark.parametrize("asked", [
+    {"ACCELERATE_USE_FSDP": "true", "FSDP_SHARDING_STRATEGY": "FULL_SHARD"}, {"ACCELERATE_USE_DEEPSPEED": "true"},
+])  # fmt: skip
+def test_sharded_weights_are_refused(cli, tiny_folder, picture, monkeypatch, asked):
+    for name, value in asked.items():
+        monkeypatch.setenv(name, value)
+    result = cli("unlearn", "--model", tiny_folder, "-t", picture, "-o", "a.patch")
+    assert result.exit_code == 2
+    assert "does not train sharded weights" in result.output
+
+
 @pytest.mark.slow
 def test_what_all_processes_see_is_an_error_of_each(here):
     result = launched(here, 2, "unlearn", "--model", "tiny", "-t", "no.png")

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from unforget.errors import UsageError
+
 T = TypeVar("T")
 
 
@@ -42,7 +44,15 @@ def start(device: str) -> str:
 
     Args:
         device: What the user named: cpu, or cuda for one card a process.
+
+    Raises:
+        UsageError: If the launcher is to shard the weights.
     """
+    if _sharded():
+        raise UsageError(
+            "this tool does not train sharded weights: the surgery needs whole gradients",
+            "Launch it data parallel: see examples/accelerate.",
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
 
@@ -50,6 +60,14 @@ def start(device: str) -> str:
         if device == "cuda":
             return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     return device
+
+
+def _sharded() -> bool:
+    """Whether `accelerate launch` was told to use FSDP or DeepSpeed for more than data parallelism."""
+    said = os.environ.get
+    fsdp = said("ACCELERATE_USE_FSDP") == "true" and said("FSDP_SHARDING_STRATEGY") not in ("NO_SHARD", "3")
+    zero = said("ACCELERATE_USE_DEEPSPEED") == "true" and said("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") != "0"
+    return fsdp or zero
 
 
 def add(tensors: Sequence[Tensor]) -> None:
