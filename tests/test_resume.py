@@ -184,7 +184,7 @@ def test_a_full_disk_costs_the_step_in_progress(config, monkeypatch):
     assert sorted(p.name for p in folder.iterdir()) == [
         "checkpoint.safetensors", "metrics.jsonl", "prepared.safetensors", "run.json"
     ]  # fmt: skip
-    assert json.loads(open_tensors(folder / "checkpoint.safetensors").metadata["unforget.checkpoint"])["step"] == 4
+    assert json.loads(open_tensors(folder / "checkpoint.safetensors").metadata["unforget.run"])["step"] == 4
     unlearn(config(resume=True))
     assert config().output.read_bytes() == config("whole").output.read_bytes()
 

@@ -12,6 +12,7 @@ from unforget.domain import Scope
 from unforget.editors import Editor, SDEdit
 from unforget.errors import UsageError
 from unforget.objectives import CleanSpace, Linear, Objective, PosteriorSwap, Surrogate
+from unforget.storage import MAX_JSON
 from unforget.surgery import Project, Surgery
 
 
@@ -189,8 +190,42 @@ class ExportConfig(PatchedConfig):
     """`unforget export`."""
 
     patch: tuple[Path, ...] = Field(min_length=1, description="patch to put on the base; repeats, in order")
-    output: Path = Field(description="folder to write")
-    format: Literal["diffusers", "lora"] = Field("diffusers", description="layout of the checkpoint")
+    output: Path = Field(description="folder to write, or file for transformer, single-file and delta")
+    format: Literal["diffusers", "lora", "peft", "transformer", "single-file", "delta"] = Field(
+        "diffusers", description="layout of the export"
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
+        None, description="precision of the network's weights; that of the base's own file if not given"
+    )
+    max_shard_size: str = Field(
+        "10GB", pattern=r"^[1-9]\d*([KMGT]B)?$", description="largest file with weights, of the format diffusers"
+    )
+    take_off: bool = Field(False, description="take a delta off the model that it made")
+    report: Path | None = Field(None, description="JSON report of `unforget verify`; the one beside the patch")
+    force_rounding: bool = Field(False, description="write it although rounding loses the change")
+    card: bool = Field(True, description="write a model card into folders")
+    card_images: Path | None = Field(None, description="folder of pictures for the card")
+    push_to_hub: str | None = Field(
+        None, pattern=r"^[\w.-]+/[\w.-]+$", description="repository owner/name to upload to"
+    )
+    private: bool = Field(True, description="make that repository private")
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _short(cls, value: Any) -> Any:
+        return {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}.get(str(value), value)
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        if self.take_off and self.format in ("lora", "peft", "delta"):
+            raise ValueError(f"take_off goes with diffusers, transformer and single-file, not with {self.format}")
+        if self.take_off and (len(self.patch) != 1 or self.scale not in ((), (1.0,))):
+            raise ValueError("take_off takes one delta, whole")
+        if self.format in ("transformer", "single-file") and self.output.suffix != ".safetensors":
+            raise ValueError(f"output is a file that ends in .safetensors, found '{self.output}'")
+        if self.format == "delta" and self.dtype is not None:
+            raise ValueError("a delta holds bits, which have no other dtype")
+        return self
 
 
 C = TypeVar("C", bound=Config)
@@ -257,9 +292,12 @@ def read(file: Path | None) -> dict[str, Any]:
     if file is None:
         return {}
     try:
+        if file.stat().st_size > MAX_JSON:
+            raise ValueError("too large")
         return tomllib.loads(file.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UsageError(f"cannot read the configuration '{file}': {error}", "Give a TOML file.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UsageError(f"cannot read the configuration '{file}': {reason}", "Give a TOML file.") from None
 
 
 def sentence(error: ValidationError) -> str:

@@ -236,7 +236,8 @@ def cached(key: Sequence[object], make: Callable[[], Tensor]) -> Tensor:
 
     if (known := _known(read)) is not None:
         return known
-    eight = ((make().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    # Contiguous as what is read from a file is: sums depend on how tensors lie in memory.
+    eight = ((make().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).contiguous()
     _keep(path, lambda beside: write_tensors({"images": eight}, {}, beside))
     return eight.float() / 127.5 - 1
 

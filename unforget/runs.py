@@ -6,6 +6,7 @@ starts from; `checkpoint.safetensors` all that changes from update to update. Ea
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -21,9 +22,20 @@ from unforget.domain import Family, Instance, Pool
 from unforget.errors import CannotRun, UsageError
 from unforget.objectives import Context
 from unforget.prepare import answers
-from unforget.storage import BadFile, open_tensors, read_json, replacing, write_json, write_tensors
+from unforget.storage import (
+    BadFile,
+    data_order,
+    open_tensors,
+    raw,
+    read_json,
+    replacing,
+    write_json,
+    write_tensors,
+)
 from unforget.training import State
 
+HASH = "unforget.hash"
+"""Key of the hash of the data of a file of ours."""
 OVERHEAD = 0.05
 """Largest share of a run's time that goes into saving it, unless the user says how often."""
 
@@ -155,24 +167,22 @@ class Run:
         """
         processes.together()
         try:
-            opened = open_tensors(self._prepared)
-            said = json.loads(opened.metadata["unforget.prepared"])
+            said, tensors = _opened(self._prepared)
             if said["base_digest"] != base_digest:
                 raise CannotRun(
                     f"the run began with another model ({said['base_digest'][:12]}, now {base_digest[:12]})",
                     "Give the model that it began with.",
                 )
             base.condition(said["prompts"])
-            return _unpacked(opened.load(), said, base)
-        except (BadFile, OSError, KeyError, TypeError, ValueError, IndexError):
+            return _unpacked(tensors, said, base)
+        except (OSError, KeyError, TypeError, ValueError, IndexError):
             raise UsageError(f"'{self._prepared}' is damaged", "Start again with --force.") from None
 
     def keep(self, prepared: Prepared, base: Family, base_digest: str) -> None:
         """Store what training starts from."""
         tensors, said = _packed(prepared)
         said.update(base_digest=base_digest, prompts=base.prompts)
-        with replacing(self._prepared) as beside:
-            write_tensors(tensors, {"unforget.prepared": json.dumps(said)}, beside)
+        _write(self._prepared, said, tensors)
 
     def state(self) -> State | None:
         """Where the run was, if it made an update.
@@ -183,17 +193,16 @@ class Run:
         if not processes.agreed(self.checkpoint.is_file()):
             return None
         try:
-            opened = open_tensors(self.checkpoint)
-            return State(opened.load(), json.loads(opened.metadata["unforget.checkpoint"]))
-        except (BadFile, OSError, KeyError, ValueError):
+            figures, tensors = _opened(self.checkpoint)
+            return State(tensors, figures)
+        except (OSError, KeyError, TypeError, ValueError):
             raise UsageError(f"'{self.checkpoint}' is damaged", "Start again with --force.") from None
 
     def save(self, state: State) -> None:
         """Store where the run is."""
         began = time.monotonic()
         if processes.main():
-            with replacing(self.checkpoint) as beside:
-                write_tensors(state.tensors, {"unforget.checkpoint": json.dumps(state.figures)}, beside)
+            _write(self.checkpoint, state.figures, state.tensors)
         self._saved, self._cost = time.monotonic(), time.monotonic() - began
 
     def due(self, step: int, every: int | None) -> bool:
@@ -209,6 +218,23 @@ class Run:
             lines = path.read_text().splitlines(keepends=True)[:done] if path.is_file() else []
             with replacing(path) as beside:
                 beside.write_text("".join(lines))
+
+
+def _write(path: Path, said: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    with replacing(path) as beside:
+        write_tensors(tensors, {"unforget.run": json.dumps(said)}, beside, hash_key=HASH)
+
+
+def _opened(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a file of ours says and holds, if its tensors are those that it was written with."""
+    opened = open_tensors(path)
+    tensors = opened.load()
+    sha = hashlib.sha256()
+    for name in data_order(tensors):
+        sha.update(raw(tensors[name]))
+    if opened.metadata[HASH] != f"0x{sha.hexdigest()}":
+        raise BadFile(f"'{path.name}' is damaged")
+    return dict(json.loads(opened.metadata["unforget.run"])), tensors
 
 
 def _packed(prepared: Prepared) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -198,8 +198,7 @@ def write_tensors(
         hash_key: Key of the metadata that is to hold `0x` and the SHA-256 of the data, as ModelSpec wants it.
     """
     lazy = {n: t if isinstance(t, Lazy) else Lazy.of(t) for n, t in tensors.items()}
-    # Wide types first, so that every tensor is aligned in its file.
-    order = sorted(lazy, key=lambda n: (-lazy[n].dtype.itemsize, n))
+    order = data_order(lazy)
     entries, end = {}, 0
     for name in order:
         begin, end = end, end + lazy[name].size
@@ -218,7 +217,7 @@ def write_tensors(
             tensor = lazy[name].make().detach().cpu().contiguous()
             if (tensor.dtype, tuple(tensor.shape)) != (lazy[name].dtype, lazy[name].shape):
                 raise ValueError(f"'{name}' became {tensor.dtype} {tuple(tensor.shape)}")
-            content = tensor.flatten().view(torch.uint8).numpy().data
+            content = raw(tensor)
             file.write(content)
             if hash_key:
                 sha.update(content)
@@ -226,6 +225,16 @@ def write_tensors(
                 digested.add(name, tensor)
         file.seek(0)
         file.write(header(sha.hexdigest()))
+
+
+def data_order(tensors: Mapping[str, Lazy | Tensor]) -> list[str]:
+    """Names in the order of their data: wide types first, so that every tensor is aligned in its file."""
+    return sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU."""
+    return tensor.flatten().view(torch.uint8).numpy().data
 
 
 class Digested:
@@ -236,8 +245,7 @@ class Digested:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take a tensor into account: its name, type, shape and bytes."""
-        content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
-        found = hashlib.sha256(content).hexdigest()
+        found = hashlib.sha256(raw(tensor.detach().cpu().contiguous())).hexdigest()
         self._lines[name] = f"{name} {tensor.dtype} {list(tensor.shape)} {found}\n"
 
     def hexdigest(self) -> str:

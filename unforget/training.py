@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from unforget import data, engine, processes
 from unforget.config import Recipe
 from unforget.domain import Family, Instance, Pool, Predict
-from unforget.errors import CannotRun
+from unforget.errors import CannotRun, UsageError
 from unforget.metrics import margin
 from unforget.objectives import Context
 
@@ -278,8 +278,12 @@ class _Run:
         f = state.figures
         self.done, self.pace.start, self.pace.reached = f["step"], f["start"], f["reached"]
         self.worst.now, self.worst.before = f["margin"], f["margin_before"]
-        self.generator.set_state(state.tensors["generator"])
         known = {**state.tensors, **f["optimizer"]}
+        for i, weight in enumerate(self.weights):
+            found = known.get(f"weight.{i}")
+            if not isinstance(found, Tensor) or found.shape != weight.shape or found.dtype != weight.dtype:
+                raise UsageError("the checkpoint is not one of this run", "Start again with --force.")
+        self.generator.set_state(state.tensors["generator"])
         for i, weight in enumerate(self.weights):
             weight.copy_(known[f"weight.{i}"])
             prefix = f"optimizer.{i}."

@@ -51,7 +51,7 @@ def stage(folder: Path) -> str:
     if (folder / "x.patch").exists():
         return "after the patch"
     if (run / "checkpoint.safetensors").exists():
-        said = open_tensors(run / "checkpoint.safetensors").metadata["unforget.checkpoint"]
+        said = open_tensors(run / "checkpoint.safetensors").metadata["unforget.run"]
         return f"update {json.loads(said)['step']}"
     return "before training" if (run / "prepared.safetensors").exists() else "preparing"
 
