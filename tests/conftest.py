@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import socket
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
@@ -32,6 +33,22 @@ def _alone(monkeypatch, tmp_path_factory):
     """No test sees the user's cache or the network."""
     monkeypatch.setenv("UNFORGET_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch, request):
+    """Nothing but the tests of the hub opens a connection, and those only on this machine."""
+    if "hub" in request.keywords:
+        return
+
+    def blocked(self, address):
+        if isinstance(address, tuple):
+            raise AssertionError(f"a test went to the network: {address}")
+        return connect(self, address)
+
+    connect = socket.socket.connect
+    monkeypatch.setattr(socket.socket, "connect", blocked)
+    monkeypatch.setattr(socket.socket, "connect_ex", blocked)
 
 
 def tiny_pipeline(seed: int = 0, size: int = 16, **scheduler) -> DDPMPipeline:

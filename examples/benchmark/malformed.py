@@ -2,11 +2,11 @@
 
     python examples/benchmark/malformed.py [--each 12]
 
-For every kind of file a sound one is made, and damaged in many ways: cut short at random places, filled with noise or
-zeros, wrong sizes and types, huge headers, deep nesting, NaN, numbers that no model has, names that lead elsewhere. Each
-damaged file goes through the real command in a process of its own. It must end by itself within the time limit, without
-a traceback, with exit code 2 or 3, and take at most twice the file's size more memory than the same command takes on the
-sound file (plus a mebibyte, under which the allocator's own noise lies).
+For every kind of file a sound one is made, and damaged in many ways: cut short at random places, filled with noise
+or zeros, wrong sizes and types, huge headers, deep nesting, NaN, numbers that no model has, names that lead elsewhere.
+Each damaged file goes through the real command in a process of its own. It must end by itself within the time limit,
+without a traceback, with exit code 2 or 3, and take at most twice the file's size more memory than the same command
+takes on the sound file (plus a mebibyte, under which the allocator's own noise lies).
 """
 
 import argparse
@@ -37,7 +37,7 @@ from unforget import data
 from unforget.cli import app
 from unforget.families import original
 from unforget.patch import Patch, Provenance
-from unforget.storage import digest, open_tensors, write_tensors
+from unforget.storage import digest, write_tensors
 
 LIMIT = 30
 """Seconds."""
