@@ -134,7 +134,14 @@ def test_missing_or_foreign_is_an_error_never_a_fresh_start(config, monkeypatch)
     swapped = {"target": config().surrogate, "surrogate": config().target}
     with pytest.raises(UsageError, match="differs in surrogate, target"):
         unlearn(config(resume=True, **swapped))
+    stop_at(monkeypatch, 3)
+    with pytest.raises(Interrupted):
+        unlearn(config("third", seed=7))
     before = (folder / "checkpoint.safetensors").read_bytes()
+    shutil.copy(config("third").output.with_suffix(".run") / "checkpoint.safetensors", folder)
+    with pytest.raises(UsageError, match="of another run"):
+        unlearn(config(resume=True))
+    (folder / "checkpoint.safetensors").write_bytes(before)
     other = config("b")
     shutil.copytree(folder, other.output.with_suffix(".run"))
     rewrite(other.output.with_suffix(".run") / "run.json", asked={})
@@ -184,7 +191,7 @@ def test_a_full_disk_costs_the_step_in_progress(config, monkeypatch):
     assert sorted(p.name for p in folder.iterdir()) == [
         "checkpoint.safetensors", "metrics.jsonl", "prepared.safetensors", "run.json"
     ]  # fmt: skip
-    assert json.loads(open_tensors(folder / "checkpoint.safetensors").metadata["unforget.run"])["step"] == 4
+    assert json.loads(open_tensors(folder / "checkpoint.safetensors").metadata["unforget.run"])["said"]["step"] == 4
     unlearn(config(resume=True))
     assert config().output.read_bytes() == config("whole").output.read_bytes()
 

@@ -24,9 +24,8 @@ from unforget.objectives import Context
 from unforget.prepare import answers
 from unforget.storage import (
     BadFile,
-    data_order,
+    digest,
     open_tensors,
-    raw,
     read_json,
     replacing,
     write_json,
@@ -34,8 +33,8 @@ from unforget.storage import (
 )
 from unforget.training import State
 
-HASH = "unforget.hash"
-"""Key of the hash of the data of a file of ours."""
+HEADER = "unforget.run"
+"""Key of the header of a file of a run."""
 OVERHEAD = 0.05
 """Largest share of a run's time that goes into saving it, unless the user says how often."""
 
@@ -133,7 +132,7 @@ class Run:
             found = read_json(self._manifest)
             asked, how, self.finished = dict(found["asked"]), dict(found["how"]), found["finished"]
         except (BadFile, OSError, KeyError, TypeError, ValueError):
-            raise UsageError(f"'{self._manifest}' is damaged", "Start again with --force.") from None
+            raise UsageError(f"'{self._manifest}' is damaged, or of another run", "Start again with --force.") from None
         # What it is asked for now, as a file would hold it.
         wanted = json.loads(json.dumps(self.asked))
         other = [k for k in {**asked, **wanted} if asked.get(k) != wanted.get(k)]
@@ -167,7 +166,7 @@ class Run:
         """
         processes.together()
         try:
-            said, tensors = _opened(self._prepared)
+            said, tensors = self._open(self._prepared)
             if said["base_digest"] != base_digest:
                 raise CannotRun(
                     f"the run began with another model ({said['base_digest'][:12]}, now {base_digest[:12]})",
@@ -175,14 +174,14 @@ class Run:
                 )
             base.condition(said["prompts"])
             return _unpacked(tensors, said, base)
-        except (OSError, KeyError, TypeError, ValueError, IndexError):
-            raise UsageError(f"'{self._prepared}' is damaged", "Start again with --force.") from None
+        except (OSError, KeyError, TypeError, ValueError, IndexError, RecursionError):
+            raise UsageError(f"'{self._prepared}' is damaged, or of another run", "Start again with --force.") from None
 
     def keep(self, prepared: Prepared, base: Family, base_digest: str) -> None:
         """Store what training starts from."""
         tensors, said = _packed(prepared)
         said.update(base_digest=base_digest, prompts=base.prompts)
-        _write(self._prepared, said, tensors)
+        self._store(self._prepared, said, tensors)
 
     def state(self) -> State | None:
         """Where the run was, if it made an update.
@@ -193,17 +192,37 @@ class Run:
         if not processes.agreed(self.checkpoint.is_file()):
             return None
         try:
-            figures, tensors = _opened(self.checkpoint)
+            figures, tensors = self._open(self.checkpoint)
             return State(tensors, figures)
-        except (OSError, KeyError, TypeError, ValueError):
-            raise UsageError(f"'{self.checkpoint}' is damaged", "Start again with --force.") from None
+        except (OSError, KeyError, TypeError, ValueError, RecursionError):
+            raise UsageError(
+                f"'{self.checkpoint}' is damaged, or of another run", "Start again with --force."
+            ) from None
 
     def save(self, state: State) -> None:
         """Store where the run is."""
         began = time.monotonic()
         if processes.main():
-            _write(self.checkpoint, state.figures, state.tensors)
+            self._store(self.checkpoint, state.figures, state.tensors)
         self._saved, self._cost = time.monotonic(), time.monotonic() - began
+
+    @property
+    def _name(self) -> str:
+        """Tells the files of this run from those of any other."""
+        return hashlib.sha256(json.dumps(self.asked, sort_keys=True).encode()).hexdigest()
+
+    def _store(self, path: Path, said: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        header = {"run": self._name, "digest": digest(tensors), "said": dict(said)}
+        with replacing(path) as beside:
+            write_tensors(tensors, {HEADER: json.dumps(header)}, beside)
+
+    def _open(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What a file of this run says and holds, if it is whole and not another run's."""
+        opened = open_tensors(path)
+        tensors, header = opened.load(), json.loads(opened.metadata[HEADER])
+        if header["digest"] != digest(tensors) or header["run"] != self._name:
+            raise BadFile(f"'{path.name}' is damaged, or of another run")
+        return dict(header["said"]), tensors
 
     def due(self, step: int, every: int | None) -> bool:
         """Whether to save after an update: every so many, or as often as it costs little."""
@@ -218,23 +237,6 @@ class Run:
             lines = path.read_text().splitlines(keepends=True)[:done] if path.is_file() else []
             with replacing(path) as beside:
                 beside.write_text("".join(lines))
-
-
-def _write(path: Path, said: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    with replacing(path) as beside:
-        write_tensors(tensors, {"unforget.run": json.dumps(said)}, beside, hash_key=HASH)
-
-
-def _opened(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a file of ours says and holds, if its tensors are those that it was written with."""
-    opened = open_tensors(path)
-    tensors = opened.load()
-    sha = hashlib.sha256()
-    for name in data_order(tensors):
-        sha.update(raw(tensors[name]))
-    if opened.metadata[HASH] != f"0x{sha.hexdigest()}":
-        raise BadFile(f"'{path.name}' is damaged")
-    return dict(json.loads(opened.metadata["unforget.run"])), tensors
 
 
 def _packed(prepared: Prepared) -> tuple[dict[str, Tensor], dict[str, Any]]:
