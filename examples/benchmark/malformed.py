@@ -115,9 +115,9 @@ def sound(folder: Path) -> None:
     shutil.copytree(folder / "prompted", folder / "sharded")
     shutil.rmtree(folder / "sharded" / "transformer")
     sd3.transformer.save_pretrained(folder / "sharded" / "transformer", max_shard_size="20KB")
-    (folder / "prompted" / "unforget.json").write_text(
-        json.dumps({"guidance": 2.0, "retain_prompts": ["a red square"]})
-    )
+    for name in ("prompted", "sharded"):
+        hints = {"guidance": 2.0, "retain_prompts": ["a red square"]}
+        (folder / name / "unforget.json").write_text(json.dumps(hints))
     state = ddpm.unet.state_dict()
     made = Provenance(
         base="ddpm", base_digest=digest(state), targets=["0" * 16], surrogates=["1" * 16], recipe={}, seed=0, steps=1,
@@ -256,7 +256,8 @@ def table_of(content: bytes, draw: random.Random, each: int) -> Iterator[tuple[s
     for key in draw.sample(sorted(value), min(len(value), each // 2)):
         old = value[key]
         if isinstance(old, int) and not isinstance(old, bool):
-            for other in (10**9, 10**30, -1):
+            # Where a number is not a size, one below zero may mean something.
+            for other in (10**9, 10**30, *([-1] if key.endswith(("_size", "_dim", "_channels", "_layers")) else [])):
                 yield f"{key} = {other:.0e}", json.dumps({**value, key: other}).encode()
         elif isinstance(old, list) and old and isinstance(old[0], int):
             yield f"{key} huge", json.dumps({**value, key: [10**9] * len(old)}).encode()

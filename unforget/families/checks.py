@@ -28,7 +28,9 @@ FEW = {"num_layers": 512, "num_hidden_layers": 512, "layers_per_block": 64, "pos
 SIDE = 8192
 """Largest `sample_size`."""
 SPARE = 1.05
-"""How many numbers a text encoder may ask for, as a share of those in its file: some are derived, none is large."""
+"""How many numbers a transformer may ask for, as a share of those in a single file."""
+WORDS = 2**23
+"""Largest file of a tokenizer, bytes; those of SD3 have a third of it."""
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
 
@@ -110,6 +112,10 @@ def _check_part(home: Path, name: str, library: str, class_name: str, allow_pick
         if (file := home / "scheduler_config.json").is_file():
             _check_numbers(read_json(file), f"{name}/{file.name}")
         return
+    if "Tokenizer" in class_name and home.is_dir():
+        for file in home.iterdir():
+            if file.is_file() and file.stat().st_size > WORDS:
+                raise BadFile(f"'{name}/{file.name}' has more than {WORDS} bytes")
     if not class_name or (library == "transformers" and not (home / "config.json").is_file()):
         return  # absent, or without weights: a tokenizer
     if not (home / "config.json").is_file():
@@ -137,7 +143,8 @@ def _check_numbers(value: Any, where: str, key: str = "", depth: int = 0) -> Non
             _check_numbers(item, where, key, depth + 1)
     elif isinstance(value, (int, float)):
         most = FEW.get(key, SIDE if key == "sample_size" else MOST)
-        if isinstance(value, int) and not -MOST <= value <= most:
+        least = 1 if key in FEW or key.endswith(("_dim", "_size", "_channels")) else -MOST
+        if isinstance(value, int) and not isinstance(value, bool) and not least <= value <= most:
             raise BadFile(f"{where} says {key} = {str(value)[:24]}")
     elif depth == 0:
         raise BadFile(f"{where} is not a table")
@@ -183,21 +190,31 @@ def _fits(config: Any, name: str, library: str, class_name: str, tensors: Mappin
     except Exception as error:  # whatever a library makes of a configuration that is none
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise BadFile(f"{name}/config.json describes no {class_name}: {reason[:120]}") from None
-    if library == "transformers":  # names differ between its versions; sizes do not
-        asked, held = sum(p.numel() for p in part.parameters()), sum(_count(t) for t in tensors.values())
-        if asked > SPARE * held + 2**16:
-            raise CannotRun(f"'{name}' asks for {asked:,} numbers, its file holds {held:,}", "Get the model again.")
-        return
-    wanted = {n: tuple(t.shape) for n, t in part.state_dict().items()}
-    for tensor, shape in wanted.items():
-        if tensor in tensors and tensors[tensor].shape != shape:
-            found = list(tensors[tensor].shape)
-            raise CannotRun(f"'{name}' has '{tensor}' as {found}, wanted {list(shape)}", "Get the model again.")
-    missing = sum(torch.Size(s).numel() for n, s in wanted.items() if n not in tensors)
-    held = sum(_count(t) for t in tensors.values())
-    if missing > held // 2:  # some old names are translated by diffusers
-        first = next(n for n in wanted if n not in tensors)
-        raise CannotRun(f"'{name}' lacks '{first}' and {missing:,} numbers in all", "Get the model again.")
+    there = {_named(n, library): tuple(t.shape) for n, t in tensors.items()}
+    for tensor, shape in ((_named(n, library), tuple(t.shape)) for n, t in _own(part)):
+        if tensor not in there:
+            raise CannotRun(f"'{name}' lacks '{tensor}'", "Get the model again.")
+        if there[tensor] != shape and not (len(there[tensor]) == len(shape) + 2 and there[tensor][:-2] == shape):
+            raise CannotRun(f"'{name}' has '{tensor}' as {there[tensor]}, wanted {shape}", "Get the model again.")
+
+
+OLD = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+"""Names of attention in files older than diffusers 0.15, which it translates; 1 x 1 convolutions then."""
+
+
+def _named(name: str, library: str) -> str:
+    """A tensor's name, whichever version of a library wrote it."""
+    if library == "transformers":
+        return name.replace("text_model.", "")
+    for old, new in OLD.items():
+        name = name.replace(old, new)
+    return name
+
+
+def _own(part: Any) -> list[tuple[str, Any]]:
+    """A part's tensors, those once that have several names (T5's embedding)."""
+    stored = set(part.state_dict())
+    return [*part.named_parameters(), *((n, t) for n, t in part.named_buffers() if n in stored)]
 
 
 def _count(lazy: Lazy) -> int:
