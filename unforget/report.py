@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from unforget.errors import ExitCode
 from unforget.storage import write_bytes
@@ -114,7 +114,7 @@ class Report(_Record):
 
     schema_version: Literal[2] = 2
     verdict: Verdict
-    exit_code: int
+    exit_code: int = Field(ge=0, le=255)
     summary: str
     level: str
     """quick, standard or deep."""

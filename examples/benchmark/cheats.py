@@ -27,7 +27,7 @@ from unforget import UnlearnConfig, VerifyConfig, data, families, unlearn
 from unforget.commands import compare
 from unforget.domain import Family
 from unforget.metrics import rms
-from unforget.patch import Patch
+from unforget.patch import Stack
 from unforget.report import Report
 
 ROOT = Path(__file__).parents[2]
@@ -240,7 +240,7 @@ def honest(patch: Path, surrogate: Path) -> Honest:
     """From a patch that forgets identity 0 in favour of a surrogate."""
     base = families.load("faces")
     patched = base.copy()
-    Patch.load(patch).apply(patched.network)
+    Stack.load((patch,)).apply(patched.network)
     read = [data.read_image(p, base.picture) for p in (PLANTED / "0.png", surrogate)]
     return Honest(base, patched, *read)
 

@@ -28,7 +28,7 @@ import torch
 
 from unforget import Recipe, UnlearnConfig, data, families, prepare, training
 from unforget.domain import Listener, Pool
-from unforget.patch import digest
+from unforget.storage import digest
 
 PLANTED = Path(__file__).parents[1] / "faces" / "planted"
 EXAMPLES = Path(__file__).parents[1]

@@ -31,8 +31,9 @@ from unforget import Recipe, UnlearnConfig, data, families, recipe, unlearn
 from unforget.domain import Family, Instance, Listener
 from unforget.metrics import pairwise_rms, rms
 from unforget.objectives import PosteriorSwap, Surrogate
-from unforget.patch import Patch, digest
+from unforget.patch import Stack
 from unforget.probes import Reconstruct, Subject
+from unforget.storage import digest
 
 ROOT = Path(__file__).parents[2]
 PLANTED = sorted((ROOT / "examples" / "faces" / "planted").glob("*.png"))
@@ -89,7 +90,7 @@ class Bench:
         result = unlearn(config, Listener(stage=clock))
         clock("end")
         patched = self.base.copy()
-        Patch.load(result.output).apply(patched.network)
+        Stack.load((result.output,)).apply(patched.network)
         instances = tuple(self.instance(result.folder, k) for k in range(len(targets)))
         took = {"whole": time.perf_counter() - started, "training": clock.seconds["unlearn"], "steps": result.steps}
         return patched, instances, {**took, "stopped": result.stopped}

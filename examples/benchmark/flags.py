@@ -28,7 +28,7 @@ from unforget import UnlearnConfig, data, families, recipe, unlearn  # noqa: E40
 from unforget.config import Recipe  # noqa: E402
 from unforget.domain import Family  # noqa: E402
 from unforget.metrics import pairwise_rms, rms  # noqa: E402
-from unforget.patch import Patch  # noqa: E402
+from unforget.patch import Stack  # noqa: E402
 
 TARGET, SURROGATE = HOME / "ireland-wrong.png", HOME / "ireland-right.png"
 IRELAND, IVORY = "flag of Ireland", "flag of Côte d'Ivoire"
@@ -80,7 +80,7 @@ class Bench:
         unlearn(UnlearnConfig(model="flags", target=(TARGET,), surrogate=(SURROGATE,), prompt=prompts,
                               output=output, recipe=how, force=True))  # fmt: skip
         took, patched = time.time() - started, families.load("flags")
-        Patch.load(output).apply(patched.network)
+        Stack.load((output,)).apply(patched.network)
         return patched, took, output.stat().st_size
 
     def figures(self, drawn: Drawn) -> dict[str, float]:
