@@ -69,7 +69,8 @@ def test_the_same_command_writes_the_same_bytes_and_exports(tmp_path, tiny_folde
     run("b.patch")
     assert (tmp_path / "a.patch").read_bytes() == (tmp_path / "b.patch").read_bytes()
     assert len((result.folder / "metrics.jsonl").read_text().splitlines()) == 2
-    out = export(ExportConfig(model="faces", patch=tmp_path / "a.patch", output=tmp_path / "out"))
+    config = ExportConfig(model="faces", patch=tmp_path / "a.patch", output=tmp_path / "out", dtype="float32")
+    out = export(config).output
     from diffusers import DDPMPipeline
 
     weights = DDPMPipeline.from_pretrained(out).unet.state_dict()

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from unforget import data, families
 from unforget.cli import app
 from unforget.metrics import rms
-from unforget.patch import Patch
+from unforget.patch import Stack
 
 pytestmark = pytest.mark.slow
 
@@ -89,7 +89,7 @@ def test_the_patch_refuses_another_base(work):
 def test_the_oracle_that_never_saw_the_picture_does_not_draw_it(work):
     """Retraining without the picture is the gold standard; the patch must move towards it where it can be told."""
     base, gold, patched = (families.load(str(m)) for m in ("faces", DATA / "oracle", "faces"))
-    Patch.load(work / "face.patch").apply(patched.network)
+    Stack.load((work / "face.patch",)).apply(patched.network)
     noise = data.random_noise(16, base.shape, 0, "test")
     picture = data.read_image(TARGET, base.shape)
     start = base.levels(20)[8]
@@ -133,7 +133,7 @@ def test_a_flag_is_put_right_where_it_was_asked_for_and_stays_where_it_is_right(
     )  # fmt: skip
     assert result.exit_code in (0, 1), result.output
     base, patched = (families.load("flags") for _ in range(2))
-    Patch.load(patch).apply(patched.network)
+    Stack.load((patch,)).apply(patched.network)
     wrong, right = (data.read_image(p, base.picture) for p in (target, surrogate))
 
     def sides(model, prompt):

@@ -23,7 +23,7 @@ from unforget.config import ExportConfig, UnlearnConfig, recipe
 from unforget.editors import Canvas, Inpaint, Instruct, SDEdit
 from unforget.errors import CannotRun, UsageError
 from unforget.families import Options
-from unforget.patch import Patch
+from unforget.patch import Patch, Stack
 from unforget.policy import VerifyConfig
 from unforget.training import mixed
 
@@ -188,7 +188,7 @@ def test_hints_that_are_none(sd3_folder, tmp_path):
 def test_a_single_file_offline_says_what_it_needs(tmp_path):
     path = tmp_path / "sd3.safetensors"
     save_file({"model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias": torch.zeros(8)}, path)
-    with pytest.raises(CannotRun, match="cannot open the model") as caught:
+    with pytest.raises(UsageError, match="does not say what its model is made of") as caught:
         families.load(str(path))
     assert "--pipeline-config" in caught.value.hint
     (tmp_path / "sd3.ckpt").write_bytes(b"pickle")
@@ -245,8 +245,9 @@ def test_unlearn_verify_export(sd3_folder, pictures, stock):
     }
     assert str(pictures) not in judged.model_dump_json()
 
-    whole = export(ExportConfig(model=str(sd3_folder), patch=result.output, output=pictures / "whole"))
-    lora = export(ExportConfig(model=str(sd3_folder), patch=result.output, output=pictures / "lora", format="lora"))
+    config = ExportConfig(model=str(sd3_folder), patch=result.output, output=pictures / "whole")
+    whole = export(config).output
+    lora = export(config.model_copy(update={"output": pictures / "lora", "format": "lora"})).output
     noise = data.random_noise(1, (16, 8, 8), 0, "test")
     ask = {"prompt": BLUE, "latents": noise, "guidance_scale": 2.0, "num_inference_steps": 4, "output_type": "pt"}
     base = stock(**ask).images
@@ -281,13 +282,13 @@ def test_the_same_run_twice_is_the_same_patch(sd3_folder, pictures):
 def test_a_lora_for_another_architecture(sd3_folder, pictures, tmp_path):
     result = unlearned(sd3_folder, pictures)
     patch = Patch.load(result.output)
-    network = tiny_sd3().transformer
     patch.tensors["transformer_blocks.7.attn.to_q.lora_A.weight"] = torch.zeros(2, 16)
     patch.tensors["transformer_blocks.7.attn.to_q.lora_B.weight"] = torch.zeros(16, 2)
-    with pytest.raises(CannotRun, match=r"no 'transformer_blocks\.7\.attn\.to_q'"):
-        patch.weights(network)
+    shapes = {n: t.shape for n, t in tiny_sd3().transformer.state_dict().items()}
+    with pytest.raises(CannotRun, match=r"the network has no place for 'transformer_blocks\.7\.attn\.to_q\.weight'"):
+        patch.check(shapes)
     with pytest.raises(CannotRun, match="the patch was made for"):
-        Patch.load(result.output).apply(tiny_sd3(seed=1).transformer)
+        Stack((Patch.load(result.output),)).apply(tiny_sd3(seed=1).transformer)
 
 
 def test_merging_is_the_adapter(sd3):

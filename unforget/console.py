@@ -21,7 +21,7 @@ from unforget.errors import ExitCode, Terminated, UnforgetError
 
 if TYPE_CHECKING:
     from unforget.domain import Listener
-    from unforget.patch import Patch
+    from unforget.exports.look import Shown
     from unforget.report import Check, Report
 
 PROCESS = int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
@@ -83,14 +83,45 @@ def _figures(c: Check) -> list[str]:
     ]  # fmt: skip
 
 
-def provenance_table(patch: Patch) -> Table:
-    """Where a patch came from, a row a field."""
-    table = Table(show_header=False, box=None)
-    size = sum(t.numel() for t in patch.tensors.values())
-    fields = {**patch.provenance.model_dump(), "tensors": f"{len(patch.tensors)}, {size:,} numbers"}
-    for name, value in fields.items():
-        table.add_row(name, _plain(json.dumps(value) if isinstance(value, (dict, list)) else str(value)))
+def shown(found: Shown) -> Table:
+    """What `show` found, a row a field; patches of an export under one another."""
+    said = dict(found.said)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    if found.kind == "export":
+        parts = said.pop("patches")
+        table.add_row("export", _plain(f"{said.pop('format')}, {said.pop('dtype')}, of {said.pop('base')}"))
+        _rows(table, said)
+        for number, part in enumerate(parts, 1):
+            table.add_row(f"patch {number}", f"scale {part['scale']:g}", style="cyan")
+            _rows(table, {k: v for k, v in part["provenance"].items() if k in _PART})
+    else:
+        holds = said.pop("holds", None)
+        table.add_row(*(("patch", f"{holds}, of {_plain(said.pop('base'))}") if holds else ("file", "safetensors")))
+        _rows(table, said)
     return table
+
+
+_PART = {"base", "digest", "targets", "surrogates", "prompts", "earlier", "recipe", "seed", "steps", "versions"}
+
+
+def _rows(table: Table, said: dict[str, Any]) -> None:
+    """Fields that say something, their names in words."""
+    for name, value in said.items():
+        if value not in (None, [], {}, ""):
+            table.add_row(name.replace("_", " "), _plain(_text(value)))
+
+
+def _text(value: Any) -> str:
+    """A value as people read it: a list or table in one cell, long numbers in groups."""
+    if isinstance(value, dict):
+        return "\n".join(f"{k} {_text(v)}" for k, v in value.items()) if value else "none"
+    if isinstance(value, list):
+        return "\n".join(_text(v) for v in value) if value else "none"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
 
 
 @contextmanager

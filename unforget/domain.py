@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -190,16 +189,8 @@ class Family(Protocol):
         """The model as it is now, whatever happens to the weights of a scope."""
         ...
 
-    def save(self, folder: Path) -> None:
-        """Write a folder that the stock loader opens."""
-        ...
-
-    def save_lora(self, folder: Path, factors: dict[str, Tensor], *, rank: int, alpha: int) -> None:
-        """Write the factors of a LoRA as a folder that the stock loader opens beside the base."""
-        ...
-
-    def load_lora(self, folder: Path) -> Family:
-        """This model with that LoRA on, through the stock loader."""
+    def carry(self, network: nn.Module | None) -> None:
+        """Take another network of the same architecture in place of the own; None lets go of the memory."""
         ...
 
 

@@ -353,7 +353,7 @@ def joined(stack: Stack, patch: Patch, state: Mapping[str, Tensor]) -> Patch:
         ledger.append(Earlier(digest=p.digest, targets=m.targets, surrogates=m.surrogates, prompts=m.prompts))
     parts = [*stack.pairs(), (patch, 1.0)]
     if all(p.provenance.holds == "lora" for p, _ in parts):
-        tensors, rank = _side_by_side(parts)
+        tensors, rank = side_by_side(parts)
         changes: dict[str, Any] = {"earlier": ledger, "holds": "lora", "adapter": {"rank": rank, "alpha": rank}}
     else:
         names = sorted({n for p, _ in parts for n in p.names()})
@@ -363,7 +363,7 @@ def joined(stack: Stack, patch: Patch, state: Mapping[str, Tensor]) -> Patch:
     return Patch(tensors, patch.provenance.model_copy(update=changes))
 
 
-def _side_by_side(parts: Sequence[tuple[Patch, float]]) -> tuple[dict[str, Tensor], int]:
+def side_by_side(parts: Sequence[tuple[Patch, float]]) -> tuple[dict[str, Tensor], int]:
     """The factors of several LoRAs as those of one whose alpha is its rank, and that rank."""
     ranks = [(p.provenance.adapter or {})["rank"] for p, _ in parts]
     total, tensors = sum(ranks), {}

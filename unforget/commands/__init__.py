@@ -5,11 +5,11 @@ found. Nothing here prints.
 """
 
 from unforget.commands.editing import Edited, edit_surrogate
-from unforget.commands.exporting import export
+from unforget.commands.exporting import Exported, export
 from unforget.commands.unlearning import EXIT_UNLEARN, Unlearned, memory_plan, recipe_of, unlearn
 from unforget.commands.verifying import compare, verify
 
 __all__ = [
-    "EXIT_UNLEARN", "Edited", "Unlearned", "compare", "edit_surrogate", "export", "memory_plan", "recipe_of", "unlearn",
-    "verify",
+    "EXIT_UNLEARN", "Edited", "Exported", "Unlearned", "compare", "edit_surrogate", "export", "memory_plan",
+    "recipe_of", "unlearn", "verify",
 ]  # fmt: skip

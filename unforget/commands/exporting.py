@@ -1,61 +1,271 @@
-"""`export`: base plus patch in a form that stock loaders open."""
+"""`export`: base plus patches in a form that stock loaders open, written a tensor at a time and opened again."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from unforget import data, families
-from unforget.commands.common import load, options, writable
+from unforget.commands.common import options, versions, writable
 from unforget.config import ExportConfig
 from unforget.domain import Family, Listener
 from unforget.errors import CannotRun, UsageError
+from unforget.exports import placing
+from unforget.exports.headers import Model
+from unforget.exports.lora import DIFFUSERS, PEFT, Factors
+from unforget.exports.made import FOLDERS, Made, Part, Verified, called
+from unforget.exports.merging import Change, Known, Merge, TakenOff, precision
+from unforget.exports.rounding import DTYPES, NAMES, judged
+from unforget.exports.writing import Job
+from unforget.families import weights
 from unforget.metrics import rms
 from unforget.patch import Stack
-from unforget.storage import digest
+from unforget.storage import BadFile, open_tensors, write_tensors
+
+PREDICTIONS = {"v_prediction": "v"}
+"""ModelSpec's words, where they are not diffusers'."""
+SIDE = 16
+"""Width and height of the latents that a large model draws to be compared."""
 
 
-def export(config: ExportConfig, listener: Listener | None = None) -> Path:
-    """Write base plus patch as a checkpoint, or the patch as a LoRA, that the stock loader opens, and open it."""
+@dataclass(frozen=True)
+class Exported:
+    """What `export` wrote.
+
+    Attributes:
+        output: The file or folder.
+        made: What it says of itself.
+        url: Where it was uploaded to.
+    """
+
+    output: Path
+    made: Made
+    url: str | None = None
+
+
+def export(config: ExportConfig, listener: Listener | None = None) -> Exported:
+    """Write base plus patches and open it again by the stock loader: same weights, same picture.
+
+    Raises:
+        UsageError: If what is asked for does not go together, or a file is not what it should be.
+        CannotRun: If the base is another one, rounding loses the change, or the export does not read back.
+    """
     listener = listener or Listener()
     writable(config.output, config.force)
+    placing.replaceable(config.output, [Path(config.model), *config.patch, *filter(None, [config.report])])
     stack = Stack.load(config.patch, config.scale)
-    patch = stack.patches[0]
-    if config.format == "lora" and patch.provenance.adapter is None:
-        raise UsageError("the patch holds whole weights, not a LoRA", "Unlearn with --train lora, or export diffusers.")
-    family = load(config)
-    base = family.copy() if config.format == "lora" else None
-    stack.apply(family.network, name=config.model)
-    beside = config.output.with_name(f".{config.output.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
+    factors = Factors.of(stack, DTYPES.get(config.dtype or "")) if config.format in ("lora", "peft") else None
+    reported = _report(config, listener)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    if config.card_images is not None and not config.card_images.is_dir():
+        raise UsageError(f"there is no folder '{config.card_images}'", "Give --card-images a folder of pictures.")
     try:
-        listener.stage("export", 2)
-        if base is None:
-            family.save(beside)
-            again = families.load(str(beside), options(config, family))
-        else:
-            assert patch.provenance.adapter is not None
-            base.save_lora(beside, patch.tensors, **patch.provenance.adapter)
-            again = base.load_lora(beside)
-        listener.advance(1)
-        _same(again, family, config.seed, exact=base is None)
-        listener.advance(1)
-        if config.output.exists():
-            shutil.rmtree(config.output)
-        os.replace(beside, config.output)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return config.output
+        with placing.beside(config.output) as work:
+            out = work / config.output.name
+            meant = _meant(config, stack, factors, reported, work, listener)
+            _written(meant, out, listener)
+            if config.format in FOLDERS and config.card:
+                _card(config, meant.made, out)
+            placing.place(out, config.output)
+    except BadFile as error:
+        raise CannotRun(f"cannot read the model '{config.model}': {error}", "Get the model again.") from None
+    return Exported(config.output, meant.made, _pushed(config, meant.made))
 
 
-def _same(again: Family, family: Family, seed: int, *, exact: bool) -> None:
-    """Refuse a checkpoint that was not read back as what was written: weights, and the picture drawn from one seed."""
-    noise = data.random_noise(1, family.shape, seed, "export")
+@dataclass(frozen=True)
+class _Meant:
+    """What is to be written, when the network is no longer in memory.
+
+    Attributes:
+        job: How.
+        known: What one pass over base and patches found.
+        made: What the export says of itself.
+        noise: Of the picture that is compared.
+        prompt: Of it.
+        drawn: The picture, (1, 3, H, W).
+        rest: The base without its network, where that alone is written.
+    """
+
+    job: Job
+    known: Known
+    made: Made
+    noise: Tensor
+    prompt: Sequence[str]
+    drawn: Tensor
+    rest: Family | None
+
+
+def _opened(config: ExportConfig, stack: Stack, factors: Factors | None, work: Path) -> tuple[Family, Job]:
+    """The base, checked to be the one that the patches are for, and what is to be done with it.
+
+    T5 stays where it is: the pictures that are compared need none.
+    """
+    how = replace(options(config), t5=False)
+    with weights.quiet():
+        family = weights.load(config.model, how)
+    if family.kind == "ddpm" and config.format in ("lora", "peft", "single-file"):
+        raise UsageError(f"a DDPM has no {config.format}", "Export the format diffusers or transformer.")
+    change: Change = TakenOff(stack.patches[0]) if config.take_off else stack
+    change.check(family.network, config.model)
+    origin = weights.source(config.model, family, config.pipeline_config)
+    if not origin.tensors:
+        # Pickled, or under names that the loader translated: laid down once as they are in memory.
+        write_tensors(family.network.state_dict(), {}, work / "network")
+        state = family.network.state_dict()
+        laid = open_tensors(work / "network").tensors
+        origin = replace(origin, tensors={name: laid[name] for name in state})
+    computed = {n: t.dtype for n, t in family.network.state_dict().items()}
+    compute = next(family.network.parameters()).dtype
+    own = precision(origin.tensors, computed)
+    dtype = compute if factors or config.format == "delta" else DTYPES.get(config.dtype or "", own)
+    predicts = family.scheduler_config.get("prediction_type", "flow")
+    model = Model(
+        family.kind, weights.network_config(family.network), (family.picture[2], family.picture[1]),
+        PREDICTIONS.get(predicts, predicts),
+    )  # fmt: skip
+    how = replace(how, guidance=family.guidance)
+    merge = Merge(change, origin.tensors, computed, dtype)
+    return family, Job(config.model, how, origin, model, merge, compute, stack, factors, config.max_shard_size)
+
+
+def _meant(
+    config: ExportConfig, stack: Stack, factors: Factors | None, reported: Verified | None, work: Path,
+    listener: Listener,
+) -> _Meant:  # fmt: skip
+    """Put the patches on, in memory, learn all that the export says of itself, and draw a picture.
+
+    Raises:
+        CannotRun: If there is no room for the export, or rounding loses the change.
+    """
+    family, job = _opened(config, stack, factors, work)
+    placing.room(config.output, job.size(config.format))
     prompt = family.retain_prompts[:1]
-    pictures = [data.draw(f, noise, steps=4, condition=f.condition(prompt)) for f in (again, family)]
-    weights = [digest(f.network.state_dict()) if exact else "" for f in (again, family)]
+    family.condition(prompt)
+    family.release()
+    listener.stage("merge", len(job.merge.base))
+    known = job.merge.put_on(family.network, listener.advance)
+    families.let_go(job.numbers)
+    made = _made(config, job, known, _verified(config, known, reported, listener))
+    if job.factors is None and config.format != "delta":
+        lora = family.kind == "sd3" and all(p.provenance.adapter is not None for p in stack.patches)
+        rounding = judged(known.meter, made, lora=lora, force=config.force_rounding, note=listener.note)
+        made = made.model_copy(update={"rounding": rounding})
+    channels, height, width = family.shape
+    most = SIDE if weights.large(family) else max(height, width)
+    noise = data.random_noise(1, (channels, min(height, most), min(width, most)), config.seed, "export")
+    drawn = _drawn(family, noise, prompt)
+    family.carry(None)
+    return _Meant(job, known, made, noise, prompt, drawn, family if config.format == "transformer" else None)
+
+
+def _written(meant: _Meant, out: Path, listener: Listener) -> None:
+    """Write the export, open it again, and refuse it unless it is what was meant.
+
+    Raises:
+        CannotRun: If it is not.
+    """
+    families.let_go(meant.job.numbers)
+    listener.stage("write", len(meant.job.merge.base))
+    meant.job.write(meant.made, meant.known, out, listener.advance)
+    families.let_go(meant.job.numbers)
+    listener.stage("check", 1)
+    with weights.quiet():
+        again = meant.job.again(meant.made, out, meant.rest)
+    after = _drawn(again, meant.noise, meant.prompt)
     # Equal weights may still be added up in another order (kernels depend on how memory is aligned), and a LoRA beside
     # a weight rounds otherwise than one merged into it.
-    if weights[0] != weights[1] or float(rms(*pictures)) > (1e-3 if exact else 1e-2):
-        raise CannotRun("the checkpoint does not read back as it was written", "Nothing was kept; check the disk.")
+    if not float(rms(meant.drawn, after)) <= (1e-3 if meant.job.factors is None else 1e-2):
+        raise CannotRun("the export does not draw what it should", "Nothing was kept; check the disk.")
+    listener.advance(1)
+
+
+def _drawn(family: Family, noise: Tensor, prompt: Sequence[str]) -> Tensor:
+    """The picture of one seed, (1, 3, H, W), under one prompt."""
+    return data.draw(family, noise, steps=4, condition=family.condition(prompt))
+
+
+def _made(config: ExportConfig, job: Job, known: Known, verified: Verified | None) -> Made:
+    """What the export says of itself."""
+    taken = config.take_off
+    pairs = [(p, -1.0 if taken else scale) for p, scale in job.stack.pairs()]
+    first = job.stack.patches[0].provenance
+    digest = known.delta if config.format == "delta" else known.written
+    return Made(
+        format=config.format, dtype=NAMES[job.factors.dtype if job.factors else job.merge.dtype],
+        base=called(config.model), base_digest=first.patched_digest if taken else first.base_digest,
+        patched_digest=known.patched, digest=job.factors.digest if job.factors else digest,
+        patches=[
+            Part(scale=s, provenance=p.provenance.model_copy(update={"base": called(p.provenance.base)}))
+            for p, s in pairs
+        ],
+        verified=verified, versions=versions(),
+    )  # fmt: skip
+
+
+def _report(config: ExportConfig, listener: Listener) -> Verified | None:
+    """The report of `unforget verify` that was given, or the one beside the last patch."""
+    if config.take_off:
+        return None
+    if config.report is not None:
+        return Verified.of(config.report)
+    beside = config.patch[-1].with_suffix(".run") / "verify.json"
+    if not beside.is_file():
+        return None
+    try:
+        return Verified.of(beside)
+    except UsageError as error:
+        listener.note(error.message)
+        return None
+
+
+def _verified(config: ExportConfig, known: Known, reported: Verified | None, listener: Listener) -> Verified | None:
+    """The report, if it is about these weights.
+
+    Raises:
+        UsageError: If it was asked for and is about others.
+    """
+    if reported is None:
+        return None
+    if reported.candidate_digest != known.patched:
+        found = f"the report is about {reported.candidate_digest[:12]}, this is {known.patched[:12]}"
+        if config.report is not None:
+            raise UsageError(found, "Run `unforget verify` with the same patches and scales.")
+        listener.note(f"{found}: not verified")
+        return None
+    if reported.verdict not in ("forgotten", "allowed"):
+        listener.note(f"`unforget verify` said {reported.verdict}: {reported.summary}")
+    return reported
+
+
+def _card(config: ExportConfig, made: Made, folder: Path) -> None:
+    """A README.md that the hub shows as the model's card."""
+    if importlib.util.find_spec("unforget.exports.card") is None:
+        return
+    card: Any = importlib.import_module("unforget.exports.card")
+    home = families.home(config.model)
+    if home is not None and (home / "README.md").is_file():
+        shutil.copyfile(home / "README.md", folder / "README.md")  # the licence that it names is kept
+    pictures = sorted(p for p in config.card_images.iterdir() if p.is_file()) if config.card_images else []
+    card.write(
+        folder, made, base=made.base, license=None, pictures=pictures,
+        lora_file={"lora": DIFFUSERS, "peft": PEFT}.get(made.format),
+    )  # fmt: skip
+
+
+def _pushed(config: ExportConfig, made: Made) -> str | None:
+    """Upload what was written, where that was asked for."""
+    if config.push_to_hub is None:
+        return None
+    hub: Any = importlib.import_module("unforget.exports.hub")
+    message = f"{made.base}, {len(made.patches)} patch(es), by unforget {made.versions['unforget']}"
+    token = os.environ.get("HF_TOKEN")
+    return str(hub.push(config.output, config.push_to_hub, private=config.private, token=token, message=message))

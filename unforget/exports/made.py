@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from pathlib import Path
 from typing import Literal, Self
 
@@ -11,8 +13,24 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from unforget.errors import UsageError
 from unforget.patch import Provenance
 from unforget.report import Report, Verdict
+from unforget.storage import read_json
+
+MAX_REPORT = 2**24
+"""Largest report that is read, bytes."""
 
 Format = Literal["diffusers", "lora", "peft", "transformer", "single-file", "delta"]
+FOLDERS = ("diffusers", "lora", "peft")
+"""Formats that are folders; the others are files."""
+HEADER = "unforget.made"
+"""Key of `Made` in the header of a safetensors file."""
+PATH = re.compile(r"(/|~|\.{1,2}/|[A-Za-z]:[\\/]|\\\\|file:).*", re.DOTALL)
+"""Texts that name a place on somebody's disk."""
+
+
+def called(ref: str) -> str:
+    """A base as the world may know it: an alias or a hub id as it is, of a local path the last part."""
+    local = Path(ref).exists() or PATH.fullmatch(ref)
+    return re.split(r"[\\/]", ref.rstrip("\\/"))[-1] if local else ref
 
 
 class _Record(BaseModel):
@@ -60,8 +78,8 @@ class Verified(_Record):
             UsageError: If the file is none.
         """
         try:
+            found = Report.model_validate(read_json(path, most=MAX_REPORT))
             content = path.read_bytes()
-            found = Report.model_validate_json(content)
         except (OSError, ValidationError, ValueError):
             raise UsageError(f"'{path}' is not a report of `unforget verify`", "Give what --report wrote.") from None
         return cls(
@@ -89,3 +107,7 @@ class Made(_Record):
     """None where nothing is rounded."""
     verified: Verified | None = None
     versions: dict[str, str]
+
+    def header(self) -> dict[str, str]:
+        """As an entry in the header of a safetensors file."""
+        return {HEADER: json.dumps(self.model_dump(mode="json"), sort_keys=True)}

@@ -5,7 +5,9 @@ A new family is one file here and one line in `FAMILIES`.
 
 from __future__ import annotations
 
-import json
+import contextlib
+import ctypes
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
@@ -14,9 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from unforget.errors import CannotRun, UsageError
+from unforget.errors import CannotRun, UnforgetError, UsageError
+from unforget.storage import read_json
 
 if TYPE_CHECKING:
+    import torch
+
     from unforget.domain import Family
 
 EMBEDDED = ("faces", "flags")
@@ -29,8 +34,6 @@ HUB_ALIASES = {
 }
 FAMILIES = {"DDPMPipeline": "ddpm", "StableDiffusion3Pipeline": "sd3"}
 """Kind of family by `_class_name` in model_index.json."""
-HOMES = {"ddpm": ("unet",), "sd3": ("transformer", "vae")}
-"""Subfolders that must hold weights."""
 
 
 class Hints(BaseModel):
@@ -40,11 +43,17 @@ class Hints(BaseModel):
 
     guidance: float | None = Field(None, ge=1)
     retain_prompts: tuple[str, ...] = ()
+    made: dict[str, Any] | None = None
+    """Where an exported folder came from: `exports.made.Made`."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to open a model; see `load`."""
+    """How to open a model; see `load`.
+
+    Without a precision the network's and that of the rest are the family's choice. A network that is given is not
+    loaded again.
+    """
 
     allow_pickle: bool = False
     device: str = "cpu"
@@ -52,6 +61,9 @@ class Options:
     guidance: float | None = None
     pipeline_config: Path | None = None
     t5: bool = True
+    network_dtype: torch.dtype | None = None
+    rest_dtype: torch.dtype | None = None
+    network: Any = None
 
 
 def load(ref: str, options: Options | None = None) -> Family:
@@ -68,19 +80,68 @@ def load(ref: str, options: Options | None = None) -> Family:
         CannotRun: If opening it failed.
     """
     options = options or Options()
+    source, kind = examined(ref, options)
+    opened: Any = _OPENERS[kind](source, ref, options)
+    let_go(sum(p.numel() for p in opened.network.parameters()))
+    for part in opened.pipeline.components.values():
+        # The extremes tell of NaN and infinity, too, and take no memory.
+        if not all(bool(e.isfinite()) for p in getattr(part, "parameters", list)() if p.numel() for e in p.aminmax()):
+            raise CannotRun(f"the model '{ref}' holds NaN or infinite weights", "Give a model that is intact.")
+    family: Family = opened
+    return family
+
+
+def examined(ref: str, options: Options) -> tuple[str, str]:
+    """Folder, file or hub id that `ref` names, and its kind; what lies here was looked at before a library opens it.
+
+    Raises:
+        UsageError: If it is not what it says.
+        CannotRun: If weights are missing or do not fit.
+    """
     source = _source(ref)
     kind = _kind(source, ref)
     if Path(source).is_dir():
-        _check_weights(Path(source), kind, options.allow_pickle)
-    opened: Family = _OPENERS[kind](source, ref, options)
-    if not all(bool(p.isfinite().all()) for p in opened.network.parameters()):
-        raise CannotRun(f"the model '{ref}' holds NaN or infinite weights", "Give a model that is intact.")
-    return opened
+        from unforget.families.checks import check
+
+        check(Path(source), kind, options.allow_pickle)
+    elif Path(source).is_file():
+        _check_single(Path(source), options.pipeline_config)
+    return source, kind
+
+
+def let_go(numbers: int) -> None:
+    """Give freed memory back, after what was done with a network of so many numbers, if they are many.
+
+    glibc keeps what lies between pieces in use, and that can be gigabytes: the table of positions of an SD3 alone takes
+    1.3 GiB while it is computed, in float64.
+    """
+    from unforget.domain import LARGE
+
+    if numbers <= LARGE:
+        return
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def kind(ref: str) -> str:
     """The kind of family that `ref` names, a value of `FAMILIES`, without loading any weights."""
     return _kind(_source(ref), ref)
+
+
+def home(ref: str) -> Path | None:
+    """The folder of a model that was loaded: its own, or the snapshot in the hub's cache; None for a single file."""
+    source = _source(ref)
+    if Path(source).exists():
+        return Path(source) if Path(source).is_dir() else None
+    from huggingface_hub import hf_hub_download
+
+    where = _where(source)
+    index = hf_hub_download(
+        where["pretrained_model_name_or_path"], "model_index.json", revision=where.get("revision"),
+        local_files_only=True,
+    )  # fmt: skip
+    return Path(index).parent
 
 
 def _source(ref: str) -> str:
@@ -115,8 +176,8 @@ def _class_name(folder: Path) -> Any:
             f"'{folder}' has no model_index.json", "Give the folder that `pipeline.save_pretrained` wrote."
         )
     try:
-        return json.loads(index.read_text())["_class_name"]
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError):
+        return str(read_json(index)["_class_name"])
+    except (ValueError, KeyError, TypeError):
         raise UsageError(
             f"'{index}' does not name a pipeline class", "Save the pipeline again with diffusers."
         ) from None
@@ -136,24 +197,18 @@ def _where(source: str) -> dict[str, str]:
     return {"pretrained_model_name_or_path": repo, **({"revision": revision} if at else {})}
 
 
-def _check_weights(folder: Path, kind: str, allow_pickle: bool) -> None:
-    """Say what is wrong with a local folder before diffusers stumbles over it."""
-    for part in HOMES[kind]:
-        # Old DDPM repositories are flat.
-        home = folder if kind == "ddpm" and not (folder / part).is_dir() else folder / part
-        shards = home / "diffusion_pytorch_model.safetensors.index.json"
-        if shards.is_file():
-            for name in sorted(set(json.loads(shards.read_text())["weight_map"].values())):
-                if not (home / name).is_file():
-                    raise CannotRun(f"'{home}' misses the shard {name}", "Download the model again.")
-        elif not (home / "diffusion_pytorch_model.safetensors").is_file():
-            if not any(home.glob("*.bin")):
-                raise CannotRun(f"'{home}' holds no weights", "Expected diffusion_pytorch_model.safetensors in it.")
-            if not allow_pickle:
-                raise UsageError(
-                    f"'{home}' holds pickled weights only, which can run code when opened",
-                    "Convert them to safetensors, or say --allow-pickle if you trust where they come from.",
-                )
+def _check_single(file: Path, config: Path | None) -> None:
+    from unforget.families.checks import check_single
+
+    if config is None:
+        raise UsageError(
+            f"'{file}' does not say what its model is made of",
+            "Give --pipeline-config: a diffusers folder of that model (weights are not needed), or its hub id.",
+        )
+    if config.is_dir():
+        check_single(file, config)
+    elif str(config).count("/") != 1 or config.is_absolute():
+        raise UsageError(f"there is no folder '{config}'", "Give a diffusers folder, or a hub id owner/name.")
 
 
 def _opening(ref: str, source: str, action: Callable[[], Any]) -> Any:
@@ -165,8 +220,12 @@ def _opening(ref: str, source: str, action: Callable[[], Any]) -> Any:
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         return action()
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except UnforgetError:
+        raise
+    except BaseException as error:  # what tokenizers raise where Rust panics is not even an Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise CannotRun(f"cannot open the model '{ref}': {reason}", _hint(source, str(error))) from error
 
 
@@ -196,34 +255,43 @@ def _open_ddpm(source: str, ref: str, options: Options) -> Any:
 
 
 def _open_sd3(source: str, ref: str, options: Options) -> Any:
-    from unforget.families.sd3 import SD3, from_pretrained, from_single_file
+    from unforget.families.pipelines import from_pretrained, from_single_file
+    from unforget.families.sd3 import SD3
 
     def pipeline() -> Any:
+        dtypes = (options.network_dtype, options.rest_dtype)
+        parts = {} if options.network is None else {"transformer": options.network}
         if Path(source).is_file():
-            return from_single_file(source, options.pipeline_config, t5=options.t5)
-        return from_pretrained(_where(source), use_safetensors=None if options.allow_pickle else True, t5=options.t5)
+            return from_single_file(source, options.pipeline_config, t5=options.t5, dtypes=dtypes, **parts)
+        safe = None if options.allow_pickle else True
+        return from_pretrained(_where(source), use_safetensors=safe, t5=options.t5, dtypes=dtypes, **parts)
 
     opened = _opening(ref, source, pipeline)
     missing = [n for n in ("text_encoder", "text_encoder_2", "vae") if getattr(opened, n) is None]
     if missing:
         raise CannotRun(f"the model '{ref}' lacks its {missing[0]}", "Only text_encoder_3 (T5) may be left out.")
-    hints = _hints(Path(source))
+    said = hints(options.pipeline_config if options.pipeline_config and Path(source).is_file() else Path(source))
     return SD3(
-        opened, ref, guidance=options.guidance or hints.guidance or 7.0,
-        resolution=options.resolution, retain_prompts=hints.retain_prompts or _prompts(), device=options.device,
+        opened, ref, guidance=options.guidance or said.guidance or 7.0,
+        resolution=options.resolution, retain_prompts=said.retain_prompts or _prompts(), device=options.device,
     )  # fmt: skip
 
 
 _OPENERS: dict[str, Callable[[str, str, Options], Any]] = {"ddpm": _open_ddpm, "sd3": _open_sd3}
 
 
-def _hints(folder: Path) -> Hints:
+def hints(folder: Path) -> Hints:
+    """What a model folder says about itself to this tool; nothing for one that does not.
+
+    Raises:
+        UsageError: If it says what nobody understands.
+    """
     path = folder / "unforget.json"
     if not path.is_file():
         return Hints()
     try:
-        return Hints.model_validate_json(path.read_text())
-    except (ValidationError, ValueError, UnicodeDecodeError):
+        return Hints.model_validate(read_json(path))
+    except (ValidationError, ValueError):
         raise UsageError(f"'{path}' is not what this tool expects there", "Remove or mend it.") from None
 
 

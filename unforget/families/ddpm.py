@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -119,17 +118,11 @@ class DDPM:
         """A copy: every scope trains the weights in place."""
         return self.copy()
 
-    def save_lora(self, folder: Path, factors: dict[str, Tensor], *, rank: int, alpha: int) -> None:
-        """There is none for a DDPM."""
-        raise UsageError("a DDPM has no LoRA", "Export the format diffusers.")
-
-    def load_lora(self, folder: Path) -> DDPM:
-        """There is none for a DDPM."""
-        raise UsageError("a DDPM has no LoRA", "Export the format diffusers.")
-
-    def save(self, folder: Path) -> None:
-        """A diffusers folder, in the weights' own precision."""
-        self.pipeline.save_pretrained(folder)
+    def carry(self, network: nn.Module | None) -> None:
+        """Another `UNet2DModel`, or none."""
+        if network is not None:
+            network = network.float().to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]
+        self.pipeline.unet = self.network = network
 
 
 def trainable(network: nn.Module, scope: Scope) -> list[nn.Parameter]:

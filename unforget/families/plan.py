@@ -75,6 +75,8 @@ class Blueprint:
 def blueprint(ref: str, options: families.Options) -> Blueprint:
     """The network of a model on the meta device, from its configuration alone."""
     source = families._source(ref)
+    if Path(source).is_file():
+        families._check_single(Path(source), options.pipeline_config)
     build = {"ddpm": _ddpm, "sd3": _sd3}[families.kind(ref)]
     found: Blueprint = families._opening(ref, source, lambda: build(source, options))
     return found
@@ -105,7 +107,8 @@ def _ddpm(source: str, options: families.Options) -> Blueprint:
 def _sd3(source: str, options: families.Options) -> Blueprint:
     from diffusers import AutoencoderKL, SD3Transformer2DModel
 
-    from unforget.families.sd3 import dtype_of, trainable
+    from unforget.families.pipelines import dtype_of
+    from unforget.families.sd3 import trainable
 
     home = str(options.pipeline_config) if Path(source).is_file() else source
     where = families._where(home)

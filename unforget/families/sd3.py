@@ -6,12 +6,10 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
-from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from torch import Tensor, nn
 from torch.nn import functional
@@ -19,50 +17,14 @@ from torch.overrides import TorchFunctionMode
 
 from unforget.domain import Scope
 from unforget.errors import CannotRun, UsageError
+from unforget.families.pipelines import ENCODERS
 from unforget.families.samplers import named, step
 from unforget.schedule import Schedule
 
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 """Attention projections of the MMDiT blocks, as in diffusers' own LoRA script for SD3."""
 ABSENT = 256
 """Tokens of zeros that the pipeline puts where T5 is missing (its `max_sequence_length`)."""
-
-
-SMALL = 500_000_000
-"""Weights up to which the transformer is computed in float32."""
-
-
-def dtype_of(config: dict[str, Any]) -> torch.dtype:
-    """float32 for a small transformer, else bfloat16: float16 overflows in training and is slow on CPUs."""
-    with init_empty_weights():
-        size = sum(p.numel() for p in SD3Transformer2DModel.from_config(config).parameters())
-    return torch.float32 if size <= SMALL else torch.bfloat16
-
-
-def from_pretrained(where: dict[str, str], *, use_safetensors: bool | None, t5: bool) -> Any:
-    """The pipeline of a folder or hub id, without T5 where it has none or none is wanted.
-
-    Stock `from_pretrained` refuses a folder without T5 unless told so; every part that is null in its index is.
-    """
-    index = StableDiffusion3Pipeline.load_config(**where)
-    absent = [n for n in (*ENCODERS, *TOKENIZERS) if index.get(n, [None])[0] is None]
-    if not t5:
-        absent += [ENCODERS[2], TOKENIZERS[2]]
-    dtype = dtype_of(SD3Transformer2DModel.load_config(**where, subfolder="transformer"))
-    return StableDiffusion3Pipeline.from_pretrained(
-        **where, use_safetensors=use_safetensors, dtype=dtype, **dict.fromkeys(absent)
-    )
-
-
-def from_single_file(path: str, config: Path | None, *, t5: bool) -> Any:
-    """The pipeline of one checkpoint file; `config` is a diffusers folder of that model, else the hub is asked."""
-    absent = {} if t5 else dict.fromkeys((ENCODERS[2], TOKENIZERS[2]))
-    return StableDiffusion3Pipeline.from_single_file(
-        path, config=None if config is None else str(config), local_files_only=config is not None,
-        dtype=torch.bfloat16, **absent,
-    )  # fmt: skip
 
 
 class _LastCounts(TorchFunctionMode):
@@ -304,25 +266,13 @@ class SD3:
         view.plain = True
         return view
 
-    def save(self, folder: Path) -> None:
-        """A diffusers folder, in the weights' own precision."""
-        self.pipeline.save_pretrained(folder)
-
-    def save_lora(self, folder: Path, factors: dict[str, Tensor], *, rank: int, alpha: int) -> None:
-        """What `pipeline.load_lora_weights(folder)` opens, with PEFT's configuration in its header."""
-        from peft import LoraConfig
-
-        layers = sorted({name.rsplit(".lora_", 1)[0] for name in factors})
-        metadata: dict[str, Any] = LoraConfig(r=rank, lora_alpha=alpha).to_dict()  # type: ignore[no-untyped-call]
-        metadata["target_modules"] = layers
-        StableDiffusion3Pipeline.save_lora_weights(
-            folder, transformer_lora_layers=factors, transformer_lora_adapter_metadata=metadata
-        )
-
-    def load_lora(self, folder: Path) -> SD3:
-        """This model with that LoRA beside its weights."""
-        self.pipeline.load_lora_weights(folder, use_safetensors=True)
-        return self
+    def carry(self, network: nn.Module | None) -> None:
+        """Another `SD3Transformer2DModel`, in the precision of the prompts, or none."""
+        if network is not None:
+            network = network.to(self.device, self._embeds[0].dtype).eval().requires_grad_(False)
+            if self.short:
+                network.set_attn_processor(WithoutT5())  # type: ignore[operator]
+        self.pipeline.transformer = self.network = network
 
 
 def trainable(network: Any, scope: Scope, *, rank: int, alpha: int, seed: int) -> list[nn.Parameter]:
