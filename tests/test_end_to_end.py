@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from unforget import data, families
 from unforget.cli import app
 from unforget.metrics import rms
-from unforget.patch import Stack
+from unforget.patch import Patch, Stack
 
 pytestmark = pytest.mark.slow
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +71,7 @@ def export(config: ExportConfig, listener: Listener | None = None) -> Exported:
             out = work / config.output.name
             meant = _meant(config, stack, factors, reported, work, listener)
             _written(meant, out, listener)
-            if config.format in FOLDERS and config.card:
+            if config.format in FOLDERS and config.card and not config.take_off:
                 _card(config, meant.made, out)
             placing.place(out, config.output)
     except BadFile as error:
@@ -247,16 +245,15 @@ def _verified(config: ExportConfig, known: Known, reported: Verified | None, lis
 
 
 def _card(config: ExportConfig, made: Made, folder: Path) -> None:
-    """A README.md that the hub shows as the model's card."""
-    if importlib.util.find_spec("unforget.exports.card") is None:
-        return
-    card: Any = importlib.import_module("unforget.exports.card")
+    """A README.md that the hub shows as the model's card; of a base that was got back there is nothing to say."""
+    from unforget.exports import card
+
     home = families.home(config.model)
     if home is not None and (home / "README.md").is_file():
         shutil.copyfile(home / "README.md", folder / "README.md")  # the licence that it names is kept
-    pictures = sorted(p for p in config.card_images.iterdir() if p.is_file()) if config.card_images else []
+    shown = sorted(config.card_images.iterdir()) if config.card_images else []
     card.write(
-        folder, made, base=made.base, license=None, pictures=pictures,
+        folder, made, base=config.model, license=None, pictures=[p for p in shown if p.suffix.lower() in card.PICTURES],
         lora_file={"lora": DIFFUSERS, "peft": PEFT}.get(made.format),
     )  # fmt: skip
 
@@ -265,7 +262,8 @@ def _pushed(config: ExportConfig, made: Made) -> str | None:
     """Upload what was written, where that was asked for."""
     if config.push_to_hub is None:
         return None
-    hub: Any = importlib.import_module("unforget.exports.hub")
+    from unforget.exports import hub
+
     message = f"{made.base}, {len(made.patches)} patch(es), by unforget {made.versions['unforget']}"
     token = os.environ.get("HF_TOKEN")
-    return str(hub.push(config.output, config.push_to_hub, private=config.private, token=token, message=message))
+    return hub.push(config.output, config.push_to_hub, private=config.private, token=token, message=message)
