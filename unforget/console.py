@@ -114,11 +114,12 @@ def _rows(table: Table, said: dict[str, Any]) -> None:
 
 
 def _text(value: Any) -> str:
-    """A value as people read it: a list or table in one cell, long numbers in groups."""
+    """A value as people read it: a table in one line, a list of texts one under another, long numbers in groups."""
     if isinstance(value, dict):
-        return "\n".join(f"{k} {_text(v)}" for k, v in value.items()) if value else "none"
+        inner = ((k, f"({_text(v)})" if isinstance(v, dict) else _text(v)) for k, v in value.items())
+        return ", ".join(f"{k} {v}" for k, v in inner)
     if isinstance(value, list):
-        return "\n".join(_text(v) for v in value) if value else "none"
+        return ("\n" if any(isinstance(v, (str, dict)) for v in value) else " ").join(_text(v) for v in value)
     if isinstance(value, float):
         return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
