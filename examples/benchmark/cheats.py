@@ -259,7 +259,7 @@ def flags() -> tuple[Honest, VerifyConfig]:
 def judge(h: Honest, case: Callable[[Honest], Any], config: VerifyConfig) -> Report:
     """The report on one candidate."""
     if case is the_oracle:
-        config = config.model_copy(update={"surrogate": (), "patch": None, "candidate": ORACLE, "max_drift": 0.5})
+        config = config.model_copy(update={"surrogate": (), "patch": (), "candidate": ORACLE, "max_drift": 0.5})
     return compare(config, h.base, case(h))[0]
 
 
