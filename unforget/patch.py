@@ -302,9 +302,8 @@ class Stack:
             network.load_state_dict(before, strict=False)
 
 
-@torch.no_grad()
-def take_off(patch: Patch, network: nn.Module, *, name: str = "the model") -> None:
-    """Turn a patched network back into its base, exactly.
+def check_on(patch: Patch, network: nn.Module, name: str) -> None:
+    """Refuse a network that a delta cannot be taken off.
 
     Raises:
         UsageError: If the patch does not hold bits.
@@ -319,6 +318,13 @@ def take_off(patch: Patch, network: nn.Module, *, name: str = "the model") -> No
             f"the delta makes {made.patched_digest[:12]}, {name} is {found[:12]}", "Give the model that it made."
         )
     patch.check({n: t.shape for n, t in state.items()})
+
+
+@torch.no_grad()
+def take_off(patch: Patch, network: nn.Module, *, name: str = "the model") -> None:
+    """Turn a patched network back into its base, exactly; raises as `check_on` does."""
+    check_on(patch, network, name)
+    state = network.state_dict()
     for changed in patch.names():
         state[changed].copy_(patch.after(changed, state[changed]))
 

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from unforget.errors import CannotRun, UsageError
+from unforget.errors import CannotRun
 from unforget.exports.rounding import NAMES, Meter
-from unforget.patch import Patch, bits
-from unforget.storage import Digested, Lazy, digest
+from unforget.patch import Patch, bits, check_on
+from unforget.storage import Digested, Lazy
 
 
 class Change(Protocol):
@@ -65,15 +65,7 @@ class TakenOff:
             UsageError: If the patch holds no bits.
             CannotRun: If the network is another one.
         """
-        made = self.patch.provenance
-        if made.holds != "bits":
-            raise UsageError("only a delta can be taken off", "Make one with `unforget export --format delta`.")
-        state = network.state_dict()
-        if (found := digest(state)) != made.patched_digest:
-            raise CannotRun(
-                f"the delta makes {made.patched_digest[:12]}, {name} is {found[:12]}", "Give the model that it made."
-            )
-        self.patch.check({n: t.shape for n, t in state.items()})
+        check_on(self.patch, network, name)
 
 
 @dataclass
