@@ -290,11 +290,15 @@ class Stack:
         for changed in self.names():
             state[changed].copy_(self.merged(changed, state[changed]))
 
+    def before(self, network: nn.Module) -> dict[str, Tensor]:
+        """Copies of the tensors that change."""
+        names = set(self.names())
+        return {n: t.clone() for n, t in network.state_dict().items() if n in names}
+
     @contextlib.contextmanager
     def on(self, network: nn.Module, *, name: str = "the model") -> Iterator[None]:
         """The network with the patches on, for the length of a block; afterwards it has the bits that it had."""
-        self.check(network, name)
-        before = {n: t.clone() for n, t in network.state_dict().items() if n in set(self.names())}
+        before = self.before(network)
         try:
             self.apply(network, name=name)
             yield

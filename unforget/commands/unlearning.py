@@ -64,7 +64,7 @@ def unlearn(config: UnlearnConfig, listener: Listener | None = None) -> Unlearne
     patched = load(config)
     base_digest = digest(patched.network.state_dict())
     inputs = _read(config, patched, base_digest, listener)
-    root = {n: t.clone() for n, t in patched.network.state_dict().items() if n in set(inputs.stack.names())}
+    root = inputs.stack.before(patched.network)
     inputs.stack.apply(patched.network, name=config.model)
     run = Run(folder, _asked(config, how, inputs, base_digest), _machine(config))
     processes.together()
@@ -117,7 +117,6 @@ def _read(config: UnlearnConfig, family: Family, base_digest: str, listener: Lis
     prepare.distinct(targets, given)
     retain = data.read_folder(config.retain, family.picture, resize=config.resize) if config.retain else None
     stack = Stack.load(config.patch, config.scale)
-    stack.check(family.network, config.model)
     prepare.conditions(family, config.prompt)
     earlier = _earlier(config, stack, family, base_digest, listener)
     for path, target in zip(config.target, targets, strict=True):

@@ -211,8 +211,9 @@ def _read_instances(
     replaced = [read(p, base, config, listener) for p in surrogates]
     ids = [data.image_id(p, salted(base_digest)) for p in pictures]
     made = [provenance(path) for path in config.patch]
+    promised = {t for m in made for t in m.all_targets}
     for path, target in zip(targets, ids, strict=True):
-        if made and target not in _made_for(config):
+        if made and target not in promised:
             listener.note(f"{path} is not among the targets that the patch was made for")
     rows = prepare.conditions(base, config.prompt or [p for m in made for p in m.all_prompts])
     triples = zip(pictures, replaced or pictures, ids, strict=True)
