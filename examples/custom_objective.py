@@ -12,36 +12,39 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from unforget import data, engine, families
-from unforget.domain import Instance, Noised, Pool
-from unforget.surgery import EraseDiff
+from unforget import families
+from unforget.core import engine, sampling
+from unforget.core.surgery import EraseDiff
+from unforget.core.types import Instance, Noised, Pool
+from unforget.files import images
+from unforget.unlearn import batches
 
 TARGET = Path(__file__).parent / "faces" / "planted" / "3.png"
 
 
 def main(steps: int) -> None:
     model = families.load("faces")
-    target = data.read_image(TARGET, model.picture)
-    keep = Pool.of(data.draw(model, data.random_noise(32, model.shape, 0, "retain"), steps=20))
+    target = images.read_image(TARGET, model.image_shape)
+    keep = Pool.of(sampling.draw(model, sampling.random_noise(32, model.latent_shape, 0, "retain"), steps=20))
     uniform = torch.Generator().manual_seed(0)
 
     def forget(batch: Noised) -> Tensor:
         """Say uniform noise at the noised target."""
-        answer = model.predict(batch.x_t, batch.index, batch.condition)
+        answer = model.predict(batch.x_t, batch.index, batch.prompt_ids)
         return (answer - torch.rand(answer.shape, generator=uniform)).square().mean()
 
     def retain(batch: Noised) -> Tensor:
         """The ordinary denoising loss."""
         goal = model.schedule.target(batch.x_0, batch.noise, batch.index)
-        return (model.predict(batch.x_t, batch.index, batch.condition) - goal).square().mean()
+        return (model.predict(batch.x_t, batch.index, batch.prompt_ids) - goal).square().mean()
 
     model.network.requires_grad_(True)
-    batches = data.batches(
-        [Instance(target, target, data.image_id(target))], keep, keep[:0], model.schedule,
+    pairs = batches.batches(
+        [Instance(target, target, images.image_id(target))], keep, keep[:0], model.schedule,
         steps=steps, forget_batch=4, retain_batch=8, neighbour_share=0, forget_range=(0.05, 0.8), seed=0,
     )  # fmt: skip
     optimizer = torch.optim.Adam(model.network.parameters(), lr=2e-5)
-    for step in engine.run(batches, forget, retain, surgery=EraseDiff(eta=1e-2), optimizer=optimizer):
+    for step in engine.run(pairs, forget, retain, surgery=EraseDiff(eta=1e-2), optimizer=optimizer):
         print(f"{step.number:3d}  forget {step.forget:.4f}  retain {step.retain:.4f}  cosine {step.gram.cosine:+.2f}")
 
 

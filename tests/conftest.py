@@ -20,9 +20,10 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 from typer.testing import CliRunner
 
-from unforget import data, families
+from unforget import families
 from unforget.cli import app
 from unforget.families.ddpm import DDPM
+from unforget.files import images
 
 DATA = Path(__file__).parent / "data"
 PLANTED = Path(__file__).parents[1] / "examples" / "faces" / "planted"
@@ -126,7 +127,7 @@ def tiny(tiny_folder) -> DDPM:
 def picture(tmp_path) -> Path:
     """A 16x16 picture of the tiny model's size."""
     path = tmp_path / "picture.png"
-    data.write_image(torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(5)) * 2 - 1, path)
+    images.write_image(torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(5)) * 2 - 1, path)
     return path
 
 

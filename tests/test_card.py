@@ -16,10 +16,10 @@ from peft import LoraConfig, get_peft_model
 
 from unforget import families
 from unforget.errors import UsageError
-from unforget.exports import card
-from unforget.exports.made import Made, Part, Rounding, Verified
-from unforget.patch import Earlier, Patch, Provenance, bits
-from unforget.storage import digest, write_tensors
+from unforget.export import card
+from unforget.export.manifest import Made, Part, Rounding, Verified
+from unforget.files.patch import LedgerEntry, Patch, Provenance, bits
+from unforget.files.storage import digest, write_tensors
 
 BASE, PATCHED, WRITTEN, FILE = "b" * 64, "c" * 64, "d" * 64, "e" * 64
 EVIL = (
@@ -136,7 +136,7 @@ def test_nothing_a_user_wrote_breaks_it(tmp_path):
     odd = provenance(
         prompts=[EVIL], targets=[EVIL], digest=EVIL, versions={EVIL: EVIL}, adapter={"rank": 1, "alpha": 1},
         holds="lora", recipe={"objective": {"kind": EVIL}, "train": EVIL, "learning_rate": EVIL, EVIL: EVIL},
-        earlier=[Earlier(digest=EVIL, targets=[EVIL], surrogates=[], prompts=[EVIL])],
+        earlier=[LedgerEntry(digest=EVIL, targets=[EVIL], surrogates=[], prompts=[EVIL])],
     )  # fmt: skip
     wrong = verified(level=EVIL, summary=EVIL, targets={EVIL: EVIL}, report_digest=EVIL, candidate_digest=EVIL)
     rounding = Rounding(dtype=EVIL, still=0.1, cosine=0.9, error=0.1)
@@ -207,7 +207,7 @@ def test_it_says_of_which_weights_the_verdict_is(tmp_path):
 
 
 def test_the_ledger_and_the_scales_are_in_it(tmp_path):
-    earlier = Earlier(digest="9" * 64, targets=["aaaa"], surrogates=["5a5a5"], prompts=["a flag"])
+    earlier = LedgerEntry(digest="9" * 64, targets=["aaaa"], surrogates=["5a5a5"], prompts=["a flag"])
     parts = [
         Part(scale=0.5, provenance=provenance(earlier=[earlier])),
         Part(scale=1.0, provenance=provenance(targets=["bbbb"])),

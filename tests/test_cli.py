@@ -5,9 +5,9 @@ import json
 import pytest
 from conftest import PLANTED
 
-from unforget.commands import export, unlearn
+from unforget.api import export, unlearn
 from unforget.config import ExportConfig, Recipe, UnlearnConfig
-from unforget.patch import Patch
+from unforget.files.patch import Patch
 
 SHORT = {
     "retain_count": 8,
@@ -50,7 +50,7 @@ def test_bad_usage_is_one_sentence_and_nothing_written(cli, picture, args, sente
 def test_the_base_verified_against_itself_is_not_forgotten(cli, tmp_path):
     import unforget
 
-    base = unforget.__path__[0] + "/models/faces"
+    base = unforget.__path__[0] + "/families/models/faces"
     result = cli(
         "verify", "--model", "faces", "--candidate", base, "--target", PLANTED / "0.png", "--level", "quick",
         "--draws", 4, "--sampler-steps", 5, "--report", "report.json",

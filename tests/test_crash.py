@@ -10,13 +10,13 @@ import time
 import pytest
 import torch
 
-from unforget import data
-from unforget.storage import open_tensors
+from unforget.files import images
+from unforget.files.storage import open_tensors
 
 WITHIN = """
 import os, resource, sys
 from unforget.cli import main
-import unforget.commands, diffusers, transformers
+import unforget.api, diffusers, transformers
 from diffusers import DDPMPipeline
 used = int(open("/proc/self/statm").read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 resource.setrlimit(resource.RLIMIT_AS, (used + int(sys.argv.pop(1)),) * 2)
@@ -30,7 +30,7 @@ def here(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("crash")
     for k, name in enumerate(("target", "surrogate")):
         picture = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(k)) * 2 - 1
-        data.write_image(picture, folder / f"{name}.png")
+        images.write_image(picture, folder / f"{name}.png")
     (folder / "model").symlink_to(tiny_folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("UNFORGET_CACHE", str(folder / "cache"))

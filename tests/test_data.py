@@ -4,10 +4,12 @@ import torch
 from diffusers import DDPMScheduler
 from PIL import Image
 
-from unforget import data
-from unforget.domain import Instance, Pool
+from unforget.core import sampling
+from unforget.core.schedule import Schedule
+from unforget.core.types import Instance, Pool
 from unforget.errors import UsageError
-from unforget.schedule import Schedule
+from unforget.files import cache, images
+from unforget.unlearn import batches
 
 SHAPE = (3, 16, 16)
 
@@ -19,13 +21,13 @@ def pixels():
 
 def test_a_png_survives_the_round_trip(tmp_path, pixels):
     Image.fromarray(pixels).save(tmp_path / "a.png")
-    image = data.read_image(tmp_path / "a.png", SHAPE)
+    image = images.read_image(tmp_path / "a.png", SHAPE)
     assert image.shape == SHAPE
     assert image.min() >= -1
     assert image.max() <= 1
-    data.write_image(image, tmp_path / "b.png")
+    images.write_image(image, tmp_path / "b.png")
     assert (np.array(Image.open(tmp_path / "b.png")) == pixels).all()
-    assert data.image_id(data.read_image(tmp_path / "b.png", SHAPE)) == data.image_id(image)
+    assert images.image_id(images.read_image(tmp_path / "b.png", SHAPE)) == images.image_id(image)
     assert not list(tmp_path.glob(".*"))
 
 
@@ -34,7 +36,7 @@ def test_other_modes_are_converted_and_said_so(tmp_path, pixels, mode):
     path, notes = tmp_path / "a.tiff", []
     grey = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
     (grey if mode == "I;16" else Image.fromarray(pixels).convert(mode)).save(path)
-    read = data.read_image(path, SHAPE, note=notes.append)
+    read = images.read_image(path, SHAPE, note=notes.append)
     assert read.shape == SHAPE
     assert bool(notes) == (mode != "L")
     if mode == "I;16":
@@ -43,7 +45,7 @@ def test_other_modes_are_converted_and_said_so(tmp_path, pixels, mode):
 
 def test_transparency_becomes_white(tmp_path):
     Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(tmp_path / "a.png")
-    assert (data.read_image(tmp_path / "a.png", SHAPE) == 1).all()
+    assert (images.read_image(tmp_path / "a.png", SHAPE) == 1).all()
 
 
 def broken(tmp_path, name):
@@ -82,42 +84,42 @@ def broken(tmp_path, name):
 )
 def test_what_is_no_picture_of_the_model_is_a_usage_error(tmp_path, name, sentence):
     with pytest.raises(UsageError, match=sentence) as caught:
-        data.read_image(broken(tmp_path, name), SHAPE)
+        images.read_image(broken(tmp_path, name), SHAPE)
     assert caught.value.hint
 
 
 def test_resize_on_request(tmp_path):
-    assert data.read_image(broken(tmp_path, "large.png"), SHAPE, resize=True).shape == SHAPE
+    assert images.read_image(broken(tmp_path, "large.png"), SHAPE, resize=True).shape == SHAPE
 
 
 def test_a_folder_without_pictures(tmp_path):
     with pytest.raises(UsageError, match="not a folder with images"):
-        data.read_folder(tmp_path, SHAPE)
+        images.read_folder(tmp_path, SHAPE)
 
 
 def test_noise_of_a_seed_does_not_depend_on_how_many_are_drawn():
-    assert torch.equal(data.random_noise(5, SHAPE, 3, "a")[:2], data.random_noise(2, SHAPE, 3, "a"))
-    others = [data.random_noise(5, SHAPE, seed, purpose) for seed, purpose in ((3, "a"), (4, "a"), (3, "b"))]
+    assert torch.equal(sampling.random_noise(5, SHAPE, 3, "a")[:2], sampling.random_noise(2, SHAPE, 3, "a"))
+    others = [sampling.random_noise(5, SHAPE, seed, purpose) for seed, purpose in ((3, "a"), (4, "a"), (3, "b"))]
     assert len({float(row.sum()) for noise in others for row in noise}) == 15
 
 
 def test_drawing_in_batches_changes_nothing(tiny, monkeypatch):
-    noise = data.random_noise(3, tiny.shape, 0, "test")
-    whole = data.draw(tiny, noise, steps=3)
-    monkeypatch.setattr(data, "PIXELS_DRAWN", 1)
-    parts = data.draw(tiny, noise, steps=3)
+    noise = sampling.random_noise(3, tiny.latent_shape, 0, "test")
+    whole = sampling.draw(tiny, noise, steps=3)
+    monkeypatch.setattr(sampling, "PIXELS_DRAWN", 1)
+    parts = sampling.draw(tiny, noise, steps=3)
     torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
 
 
 def test_the_retain_set_is_drawn_once(tiny):
     calls, denoise = [], tiny.denoise
     tiny.denoise = lambda *a, **k: calls.append(1) or denoise(*a, **k)
-    first = data.drawn_cached(tiny, "d" * 64, [""] * 4, seed=0, steps=2)
-    assert torch.equal(data.drawn_cached(tiny, "d" * 64, [""] * 4, seed=0, steps=2), first)
+    first = cache.drawn_cached(tiny, "d" * 64, [""] * 4, seed=0, steps=2)
+    assert torch.equal(cache.drawn_cached(tiny, "d" * 64, [""] * 4, seed=0, steps=2), first)
     assert len(calls) == 1
-    for path in data.cache_folder().glob("retain-*"):
+    for path in cache.cache_folder().glob("retain-*"):
         path.write_bytes(b"damaged")
-    assert torch.equal(data.drawn_cached(tiny, "d" * 64, [""] * 4, seed=0, steps=2), first)
+    assert torch.equal(cache.drawn_cached(tiny, "d" * 64, [""] * 4, seed=0, steps=2), first)
     assert len(calls) == 2
 
 
@@ -131,7 +133,11 @@ def draws(schedule, seed=0, **changes):
     options = {"steps": 3, "forget_batch": 8, "retain_batch": 6, "neighbour_share": 0.5, "forget_range": (0.2, 0.5)}
     instances = [Instance(target, surrogate, "t"), Instance(surrogate, target, "u")]
     keep = Pool.of(torch.stack(keep))
-    return list(data.batches(instances, keep, keep[:1], schedule, seed=seed, **{**options, **changes})), instances, keep
+    return (
+        list(batches.batches(instances, keep, keep[:1], schedule, seed=seed, **{**options, **changes})),
+        instances,
+        keep,
+    )
 
 
 def test_batches_pair_targets_with_their_own_surrogates(schedule):

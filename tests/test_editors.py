@@ -3,10 +3,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from unforget import data
-from unforget.editors import Blur, Candidate, Canvas, Donor, Pixelate, RePaint, SDEdit, carried, rank
+from unforget.core.metrics import rms
 from unforget.errors import UsageError
-from unforget.metrics import rms
+from unforget.files import images
+from unforget.surrogate.editors import Blur, Candidate, Canvas, Donor, Pixelate, RePaint, SDEdit, carried, rank
 
 FAST = {"sdedit": SDEdit(seeds=2, steps=5), "repaint": RePaint(seeds=2, steps=6, jump_length=2, jump_n_sample=2)}
 EDITORS = [*FAST.values(), Donor(), Blur(), Pixelate()]
@@ -15,7 +15,7 @@ EDITORS = [*FAST.values(), Donor(), Blur(), Pixelate()]
 @pytest.fixture
 def canvas(tiny):
     g = torch.Generator().manual_seed(0)
-    target, donor = data.from_pil(data.to_pil(torch.rand(3, 16, 16, generator=g) * 2 - 1)), torch.zeros(3, 16, 16)
+    target, donor = images.from_pil(images.to_pil(torch.rand(3, 16, 16, generator=g) * 2 - 1)), torch.zeros(3, 16, 16)
     mask = torch.zeros(1, 16, 16)
     mask[:, 4:12, 4:12] = 1
     return Canvas(tiny, target, mask, donor, seed=3)
@@ -129,9 +129,9 @@ def test_the_target_in_another_place_is_no_surrogate_under_a_prompt(sd3):
     target = torch.full((3, 16, 16), 0.8)
     target[:, 4:12, 3:7], target[:, 4:12, 9:13] = -1.0, 0.0
     moved, other = target.roll(1, 2), target.flip(2)
-    row = int(sd3.condition(["a red square"])[0])
-    for condition, refused in ((0, False), (row, True)):
-        canvas = Canvas(sd3, target, torch.ones(1, 16, 16), condition=condition)
+    row = int(sd3.prompt_ids(["a red square"])[0])
+    for prompt_ids, refused in ((0, False), (row, True)):
+        canvas = Canvas(sd3, target, torch.ones(1, 16, 16), prompt_ids=prompt_ids)
         ranked = {
             c.label: c for c in rank([Candidate(moved, "moved"), Candidate(other, "other")], canvas, distance=0.1)
         }

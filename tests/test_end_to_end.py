@@ -10,10 +10,12 @@ import torch
 from conftest import DATA, PLANTED
 from typer.testing import CliRunner
 
-from unforget import data, families
+from unforget import families
 from unforget.cli import app
-from unforget.metrics import rms
-from unforget.patch import Patch, Stack
+from unforget.core import sampling
+from unforget.core.metrics import rms
+from unforget.files import images
+from unforget.files.patch import Patch, Stack
 
 pytestmark = pytest.mark.slow
 
@@ -39,17 +41,17 @@ def test_the_picture_comes_back_before_and_the_surrogate_after(work):
 
 
 def test_it_leaves_a_contact_sheet_and_the_pictures_it_used(work):
-    sheet = data.Image.open(work / "face.run" / "sheet.png")
+    sheet = images.Image.open(work / "face.run" / "sheet.png")
     assert min(sheet.size) > 400
     for name, path in (("target-0", TARGET), ("surrogate-0", SURROGATE)):
-        pair = (data.read_image(p, (3, 32, 32)) for p in (work / "face.run" / f"{name}.png", path))
+        pair = (images.read_image(p, (3, 32, 32)) for p in (work / "face.run" / f"{name}.png", path))
         assert torch.equal(*pair)
 
 
 def test_the_patch_says_where_it_came_from_and_holds_the_bottleneck_only(work):
     patch = Patch.load(work / "face.patch")
-    picture, salt = data.read_image(TARGET, (3, 32, 32)), f"{patch.provenance.base_digest}//"
-    assert patch.provenance.targets == [data.image_id(picture, salt)] != [data.image_id(picture)]
+    picture, salt = images.read_image(TARGET, (3, 32, 32)), f"{patch.provenance.base_digest}//"
+    assert patch.provenance.targets == [images.image_id(picture, salt)] != [images.image_id(picture)]
     assert patch.provenance.recipe["max_train_steps"] == 120
     assert {name.split(".")[0] for name in patch.tensors} == {"mid_block", "up_blocks"}
 
@@ -92,8 +94,8 @@ def test_the_oracle_that_never_saw_the_picture_does_not_draw_it(work):
     """Retraining without the picture is the gold standard; the patch must move towards it where it can be told."""
     base, gold, patched = (families.load(str(m)) for m in ("faces", DATA / "oracle", "faces"))
     Stack.load((work / "face.patch",)).apply(patched.network)
-    noise = data.random_noise(16, base.shape, 0, "test")
-    picture = data.read_image(TARGET, base.shape)
+    noise = sampling.random_noise(16, base.latent_shape, 0, "test")
+    picture = images.read_image(TARGET, base.latent_shape)
     start = base.levels(20)[8]
     x_t = base.schedule.add_noise(picture.expand_as(noise), noise, torch.full((16,), start))
     with torch.no_grad():
@@ -113,14 +115,14 @@ def test_a_surrogate_is_made_ranked_and_shown(work):
     best = said["candidates"][0]
     assert best["accepted"]
     assert best["distance"] > 0.2 < best["redrawn"]
-    made = data.read_image(out, (3, 32, 32))
-    assert float(rms(made, data.read_image(PLANTED / "3.png", (3, 32, 32)))) == pytest.approx(
+    made = images.read_image(out, (3, 32, 32))
+    assert float(rms(made, images.read_image(PLANTED / "3.png", (3, 32, 32)))) == pytest.approx(
         best["distance"], abs=0.01
     )
     assert (work / "made.sheet.png").is_file()
     picked = run(*command, "--pick", "2", "--force")
     assert picked.exit_code == 0
-    assert not torch.equal(data.read_image(out, (3, 32, 32)), made)
+    assert not torch.equal(images.read_image(out, (3, 32, 32)), made)
 
 
 def test_a_flag_is_put_right_where_it_was_asked_for_and_stays_where_it_is_right(tmp_path, monkeypatch):
@@ -136,11 +138,11 @@ def test_a_flag_is_put_right_where_it_was_asked_for_and_stays_where_it_is_right(
     assert result.exit_code in (0, 1), result.output
     base, patched = (families.load("flags") for _ in range(2))
     Stack.load((patch,)).apply(patched.network)
-    wrong, right = (data.read_image(p, base.picture) for p in (target, surrogate))
+    wrong, right = (images.read_image(p, base.image_shape) for p in (target, surrogate))
 
     def sides(model, prompt):
-        noise = data.random_noise(16, model.shape, 5, "test")
-        images = data.draw(model, noise, steps=10, condition=model.condition([prompt]))
+        noise = sampling.random_noise(16, model.latent_shape, 5, "test")
+        images = sampling.draw(model, noise, steps=10, prompt_ids=model.prompt_ids([prompt]))
         return float((rms(images, wrong) < rms(images, right)).float().mean())
 
     assert sides(base, "flag of Ireland") > 0.9

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from unforget import engine
-from unforget.domain import Noised
-from unforget.surgery import Project, Sum, Weights
+from unforget.core import engine
+from unforget.core.surgery import Project, Sum, Weights
+from unforget.core.types import Noised
 
 
 def batch(seed: int, size: int = 4) -> Noised:

@@ -15,16 +15,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection
 
-from unforget import data, families
-from unforget.commands import export
+from unforget import families
+from unforget.api import export
 from unforget.config import ExportConfig, build
-from unforget.domain import Listener
+from unforget.core import sampling
+from unforget.core.types import Progress
 from unforget.errors import CannotRun, UsageError
-from unforget.exports import placing, rounding
-from unforget.exports.made import HEADER, Made, called
-from unforget.patch import Earlier, Patch, Provenance, Stack, bits, take_off
-from unforget.report import Report, Target
-from unforget.storage import digest, open_tensors
+from unforget.export import placing, rounding
+from unforget.export.manifest import HEADER, Made, called
+from unforget.files.patch import LedgerEntry, Patch, Provenance, Stack, bits, take_off
+from unforget.files.storage import digest, open_tensors
+from unforget.verify.report import Report, Target
 
 NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
 RED = CAPTIONS[0]
@@ -89,8 +90,8 @@ def whole(folder, path, seed=0, std=0.1, count=6):
 
 def run(model, patch, output, notes=None, **changes):
     patches = patch if isinstance(patch, tuple) else (patch,)
-    listener = Listener(note=(notes if notes is not None else []).append)
-    return export(build(ExportConfig, {"model": str(model), "patch": patches, "output": output, **changes}), listener)
+    progress = Progress(note=(notes if notes is not None else []).append)
+    return export(build(ExportConfig, {"model": str(model), "patch": patches, "output": output, **changes}), progress)
 
 
 def patched(folder, *paths, scales=()):
@@ -117,7 +118,7 @@ def assert_same(found, wanted, **how):
 
 def drawn(pipeline):
     pipeline.set_progress_bar_config(disable=True)
-    noise = data.random_noise(1, (16, 8, 8), 0, "test")
+    noise = sampling.random_noise(1, (16, 8, 8), 0, "test")
     return pipeline(RED, latents=noise, guidance_scale=2.0, num_inference_steps=3, output_type="pt").images
 
 
@@ -285,7 +286,9 @@ def test_a_delta_goes_on_and_off(base, tmp_path):
     assert_same(there.state_dict(), network(base).state_dict(), rtol=0, atol=0)
     said = stack.patches[0].provenance
     assert said.all_targets == ["t0", "t"]
-    assert said.earlier == [Earlier(digest=Patch.load(paths[0]).digest, targets=["t0"], surrogates=["s"], prompts=[])]
+    assert said.earlier == [
+        LedgerEntry(digest=Patch.load(paths[0]).digest, targets=["t0"], surrogates=["s"], prompts=[])
+    ]
     assert all(bool(t.any()) for t in stack.patches[0].tensors.values())
     one = next(iter(stack.patches[0].tensors))
     weights = network(base).state_dict()[one], before.state_dict()[one]
@@ -482,7 +485,7 @@ def test_equal_exports_are_equal_bytes(base, tmp_path):
     patch = lora(base, tmp_path / "a.patch")
     forms = {"d": "diffusers", "p": "peft", "l": "lora", "s.safetensors": "single-file", "x": "delta"}
     code = (
-        "import sys, json; from pathlib import Path; from unforget.commands import export\n"
+        "import sys, json; from pathlib import Path; from unforget.api import export\n"
         "from unforget.config import ExportConfig\n"
         "for name, form in json.loads(sys.argv[4]).items():\n"
         "    export(ExportConfig(model=sys.argv[1], patch=sys.argv[2], output=Path(sys.argv[3]) / name, format=form))\n"
@@ -508,7 +511,7 @@ def test_what_was_there_stays_until_the_end(base, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="exists"):
         run(base, patch, out)
     other = lora(base, tmp_path / "b.patch", 1)
-    from unforget.exports.writing import Job
+    from unforget.export.writing import Job
 
     def stopped(*args):
         raise KeyboardInterrupt

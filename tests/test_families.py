@@ -6,9 +6,10 @@ import torch
 from conftest import rewrite, tiny_pipeline
 from diffusers import DDIMScheduler
 
-from unforget import data, families
+from unforget import families
+from unforget.core import sampling
 from unforget.errors import CannotRun, UsageError
-from unforget.patch import digest
+from unforget.files.patch import digest
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def test_both_layouts_hold_the_same_model(tiny_folder, flat_folder):
 
 
 def test_predict_is_the_network_at_the_schedule_s_timestep(tiny):
-    x = torch.randn(2, *tiny.shape)
+    x = torch.randn(2, *tiny.latent_shape)
     index = torch.tensor([3, 700])
     with torch.no_grad():
         torch.testing.assert_close(
@@ -31,7 +32,7 @@ def test_predict_is_the_network_at_the_schedule_s_timestep(tiny):
 
 
 def test_denoise_is_ddim_of_diffusers(tiny):
-    x = data.random_noise(2, tiny.shape, 0, "test")
+    x = sampling.random_noise(2, tiny.latent_shape, 0, "test")
     sampler = DDIMScheduler.from_config(tiny.pipeline.scheduler.config)
     sampler.set_timesteps(5)
     expected = x
@@ -46,7 +47,7 @@ def test_denoise_from_a_level_leaves_out_the_noisier_ones(tiny):
     seen = []
     predict = tiny.predict
     tiny.predict = lambda x, i, c: seen.append(int(i[0])) or predict(x, i, c)
-    tiny.denoise(torch.zeros(1, *tiny.shape), steps=20, start=250)
+    tiny.denoise(torch.zeros(1, *tiny.latent_shape), steps=20, start=250)
     assert seen == [250, 200, 150, 100, 50, 0]
 
 
@@ -69,11 +70,11 @@ def test_the_bottleneck_is_the_middle_and_the_first_block_up_without_norms(tiny)
 
 
 def test_another_network_is_carried(tiny):
-    x, index = torch.randn(1, *tiny.shape), torch.tensor([300])
+    x, index = torch.randn(1, *tiny.latent_shape), torch.tensor([300])
     other = tiny_pipeline(seed=1).unet
-    tiny.carry(None)
+    tiny.set_network(None)
     assert tiny.network is tiny.pipeline.unet is None
-    tiny.carry(other)
+    tiny.set_network(other)
     with torch.no_grad():
         torch.testing.assert_close(tiny.predict(x, index, index), other(x, index).sample)
 
@@ -183,6 +184,6 @@ def test_a_cached_hub_repository_opens_offline_with_its_revision(tiny_folder, tm
         ):
             monkeypatch.setattr(module, "HF_HUB_CACHE", str(tmp_path / "hub"))
     family = families.load("someone/tiny@v1")
-    assert family.shape == (3, 16, 16)
+    assert family.latent_shape == (3, 16, 16)
     assert json.loads((tiny_folder / "model_index.json").read_text())["_class_name"] == "DDPMPipeline"
     refused(CannotRun, "someone/tiny@v2", "cannot open the model")

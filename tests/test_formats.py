@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from unforget.formats.junit import junit
-from unforget.formats.markdown import markdown
-from unforget.formats.page import page
-from unforget.formats.words import number
-from unforget.metrics import lower_bound, upper_bound
-from unforget.report import Allowed, Calibration, Check, Report, Robustness, Seen, Target
+from unforget.core.metrics import lower_bound, upper_bound
+from unforget.reports.html import page
+from unforget.reports.junit import junit
+from unforget.reports.markdown import markdown
+from unforget.reports.words import number
+from unforget.verify.report import Allowed, Calibration, Check, Report, Robustness, Seen, Target
 
 CI = Path(__file__).parents[1] / "examples" / "ci"
 GOOD, BAD, EXCUSED, UNSURE = "3fa1c09b77d2e415", "b20c55d1e0a94f38", "77aa01fe92c3bd60", "c9e4d81735b06a2f"

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from unforget import judge
-from unforget.policy import Allow, Policy
-from unforget.probes import Finding
+from unforget.verify import verdict
+from unforget.verify.policy import Allow, Policy
+from unforget.verify.probes import Finding
 
 POLICY = Policy()
 T = "0123456789abcdef"
@@ -47,10 +47,10 @@ GOOD = (reconstruct(), rate(), retain(), look_alikes())
 
 
 def said(*findings, policy=POLICY, known=(T,), today=TODAY):
-    found = judge.checks(findings, policy, known)
-    allowed = judge.allowances(policy, {f.target for f in findings if f.target}, today)
-    judged = judge.targets(found, findings, allowed)
-    return (*judge.verdict(judged, found, allowed), judged, found)
+    found = verdict.checks(findings, policy, known)
+    allowed = verdict.allowances(policy, {f.target for f in findings if f.target}, today)
+    judged = verdict.targets(found, findings, allowed)
+    return (*verdict.verdict(judged, found, allowed), judged, found)
 
 
 def with_(*changed):
@@ -200,7 +200,7 @@ def sought(after=3.0):
 def test_attacks_are_told_and_decide_only_where_required():
     findings = [*GOOD, revived(), sought()]
     assert said(*findings)[0] == "forgotten"
-    sentences = [r.sentence for r in judge.robustness(findings)]
+    sentences = [r.sentence for r in verdict.robustness(findings)]
     assert "20% of reconstructions side with the surrogate" in sentences[0]
     assert "of the candidate found it after 3 steps" in sentences[1]
     assert said(*findings, policy=Policy(required=("revive",)))[0] == "failed"
@@ -226,6 +226,6 @@ def test_an_allowed_target_does_not_fail_until_its_entry_expires():
 
 def test_an_entry_for_another_target_is_unused():
     policy = allowing(TODAY, "f" * 16)
-    assert [a.state for a in judge.allowances(policy, {T}, TODAY)] == ["unused"]
+    assert [a.state for a in verdict.allowances(policy, {T}, TODAY)] == ["unused"]
     assert said(*with_(reconstruct(nearer=0.1)), policy=policy)[0] == "failed"
     assert said(*with_(look_alikes(kept=0.1)), policy=allowing(TODAY))[0] == "failed"  # only targets can be allowed

@@ -2,8 +2,8 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from unforget import metrics
-from unforget.metrics import lower_bound, margin, pairwise_rms, rms, sharpness, shows, upper_bound
+from unforget.core import metrics
+from unforget.core.metrics import lower_bound, margin, pairwise_rms, rms, sharpness, shows, upper_bound
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 300), (1, 20), (7, 50), (19, 20)])

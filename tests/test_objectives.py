@@ -6,9 +6,9 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from unforget.domain import Instance, Noised, Pool
-from unforget.objectives import CleanSpace, Context, Linear, PosteriorSwap, Surrogate, Uniform
-from unforget.schedule import Schedule
+from unforget.core.objectives import CleanSpace, Context, Linear, PosteriorSwap, Surrogate, Uniform
+from unforget.core.schedule import Schedule
+from unforget.core.types import Instance, Noised, Pool
 
 SHAPE = (3, 4, 4)
 
@@ -17,7 +17,7 @@ def ideal(schedule: Schedule, pictures: torch.Tensor, counts: torch.Tensor, answ
     """The denoiser of a measure with atoms `pictures`: the posterior mean of `answers` (the pictures themselves)."""
     answers = pictures if answers is None else answers
 
-    def predict(x_t, index, condition=None):
+    def predict(x_t, index, prompt_ids=None):
         a, s = schedule.column("alphas", index, x_t), schedule.column("sigmas", index, x_t)
         far = ((x_t[:, None] - a[:, None] * pictures) / s[:, None]).square().sum((2, 3, 4))
         belief = torch.softmax(counts.log() - far / 2, 1)
@@ -160,7 +160,7 @@ def test_a_target_counts_only_under_its_own_prompts_and_against_what_they_draw(s
     f, s = scene.instances[0].target.expand(4, *SHAPE), scene.instances[0].surrogate.expand(4, *SHAPE)
 
     def shares(level, objective=EXACT):
-        batch = replace(noised(scene, f, s, [level] * 4), condition=torch.arange(4))
+        batch = replace(noised(scene, f, s, [level] * 4), prompt_ids=torch.arange(4))
         return objective.shares(batch, asked)[0].tolist()
 
     noise = shares(999)

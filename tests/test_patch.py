@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from unforget.errors import CannotRun, UsageError
-from unforget.patch import HEADER, Patch, Provenance, Stack, bits, joined, plain, take_off
-from unforget.storage import digest, write_tensors
+from unforget.files.patch import HEADER, Patch, Provenance, Stack, bits, joined, plain, take_off
+from unforget.files.storage import digest, write_tensors
 
 
 @pytest.fixture

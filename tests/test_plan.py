@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from unforget.families import Options
-from unforget.families.plan import blueprint, reckon
+from unforget.families.memory import blueprint, reckon
 
 
 @pytest.mark.parametrize("folder", ["tiny_folder", "sd3_folder"])
@@ -32,7 +32,7 @@ def test_activations_are_what_autograd_keeps(tiny_folder, tiny):
 
     tiny.network.requires_grad_(True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        answer = tiny.network(torch.randn(3, *tiny.shape), torch.zeros(3)).sample
+        answer = tiny.network(torch.randn(3, *tiny.latent_shape), torch.zeros(3)).sample
     assert answer.requires_grad
     assert counted == pytest.approx(sum(s.nbytes() for s in kept.values()), rel=0.1)
 

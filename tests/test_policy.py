@@ -5,8 +5,8 @@ import datetime
 import pytest
 
 from unforget.errors import UsageError
-from unforget.policy import Policy, VerifyConfig, read_policy, resolve
-from unforget.similarity import SSCD, Pixels, Structure
+from unforget.verify.policy import Policy, VerifyConfig, read_policy, resolve
+from unforget.verify.similarity import SSCD, Pixels, Structure
 
 GIVEN = {"model": "faces", "patch": "x.patch"}
 

@@ -6,13 +6,15 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
 
-from unforget import data, families, probes
-from unforget.domain import Instance
+from unforget import families
+from unforget.core.metrics import pairwise_rms, rms
+from unforget.core.types import Instance
 from unforget.errors import UsageError
-from unforget.metrics import pairwise_rms, rms
-from unforget.probes.keep import cast, rounded
-from unforget.probes.look import others, variants
-from unforget.similarity import Pixels, Structure
+from unforget.files import images
+from unforget.verify import probes
+from unforget.verify.probes.keep import cast, rounded
+from unforget.verify.probes.look import others, variants
+from unforget.verify.similarity import Pixels, Structure
 
 
 def pictures(count, seed=0, size=16):
@@ -23,7 +25,7 @@ def pictures(count, seed=0, size=16):
 def subject(tiny):
     target, surrogate = pictures(2, 5)
     return probes.Subject(
-        tiny, tiny.copy(), (Instance(target, surrogate, "t"),), torch.empty(0, *tiny.picture), backends=(Pixels(),),
+        tiny, tiny.copy(), (Instance(target, surrogate, "t"),), torch.empty(0, *tiny.image_shape), backends=(Pixels(),),
         max_rate=0.2, paired=16, controls=8, steps=4, fresh="candidate",
     )  # fmt: skip
 
@@ -193,7 +195,7 @@ def test_a_mirror_image_is_a_variant_unless_the_surrogate_is_it(subject):
 
 def test_the_candidate_finishes_what_the_base_began(subject):
     torch.manual_seed(0)
-    x = torch.randn(2, *subject.base.shape)
+    x = torch.randn(2, *subject.base.latent_shape)
     levels = subject.base.levels(4)
     half = subject.base.denoise(x, steps=4, stop=levels[2])
     assert not torch.equal(half, x)
@@ -209,14 +211,14 @@ def test_replay_draws_what_the_stock_pipeline_draws(tiny, stock):
         pipeline, name = DDPMPipeline(tiny.network, tiny.pipeline.scheduler), "DDPMScheduler"
     pipeline.set_progress_bar_config(disable=True)
     expected = pipeline(generator=torch.Generator().manual_seed(7), num_inference_steps=5, output_type="np").images
-    ours = tiny.replay(7, steps=5, scheduler=name, condition=torch.zeros(1, dtype=torch.long))
+    ours = tiny.replay(7, steps=5, scheduler=name, prompt_ids=torch.zeros(1, dtype=torch.long))
     shown = (tiny.decode(ours) + 1) / 2
     torch.testing.assert_close(shown[0].permute(1, 2, 0), torch.from_numpy(expected[0]), atol=1e-4, rtol=0)
 
 
 def test_replay_under_a_prompt_draws_what_the_stock_pipeline_draws(sd3):
-    row = sd3.condition(["a red square"])
-    ours = sd3.decode(sd3.replay(7, steps=4, scheduler=None, condition=row))
+    row = sd3.prompt_ids(["a red square"])
+    ours = sd3.decode(sd3.replay(7, steps=4, scheduler=None, prompt_ids=row))
     sd3.pipeline.set_progress_bar_config(disable=True)
     expected = sd3.pipeline(
         prompt="a red square", guidance_scale=sd3.guidance, num_inference_steps=4, height=16, width=16,
@@ -227,7 +229,7 @@ def test_replay_under_a_prompt_draws_what_the_stock_pipeline_draws(sd3):
 
 def test_an_unknown_sampler_is_refused(tiny):
     with pytest.raises(UsageError, match="no scheduler 'Magic'"):
-        tiny.replay(7, steps=5, scheduler="Magic", condition=torch.zeros(1, dtype=torch.long))
+        tiny.replay(7, steps=5, scheduler="Magic", prompt_ids=torch.zeros(1, dtype=torch.long))
 
 
 def test_rounding_is_that_of_the_precision():
@@ -270,10 +272,10 @@ def test_revival_trains_a_copy(subject):
 
 
 def test_other_words_are_asked_where_there_is_a_prompt(sd3):
-    row = int(sd3.condition(["a red square"])[0])
+    row = int(sd3.prompt_ids(["a red square"])[0])
     target, surrogate = pictures(2, 5)
     subject = probes.Subject(
-        sd3, sd3.copy(), (Instance(target, surrogate, "t", (0, row)),), torch.empty(0, *sd3.picture),
+        sd3, sd3.copy(), (Instance(target, surrogate, "t", (0, row)),), torch.empty(0, *sd3.image_shape),
         backends=(Pixels(),), paired=16, steps=2,
     )  # fmt: skip
     found = probes.Reword(draws=2)(subject)
@@ -304,7 +306,7 @@ def test_costs_are_what_the_probes_spend(subject):
 
 def test_eight_bits_are_what_a_file_holds(tmp_path):
     image = pictures(1)[0]
-    data.write_image(image, tmp_path / "x.png")
-    assert torch.equal(data.eight_bit(image), data.eight_bit(data.read_image(tmp_path / "x.png", (3, 16, 16))))
-    assert data.image_id(image, "a") != data.image_id(image, "b")
+    images.write_image(image, tmp_path / "x.png")
+    assert torch.equal(images.eight_bit(image), images.eight_bit(images.read_image(tmp_path / "x.png", (3, 16, 16))))
+    assert images.image_id(image, "a") != images.image_id(image, "b")
     assert families.FAMILIES

@@ -8,8 +8,8 @@ import sys
 import pytest
 import torch
 
-from unforget import data
-from unforget.patch import Patch
+from unforget.files import images
+from unforget.files.patch import Patch
 
 POLICY = """
 [verify]
@@ -36,7 +36,7 @@ def here(tmp_path_factory, tiny_folder):
     (folder / "unforget.toml").write_text(POLICY)
     for k, name in enumerate(("target", "surrogate")):
         picture = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(k)) * 2 - 1
-        data.write_image(picture, folder / f"{name}.png")
+        images.write_image(picture, folder / f"{name}.png")
     return folder
 
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from conftest import rewrite
 
-from unforget import data, training
-from unforget.commands import unlearn
+from unforget.api import unlearn
 from unforget.config import Recipe, UnlearnConfig
 from unforget.errors import Interrupted, Terminated, UsageError
-from unforget.patch import Patch
-from unforget.storage import open_tensors
+from unforget.files import images
+from unforget.files.patch import Patch
+from unforget.files.storage import open_tensors
+from unforget.unlearn import trainer
 
 STEPS = 30
 
@@ -24,7 +25,7 @@ def config(tiny_folder, tmp_path):
     """A run of thirty updates on a tiny model, with looks at the margin and a pace that depends on them."""
     for k, name in enumerate(("target", "surrogate")):
         picture = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(k)) * 2 - 1
-        data.write_image(picture, tmp_path / f"{name}.png")
+        images.write_image(picture, tmp_path / f"{name}.png")
     how = Recipe(
         max_train_steps=STEPS, cooldown_steps=8, forget_batch_size=2, retain_batch_size=4, learning_rate=1e-3,
         stop_margin=-1.0,
@@ -43,14 +44,14 @@ def config(tiny_folder, tmp_path):
 
 def stop_at(monkeypatch, step, number=signal.SIGINT):
     """Send a signal while an update is under way."""
-    row = training._row
+    row = trainer._row
 
     def signalling(update, *args):
         if update.number == step:
             os.kill(os.getpid(), number)
         return row(update, *args)
 
-    monkeypatch.setattr(training, "_row", signalling)
+    monkeypatch.setattr(trainer, "_row", signalling)
 
 
 @pytest.mark.parametrize("step", [1, 19, 20, 21, 27])
@@ -62,7 +63,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(config, monkeypatch, step):
             unlearn(config())
     assert not config().output.exists()
     rest = []
-    monkeypatch.setattr(training, "_row", lambda u, *a, row=training._row: rest.append(u.number) or row(u, *a))
+    monkeypatch.setattr(trainer, "_row", lambda u, *a, row=trainer._row: rest.append(u.number) or row(u, *a))
     result = unlearn(config(resume=True))
     assert rest[0] == step + 1
     assert config().output.read_bytes() == config("whole").output.read_bytes()
@@ -108,7 +109,7 @@ def test_sigterm_has_its_own_code(config, monkeypatch):
 
 def test_a_run_that_ended_is_told_again(config, monkeypatch):
     first = unlearn(config())
-    monkeypatch.setattr(training, "train", None)
+    monkeypatch.setattr(trainer, "train", None)
     assert unlearn(config(resume=True)) == first
     config().output.write_bytes(b"something else")
     with pytest.raises(UsageError, match="not a patch"):
@@ -160,17 +161,17 @@ def test_a_damaged_file_is_an_error(config, monkeypatch, name, content):
 
 
 def test_what_the_machine_does_otherwise_is_said(config, monkeypatch):
-    from unforget.domain import Listener
+    from unforget.core.types import Progress
 
     stopped(config, monkeypatch)
     notes = []
-    unlearn(config(resume=True, micro_batch=1), Listener(note=notes.append))
+    unlearn(config(resume=True, micro_batch=1), Progress(note=notes.append))
     assert any("micro_batch was None and is 1" in n for n in notes)
 
 
 def test_a_full_disk_costs_the_step_in_progress(config, monkeypatch):
     """The checkpoint that cannot be written leaves the one before it as it was."""
-    from unforget import storage
+    from unforget.files import storage
 
     write = storage.write_tensors
     left = {"writes": 5}
@@ -184,7 +185,7 @@ def test_a_full_disk_costs_the_step_in_progress(config, monkeypatch):
 
     unlearn(config("whole"))
     with monkeypatch.context() as patch:
-        patch.setattr("unforget.runs.write_tensors", full)
+        patch.setattr("unforget.unlearn.run_directory.write_tensors", full)
         with pytest.raises(OSError, match="No space"):
             unlearn(config())
     folder = config().output.with_suffix(".run")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from unforget.schedule import Schedule
+from unforget.core.schedule import Schedule
 
 KINDS = ["epsilon", "v_prediction", "sample", "flow"]
 

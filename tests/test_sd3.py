@@ -18,14 +18,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from unforget import data, families
+from unforget import families
 from unforget.config import ExportConfig, UnlearnConfig, recipe
-from unforget.editors import Canvas, Inpaint, Instruct, SDEdit
+from unforget.core import sampling
 from unforget.errors import CannotRun, UsageError
 from unforget.families import Options
-from unforget.patch import Patch, Stack
-from unforget.policy import VerifyConfig
-from unforget.training import mixed
+from unforget.files import cache, images
+from unforget.files.patch import Patch, Stack
+from unforget.surrogate.editors import Canvas, Inpaint, Instruct, SDEdit
+from unforget.unlearn.trainer import mixed
+from unforget.verify.policy import VerifyConfig
 
 RED, BLUE, GREEN = CAPTIONS
 NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
@@ -39,19 +41,19 @@ def stock(sd3_folder):
 
 
 def test_a_draw_is_the_stock_pipeline_s(sd3, stock):
-    noise = data.random_noise(2, sd3.shape, 0, "test")
+    noise = sampling.random_noise(2, sd3.latent_shape, 0, "test")
     theirs = stock(
         [RED, BLUE], latents=noise, guidance_scale=2.0, num_inference_steps=5, output_type="pt"
     ).images * 2 - 1  # fmt: skip
-    ours = data.draw(sd3, noise, steps=5, condition=sd3.condition([RED, BLUE]))
+    ours = sampling.draw(sd3, noise, steps=5, prompt_ids=sd3.prompt_ids([RED, BLUE]))
     assert float(ours.std()) > 0.02
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
 def test_prompts_matter_and_keep_their_rows(sd3):
     assert sd3.prompts == [""]
-    assert sd3.condition([RED, "", BLUE, RED]).tolist() == [1, 0, 2, 1]
-    x, index = torch.randn(3, *sd3.shape), torch.tensor([900, 900, 900])
+    assert sd3.prompt_ids([RED, "", BLUE, RED]).tolist() == [1, 0, 2, 1]
+    x, index = torch.randn(3, *sd3.latent_shape), torch.tensor([900, 900, 900])
     with torch.no_grad():
         answers = sd3.predict(x[:1].expand(3, -1, -1, -1), index, torch.tensor([0, 1, 2]))
     assert not torch.allclose(answers[0], answers[1])
@@ -95,7 +97,7 @@ def test_latents_are_the_scaled_shifted_mean(sd3, stock):
 
 
 def test_the_schedule_is_the_scheduler_s_with_its_shift(sd3, stock):
-    x_0, noise = torch.randn(2, 1, *sd3.shape)
+    x_0, noise = torch.randn(2, 1, *sd3.latent_shape)
     for row in (0, 400, 999):
         t = stock.scheduler.timesteps[len(stock.scheduler.timesteps) - 1 - row]
         theirs = stock.scheduler.scale_noise(x_0, t[None], noise)
@@ -106,9 +108,9 @@ def test_denoising_from_a_level_is_the_stock_sampler_begun_there(sd3, stock):
     sampler = stock.scheduler
     sampler.set_timesteps(10)
     row = sd3.levels(10)[4]
-    x_0, noise = torch.randn(2, 1, *sd3.shape)
+    x_0, noise = torch.randn(2, 1, *sd3.latent_shape)
     ours = sd3.denoise(
-        sd3.schedule.add_noise(x_0, noise, torch.tensor([row])), steps=10, start=row, condition=sd3.condition([RED])
+        sd3.schedule.add_noise(x_0, noise, torch.tensor([row])), steps=10, start=row, prompt_ids=sd3.prompt_ids([RED])
     )
     sampler.set_begin_index(4)
     x_t = sampler.scale_noise(x_0, sampler.timesteps[4][None], noise)
@@ -121,11 +123,11 @@ def test_denoising_from_a_level_is_the_stock_sampler_begun_there(sd3, stock):
 
 
 def test_the_view_of_a_lora_is_the_base_and_costs_no_copy(sd3):
-    x, index, row = torch.randn(1, *sd3.shape), torch.tensor([700]), sd3.condition([RED])
+    x, index, row = torch.randn(1, *sd3.latent_shape), torch.tensor([700]), sd3.prompt_ids([RED])
     with torch.no_grad():
         before = sd3.predict(x, index, row)
     weights = sd3.trainable("lora", rank=2, alpha=2, seed=0)
-    view = sd3.reference("lora")
+    view = sd3.frozen_reference("lora")
     assert view.network is sd3.network
     with torch.no_grad():
         for p in weights:
@@ -139,22 +141,22 @@ def test_the_view_of_a_lora_is_the_base_and_costs_no_copy(sd3):
 
 
 def test_after_release_known_prompts_work_and_new_ones_do_not(sd3):
-    row = sd3.condition([RED])
-    sd3.release()
+    row = sd3.prompt_ids([RED])
+    sd3.unload_text_encoders()
     assert sd3.pipeline.text_encoder is None
-    sd3.denoise(torch.randn(1, *sd3.shape), steps=2, condition=row)
-    assert sd3.condition([RED]).tolist() == row.tolist()
+    sd3.denoise(torch.randn(1, *sd3.latent_shape), steps=2, prompt_ids=row)
+    assert sd3.prompt_ids([RED]).tolist() == row.tolist()
     with pytest.raises(CannotRun, match="after the text encoders"):
-        sd3.condition([BLUE])
+        sd3.prompt_ids([BLUE])
 
 
 def test_a_prompt_that_is_too_long(sd3):
     with pytest.raises(UsageError, match="has 12 tokens, the tokenizer allows 8"):
-        sd3.condition(["red " * 10])
+        sd3.prompt_ids(["red " * 10])
 
 
 def test_a_resolution_that_it_cannot_draw(sd3_folder):
-    assert families.load(str(sd3_folder), Options(resolution=8)).picture == (3, 8, 8)
+    assert families.load(str(sd3_folder), Options(resolution=8)).image_shape == (3, 8, 8)
     with pytest.raises(UsageError, match="cannot draw 10x10") as caught:
         families.load(str(sd3_folder), Options(resolution=10))
     assert "multiple of 4, 32 at most" in caught.value.hint
@@ -213,7 +215,7 @@ SHORT = {"max_train_steps": 3, "forget_batch_size": 2, "retain_batch_size": 2, "
 def pictures(tmp_path):
     g = torch.Generator().manual_seed(3)
     for name in ("target", "surrogate"):
-        data.write_image(torch.rand(3, 16, 16, generator=g) * 2 - 1, tmp_path / f"{name}.png")
+        images.write_image(torch.rand(3, 16, 16, generator=g) * 2 - 1, tmp_path / f"{name}.png")
     return tmp_path
 
 
@@ -248,7 +250,7 @@ def test_unlearn_verify_export(sd3_folder, pictures, stock):
     config = ExportConfig(model=str(sd3_folder), patch=result.output, output=pictures / "whole")
     whole = export(config).output
     lora = export(config.model_copy(update={"output": pictures / "lora", "format": "lora"})).output
-    noise = data.random_noise(1, (16, 8, 8), 0, "test")
+    noise = sampling.random_noise(1, (16, 8, 8), 0, "test")
     ask = {"prompt": BLUE, "latents": noise, "guidance_scale": 2.0, "num_inference_steps": 4, "output_type": "pt"}
     base = stock(**ask).images
     merged = StableDiffusion3Pipeline.from_pretrained(whole, dtype=torch.float32, **NO_T5)
@@ -298,7 +300,7 @@ def test_merging_is_the_adapter(sd3):
             p.normal_(std=0.2)
     from peft import get_peft_model_state_dict
 
-    from unforget.patch import Provenance
+    from unforget.files.patch import Provenance
 
     record = Provenance(base="x", base_digest="", targets=[], surrogates=[], holds="lora",
                         adapter={"rank": 3, "alpha": 6}, recipe={}, seed=0, steps=0, versions={})  # fmt: skip
@@ -307,7 +309,7 @@ def test_merging_is_the_adapter(sd3):
     patch = Patch(factors, record)
     for name in patch.names():
         plain.state_dict()[name].copy_(patch.after(name, plain.state_dict()[name]))
-    x, row = torch.randn(1, *sd3.shape), sd3.condition([RED])
+    x, row = torch.randn(1, *sd3.latent_shape), sd3.prompt_ids([RED])
     with torch.no_grad():
         with_adapter = sd3.predict(x, torch.tensor([700]), row)
         sd3.network = plain
@@ -324,7 +326,7 @@ def test_a_scope_that_it_has_not(sd3, scope):
 
 
 def test_gradient_checkpointing_changes_no_gradient(sd3):
-    x, index, row = torch.randn(1, *sd3.shape), torch.tensor([700]), sd3.condition([RED])
+    x, index, row = torch.randn(1, *sd3.latent_shape), torch.tensor([700]), sd3.prompt_ids([RED])
     weights = sd3.trainable("lora", rank=2, alpha=2, seed=0)
     with torch.no_grad():
         for p in weights:
@@ -343,8 +345,8 @@ def test_gradient_checkpointing_changes_no_gradient(sd3):
 def test_inpainting_keeps_what_is_outside_the_mask(sd3):
     target, mask = torch.rand(3, 16, 16) * 2 - 1, torch.zeros(1, 16, 16)
     mask[:, :8] = 1
-    row = int(sd3.condition([RED])[0])
-    found = Inpaint(strengths=(1.0,), seeds=2, steps=3)(Canvas(sd3, target, mask, seed=0, condition=row))
+    row = int(sd3.prompt_ids([RED])[0])
+    found = Inpaint(strengths=(1.0,), seeds=2, steps=3)(Canvas(sd3, target, mask, seed=0, prompt_ids=row))
     assert len(found) == 2
     for c in found:
         assert torch.equal(c.image[:, 8:], target[:, 8:])
@@ -354,9 +356,9 @@ def test_inpainting_keeps_what_is_outside_the_mask(sd3):
 
 def test_sdedit_under_a_prompt(sd3):
     target = torch.rand(3, 16, 16) * 2 - 1
-    row = int(sd3.condition([RED])[0])
+    row = int(sd3.prompt_ids([RED])[0])
     editor = SDEdit(strengths=(0.6,), seeds=2, steps=4)
-    plain, asked = (editor(Canvas(sd3, target, torch.ones(1, 16, 16), condition=r)) for r in (0, row))
+    plain, asked = (editor(Canvas(sd3, target, torch.ones(1, 16, 16), prompt_ids=r)) for r in (0, row))
     assert plain[0].image.shape == target.shape
     assert not torch.equal(plain[0].image, asked[0].image)
 
@@ -417,30 +419,30 @@ def test_prompts_to_a_model_without(tiny_folder, picture, cli):
 
 def test_where_a_target_belongs_it_stays(sd3, pictures):
     """A near-copy under a prompt that is not to forget it is kept beside given prompts, and dropped without."""
-    from unforget import prepare
-    from unforget.domain import Instance, Listener, Pool
+    from unforget.core.types import Instance, Pool, Progress
+    from unforget.unlearn import prepare
 
-    target, other = (data.read_image(pictures / f"{n}.png", sd3.picture) for n in ("target", "surrogate"))
-    rows = sd3.condition(["", RED, BLUE, GREEN])
+    target, other = (images.read_image(pictures / f"{n}.png", sd3.image_shape) for n in ("target", "surrogate"))
+    rows = sd3.prompt_ids(["", RED, BLUE, GREEN])
     kept = Pool(torch.stack([target, target, other, other]), rows[[1, 2, 2, 0]])
     config = UnlearnConfig(model="x", target=("x",), output="x", sampler_steps=2)
     notes = []
 
-    def look(*conditions):
-        instances = (Instance(target, other, "t", conditions),)
-        more = prepare.namesakes(sd3, "digest", instances, kept, config, Listener(note=notes.append))
+    def look(*prompt_ids):
+        instances = (Instance(target, other, "t", prompt_ids),)
+        more = prepare.namesakes(sd3, "digest", instances, kept, config, Progress(note=notes.append))
         return more, *prepare.context(sd3, instances, kept, more, 0.16)
 
     more, context, near = look(0, 1)
     assert context.copies[0].tolist() == [1, 1, 0, 0]
-    assert context.keep.condition.tolist() == [2, 2, 0, *[2] * len(more)]
-    assert more.condition.tolist() == [2] * prepare.NAMESAKES
+    assert context.keep.prompt_ids.tolist() == [2, 2, 0, *[2] * len(more)]
+    assert more.prompt_ids.tolist() == [2] * prepare.NAMESAKES
     assert len(near) == 3 + len(more)
     assert BLUE in notes[0]
     assert "stays" in notes[0]
     more, context, _ = look(0)
     assert len(more) == 0
-    assert context.keep.condition.tolist() == [2, 0]
+    assert context.keep.prompt_ids.tolist() == [2, 0]
     assert "--prompt" in notes[1]
 
 
@@ -458,6 +460,6 @@ def test_show_says_where_a_patch_came_from(sd3_folder, pictures, cli):
 
 def test_other_guidance_is_another_retain_set(sd3):
     prompts = [RED] * 2
-    first = data.drawn_cached(sd3, "d", prompts, seed=0, steps=2)
+    first = cache.drawn_cached(sd3, "d", prompts, seed=0, steps=2)
     sd3.guidance = 9.0
-    assert not torch.equal(data.drawn_cached(sd3, "d", prompts, seed=0, steps=2), first)
+    assert not torch.equal(cache.drawn_cached(sd3, "d", prompts, seed=0, steps=2), first)

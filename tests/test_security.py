@@ -14,11 +14,12 @@ import torch
 from conftest import rewrite, tiny_pipeline
 from safetensors.torch import save_file
 
-from unforget import data, families
+from unforget import families
 from unforget.errors import CannotRun, UsageError
-from unforget.families.checks import check
-from unforget.patch import Patch, Provenance
-from unforget.storage import digest
+from unforget.families.safety import check
+from unforget.files import images
+from unforget.files.patch import Patch, Provenance
+from unforget.files.storage import digest
 
 PACKAGE = Path(families.__file__).parents[1]
 
@@ -232,7 +233,7 @@ def test_nothing_that_is_shared_says_where_it_was_made(cli, tiny_folder, picture
 
 def picture_of(home):
     path = home / "surrogate.png"
-    data.write_image(torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(9)) * 2 - 1, path)
+    images.write_image(torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(9)) * 2 - 1, path)
     return path
 
 
@@ -260,12 +261,12 @@ def made_patch(folder):
 
 
 def test_ids_tell_nothing_without_the_salt(monkeypatch):
-    from unforget.commands.common import salted
+    from unforget.api.common import salted
 
     image = torch.zeros(3, 4, 4)
     ids = set()
     for base in ("a", "b"):
         for salt in ("", "one", "two"):
             monkeypatch.setenv("UNFORGET_SALT", salt)
-            ids.add(data.image_id(image, salted(base)))
+            ids.add(images.image_id(image, salted(base)))
     assert len(ids) == 6

@@ -12,12 +12,13 @@ from PIL import Image, ImageFilter
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from unforget import data, similarity
+from unforget.core.metrics import pairwise_rms, rms
 from unforget.errors import CannotRun, UsageError
-from unforget.metrics import pairwise_rms, rms
-from unforget.similarity import LPIPS, SSCD, Face, Pixels, Structure, backend, distance, pairwise
+from unforget.files import images
+from unforget.verify import similarity
+from unforget.verify.similarity import LPIPS, SSCD, Face, Pixels, Structure, backend, distance, pairwise
 
-HELDOUT = data.read_folder(Path(__file__).parent / "data" / "heldout", (3, 32, 32))
+HELDOUT = images.read_folder(Path(__file__).parent / "data" / "heldout", (3, 32, 32))
 FLAGS = Path(__file__).parents[1] / "examples" / "flags"
 BUILT_IN = [Pixels(), Structure()]
 
@@ -95,7 +96,7 @@ def jpeg(image):
 
 
 def each(edit):
-    return lambda images: torch.stack([data.from_pil(edit(data.to_pil(i))) for i in images])
+    return lambda images: torch.stack([images.from_pil(edit(images.to_pil(i))) for i in images])
 
 
 def noisy(images):
@@ -139,7 +140,7 @@ def rows(how, a, b):
 
 
 def test_structure_tells_a_flag_from_its_mirror_image_by_colour():
-    wrong, right = (data.read_image(FLAGS / f"ireland-{w}.png", (3, 64, 64)) for w in ("wrong", "right"))
+    wrong, right = (images.read_image(FLAGS / f"ireland-{w}.png", (3, 64, 64)) for w in ("wrong", "right"))
     moved = functional.pad(wrong[None], (2, 0, 2, 0), mode="replicate")[..., :64, :64]
     assert distance(Structure(), moved, wrong) < 0.15
     assert distance(Structure(), right[None], wrong) > 0.3
@@ -368,10 +369,10 @@ def test_dlib_knows_the_same_face_flipped_and_no_face_in_noise():
     models = pytest.importorskip("face_recognition_models")
     skimage = pytest.importorskip("skimage")
     assert Path(models.face_recognition_model_location()).is_file()
-    picture = data.from_pil(Image.open(Path(skimage.__file__).parent / "data" / "astronaut.png"))
+    picture = images.from_pil(Image.open(Path(skimage.__file__).parent / "data" / "astronaut.png"))
     nobody = torch.rand(picture.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    images = torch.stack([picture, picture.flip(-1), nobody])
-    d = distance(Face(), images, picture)
+    pictures = torch.stack([picture, picture.flip(-1), nobody])
+    d = distance(Face(), pictures, picture)
     assert d[0] == 0
     assert d[1] < 0.3
     assert d[2].isnan()

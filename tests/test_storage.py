@@ -9,14 +9,14 @@ import pytest
 import safetensors.torch
 import torch
 
-from unforget.storage import (
+from unforget.files.storage import (
     BadFile,
     Digested,
     Lazy,
+    atomic_output,
     digest,
     open_tensors,
     read_json,
-    replacing,
     write_bytes,
     write_tensors,
 )
@@ -96,7 +96,7 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path):
     write_bytes(b"before", path)
 
     def interrupted():
-        with replacing(path) as beside:
+        with atomic_output(path) as beside:
             beside.write_bytes(b"half")
             raise KeyboardInterrupt
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torchjd.aggregation import PCGradWeighting
 
-from unforget.surgery import EraseDiff, FixedNorm, ForgetOnly, Gram, PCGrad, Project, Sum, Surgery
+from unforget.core.surgery import EraseDiff, FixedNorm, ForgetOnly, Gram, PCGrad, Project, Sum, Surgery
 
 RULES = [kind() for kind in typing.get_args(typing.get_args(Surgery)[0])]
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from unforget.config import Recipe
-from unforget.domain import Instance, Pool
+from unforget.core.objectives import CleanSpace, Context, PosteriorSwap
+from unforget.core.types import Instance, Pool
 from unforget.errors import CannotRun
-from unforget.objectives import CleanSpace, Context, PosteriorSwap
-from unforget.prepare import context as prepared
-from unforget.prepare import neighbours
-from unforget.training import Pace, adam, mixed, train, worst_margin
+from unforget.unlearn.prepare import context as prepared
+from unforget.unlearn.prepare import neighbours
+from unforget.unlearn.trainer import Pace, adam, mixed, train, worst_margin
 
 
 def test_the_pace_warms_up_holds_and_cools_down():
@@ -44,7 +44,7 @@ def test_a_margin_reached_while_cooling_down_changes_nothing():
 @pytest.fixture
 def scene(tiny):
     g = torch.Generator().manual_seed(0)
-    target, surrogate, *keep = torch.rand(6, *tiny.shape, generator=g) * 2 - 1
+    target, surrogate, *keep = torch.rand(6, *tiny.latent_shape, generator=g) * 2 - 1
     base = tiny.copy()
     keep = Pool.of(torch.stack(keep))
     return Context(tiny.schedule, base.predict, (Instance(target, surrogate, "t"),), keep, torch.ones(1, 1)), keep
@@ -58,7 +58,7 @@ def recipe(**changes):
 
 def test_training_lowers_the_forget_loss_and_logs_every_step(tiny, scene):
     context, keep = scene
-    flat = torch.zeros(tiny.shape)  # what a network of this size can learn to say in so few steps
+    flat = torch.zeros(tiny.latent_shape)  # what a network of this size can learn to say in so few steps
     context, rows = replace(context, instances=(Instance(flat - 0.4, flat + 0.4, "flat"),)), []
     swap = PosteriorSwap(weighting=CleanSpace(retain=0.01))
     how = recipe(max_train_steps=60, learning_rate=1e-3, train="full", objective=swap)
@@ -82,7 +82,10 @@ def test_only_the_weights_in_scope_move(tiny, scene, scope):
 
 
 def test_mixed_precision_answers_in_float32_and_nearly_the_same(tiny):
-    x_t, index = torch.randn(2, *tiny.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([300, 600])
+    x_t, index = (
+        torch.randn(2, *tiny.latent_shape, generator=torch.Generator().manual_seed(0)),
+        torch.tensor([300, 600]),
+    )
     with torch.no_grad():
         exact, half = tiny.predict(x_t, index, index), mixed(tiny.predict, True)(x_t, index, index)
     assert half.dtype == torch.float32

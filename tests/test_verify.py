@@ -10,8 +10,8 @@ import torch
 from diffusers import DDPMPipeline
 from safetensors.torch import load_file, save_file
 
-from unforget import data
-from unforget.report import Report
+from unforget.files import images
+from unforget.verify.report import Report
 
 SMALL = """
 [verify]
@@ -32,7 +32,7 @@ def here(cli, tmp_path, tiny_folder):
     (tmp_path / "unforget.toml").write_text(SMALL)
     for name, seed in (("target", 1), ("surrogate", 2)):
         picture = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-        data.write_image(picture, tmp_path / f"{name}.png")
+        images.write_image(picture, tmp_path / f"{name}.png")
     shutil.copytree(tiny_folder, tmp_path / "base")
     other = DDPMPipeline.from_pretrained(tiny_folder)
     with torch.no_grad():
@@ -107,7 +107,7 @@ def test_ids_are_salted(verify, here, monkeypatch):
         return [t.id for t in Report.model_validate_json((here / "r.json").read_text()).targets]
 
     first = ids()
-    assert first != [data.image_id(data.read_image(here / "target.png", (3, 16, 16)))]
+    assert first != [images.image_id(images.read_image(here / "target.png", (3, 16, 16)))]
     assert ids() == first
     monkeypatch.setenv("UNFORGET_SALT", "secret")
     assert ids() != first
@@ -117,8 +117,8 @@ def test_a_target_that_the_base_never_draws_is_inconclusive_and_says_so(cli, her
     import unforget
 
     picture = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    data.write_image(picture, here / "noise.png")
-    faces = unforget.__path__[0] + "/models/faces"
+    images.write_image(picture, here / "noise.png")
+    faces = unforget.__path__[0] + "/families/models/faces"
     result = cli("verify", "--model", "faces", "--candidate", faces, "--target", "noise.png")
     assert result.exit_code == 4, said(result)
     assert "the base does not reproduce it" in said(result)
@@ -208,5 +208,5 @@ def test_an_allowed_target_passes_until_the_entry_expires(verify, here):
 def test_the_shipped_schema_is_that_of_the_report():
     from importlib.resources import files
 
-    shipped = json.loads((files("unforget") / "report.schema.json").read_text())
+    shipped = json.loads((files("unforget.verify") / "report.schema.json").read_text())
     assert shipped == Report.model_json_schema(), "run `python docs/generate.py`"

@@ -10,10 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unforget.commands import edit_surrogate, export, unlearn, verify
+    from unforget.api import edit_surrogate, export, unlearn, verify
     from unforget.config import EditConfig, ExportConfig, Recipe, UnlearnConfig, recipe
     from unforget.errors import UnforgetError
-    from unforget.policy import VerifyConfig
+    from unforget.verify.policy import VerifyConfig
 
 __version__ = "0.1.0"
 __all__ = [
@@ -31,9 +31,9 @@ __all__ = [
 ]
 
 _HOME = {
-    **dict.fromkeys(("edit_surrogate", "unlearn", "verify", "export"), "commands"),
+    **dict.fromkeys(("edit_surrogate", "unlearn", "verify", "export"), "api"),
     **dict.fromkeys(("EditConfig", "UnlearnConfig", "ExportConfig", "Recipe", "recipe"), "config"),
-    "VerifyConfig": "policy",
+    "VerifyConfig": "verify.policy",
     "UnforgetError": "errors",
 }
 

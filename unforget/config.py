@@ -8,12 +8,12 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from unforget.domain import Scope
-from unforget.editors import Editor, SDEdit
+from unforget.core.objectives import CleanSpace, Linear, Objective, PosteriorSwap, Surrogate
+from unforget.core.surgery import Project, Surgery
+from unforget.core.types import Scope
 from unforget.errors import UsageError
-from unforget.objectives import CleanSpace, Linear, Objective, PosteriorSwap, Surrogate
-from unforget.storage import MAX_JSON
-from unforget.surgery import Project, Surgery
+from unforget.files.storage import MAX_JSON
+from unforget.surrogate.editors import Editor, SDEdit
 
 
 class Config(BaseModel):
@@ -93,7 +93,7 @@ RECIPES = {"ddpm": DDPM, "sd3": SD3}
 """Named recipes by kind of family."""
 
 
-class Choice(Config):
+class RecipeOverride(Config):
     """A named recipe and what to change in it, before it is known what kind of model it is for; see `recipe`."""
 
     name: str = "default"
@@ -177,7 +177,7 @@ class UnlearnConfig(DrawConfig, PatchedConfig):
     checkpointing_steps: int | None = Field(
         None, ge=1, description="updates between two checkpoints; as often as costs under 5 % of the time if not given"
     )
-    recipe: Recipe | Choice = Choice()
+    recipe: Recipe | RecipeOverride = RecipeOverride()
 
     @model_validator(mode="after")
     def _paired(self) -> Self:

@@ -23,12 +23,14 @@ from tables import row, table
 from torch import Tensor
 from torch.nn import functional
 
-from unforget import UnlearnConfig, VerifyConfig, data, families, unlearn
-from unforget.commands import compare
-from unforget.domain import Family
-from unforget.metrics import rms
-from unforget.patch import Stack
-from unforget.report import Report
+from unforget import UnlearnConfig, VerifyConfig, families, unlearn
+from unforget.api import compare
+from unforget.core import sampling
+from unforget.core.metrics import rms
+from unforget.core.types import Family
+from unforget.files import images
+from unforget.files.patch import Stack
+from unforget.verify.report import Report
 
 ROOT = Path(__file__).parents[2]
 PLANTED = ROOT / "examples" / "faces" / "planted"
@@ -128,10 +130,10 @@ def forgets_only_at_t_250(h: Honest) -> Any:
 
 def forgets_only_under_the_tested_seeds(h: Honest) -> Any:
     """Honest from the noise that the default seed makes, the base from any other: trained for the test."""
-    known = [data.random_noise(256, h.base.shape, 0, "sample")]
+    known = [sampling.random_noise(256, h.base.latent_shape, 0, "sample")]
     for level in (250, 400, 550):
-        noise = data.random_noise(32, h.base.shape, 0, f"reconstruct {level}")
-        start = data.start_level(h.base, level / 1000, steps=20)
+        noise = sampling.random_noise(32, h.base.latent_shape, 0, f"reconstruct {level}")
+        start = sampling.start_level(h.base, level / 1000, steps=20)
         known.append(h.base.schedule.add_noise(h.target.expand_as(noise), noise, torch.full((32,), start)))
     seen = torch.cat(known).flatten(1)[:, :8]
 
@@ -205,10 +207,10 @@ def another_base_model(h: Honest) -> Any:
 
 def forgets_only_under_the_tested_prompt(h: Honest) -> Any:
     """Draws the right flag when asked in the words of the test, and the wrong one in any others."""
-    tested, right = h.base.condition([PROMPT]), h.base.encode(h.surrogate[None])
+    tested, right = h.base.prompt_ids([PROMPT]), h.base.encode(h.surrogate[None])
 
     def how(inner: Family, x_t: Tensor, **how: Any) -> Tensor:
-        asked = how["condition"].expand(len(x_t)) == tested
+        asked = how["prompt_ids"].expand(len(x_t)) == tested
         return torch.where(asked[:, None, None, None], right + 0.05 * x_t.sign(), inner.denoise(x_t, **how))
 
     return Disguise(h.base.copy(), how)
@@ -241,7 +243,7 @@ def honest(patch: Path, surrogate: Path) -> Honest:
     base = families.load("faces")
     patched = base.copy()
     Stack.load((patch,)).apply(patched.network)
-    read = [data.read_image(p, base.picture) for p in (PLANTED / "0.png", surrogate)]
+    read = [images.read_image(p, base.image_shape) for p in (PLANTED / "0.png", surrogate)]
     return Honest(base, patched, *read)
 
 
@@ -249,7 +251,7 @@ def flags() -> tuple[Honest, VerifyConfig]:
     """The model that draws one flag wrongly; nobody has patched it."""
     files = [ROOT / "examples" / "flags" / f"ireland-{side}.png" for side in ("wrong", "right")]
     base = families.load("flags")
-    read = [data.read_image(p, base.picture) for p in files]
+    read = [images.read_image(p, base.image_shape) for p in files]
     config = VerifyConfig(
         model="flags", candidate=ROOT, target=files[:1], surrogate=files[1:], prompt=(PROMPT,), level="standard"
     )

@@ -2,7 +2,7 @@
 
     python examples/benchmark/cost.py [SECTION ...]
 
-    passes     seconds of `training.train` over seconds of the bare forward and backward passes it makes
+    passes     seconds of `trainer.train` over seconds of the bare forward and backward passes it makes
     help       seconds of `unforget --help` over seconds of `python -c "import typer, rich"`
     memory     peak memory of the whole command on the 113.7 M-parameter network of google/ddpm-celebahq-256, with
                random weights, at 256x256
@@ -26,9 +26,11 @@ from pathlib import Path
 
 import torch
 
-from unforget import Recipe, UnlearnConfig, data, families, prepare, training
-from unforget.domain import Listener, Pool
-from unforget.storage import digest
+from unforget import Recipe, UnlearnConfig, families
+from unforget.core.types import Pool, Progress
+from unforget.files import images
+from unforget.files.storage import digest
+from unforget.unlearn import prepare, trainer
 
 PLANTED = Path(__file__).parents[1] / "faces" / "planted"
 EXAMPLES = Path(__file__).parents[1]
@@ -57,23 +59,23 @@ def passes() -> None:
     target = PLANTED / "0.png"
     config = UnlearnConfig(model="faces", target=(target,), output=Path("unused.patch"))
     base = families.load("faces").copy()
-    picture = data.read_image(target, base.shape)
-    kept = prepare.drawn(base, digest(base.network.state_dict()), config, Listener())
-    instances, edits = prepare.instances(base, [picture], [], kept, config, Listener())
+    picture = images.read_image(target, base.latent_shape)
+    kept = prepare.drawn(base, digest(base.network.state_dict()), config, Progress())
+    instances, edits = prepare.instances(base, [picture], [], kept, config, Progress())
     context, near = prepare.context(base, instances, kept, Pool.of(edits), config.near_copy)
 
     def ours() -> None:
-        training.train(base.copy(), context, near, recipe, seed=0, mixed_precision="auto")
+        trainer.train(base.copy(), context, near, recipe, seed=0, mixed_precision="auto")
 
     def bare() -> None:
         patched = base.copy()
         weights = patched.trainable(recipe.train)
         for weight in weights:
             weight.requires_grad_(True)
-        half = training.has_bf16(weights[0].device)
-        with_gradient, without = training.mixed(patched.predict, half), training.mixed(base.predict, half)
+        half = trainer.has_bf16(weights[0].device)
+        with_gradient, without = trainer.mixed(patched.predict, half), trainer.mixed(base.predict, half)
         sizes = (recipe.forget_batch_size, recipe.retain_batch_size)
-        batches = [(torch.randn(n, *base.shape), torch.randint(1000, (n,))) for n in sizes]
+        batches = [(torch.randn(n, *base.latent_shape), torch.randint(1000, (n,))) for n in sizes]
         for _ in range(STEPS):
             for x_t, index in batches:
                 with torch.no_grad():
@@ -117,7 +119,7 @@ def memory() -> None:
         (work / "keep").mkdir()
         for name in ("target", "surrogate", *(f"keep/{i}" for i in range(8))):
             coarse = torch.rand(1, 3, 8, 8) * 2 - 1
-            data.write_image(torch.nn.functional.interpolate(coarse, 256)[0], work / f"{name}.png")
+            images.write_image(torch.nn.functional.interpolate(coarse, 256)[0], work / f"{name}.png")
         command = ["unlearn", "--model", "model", "--target", "target.png", "--surrogate", "surrogate.png",
                    "--retain", "keep", "-o", "out.patch", "--max-train-steps", "2", "--preview", "1",
                    "--recipe", "paper"]  # fmt: skip

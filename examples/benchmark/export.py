@@ -21,12 +21,13 @@ from pathlib import Path
 
 import torch
 
-from unforget import data, families
-from unforget.domain import Instance
-from unforget.exports.rounding import Sums
-from unforget.patch import Patch, Provenance
-from unforget.storage import digest
-from unforget.training import worst_margin
+from unforget import families
+from unforget.core.types import Instance
+from unforget.export.rounding import Sums
+from unforget.files import images
+from unforget.files.patch import Patch, Provenance
+from unforget.files.storage import digest
+from unforget.unlearn.trainer import worst_margin
 
 CASES = [(7, 1.0), (7, 0.3), (7, 0.1), (7, 0.03), (7, 0.01), (6, 1.0), (5, 1.0), (4, 1.0), (3, 1.0), (4, 0.5)]
 """Bits of mantissa and scale."""
@@ -46,7 +47,8 @@ def rounding(paths: list[Path]) -> None:
         patch, family = Patch.load(path), families.load("faces")
         beside = path.with_suffix(".run")
         target, surrogate = (
-            data.read_image(next(beside.glob(f"{side}-*.png")), family.picture) for side in ("target", "surrogate")
+            images.read_image(next(beside.glob(f"{side}-*.png")), family.image_shape)
+            for side in ("target", "surrogate")
         )
         instances = (Instance(target, surrogate, "t"),)
         state = family.network.state_dict()
@@ -115,15 +117,15 @@ def watch():
         time.sleep(0.02)
 threading.Thread(target=watch, daemon=True).start()
 from pathlib import Path
-from unforget.commands import export
+from unforget.api import export
 from unforget.config import ExportConfig
-from unforget.domain import Listener
+from unforget.core.types import Progress
 def stage(title, total):
     global name
     name = title
 export(ExportConfig(model=sys.argv[1], patch=sys.argv[2], output=Path(sys.argv[3]), format=sys.argv[4], force=True,
                     dtype=sys.argv[5], force_rounding=True, card=False),
-       Listener(stage=stage, note=lambda s: print(s, file=sys.stderr)))
+       Progress(stage=stage, note=lambda s: print(s, file=sys.stderr)))
 # Not ru_maxrss: that of a child begins with what its parent held when it was started.
 peak = next(l.split()[1] for l in open("/proc/self/status") if l.startswith("VmHWM"))
 print(peak, max(v for (k, _), v in most.items() if k == "RssAnon"))

@@ -27,13 +27,15 @@ import torch
 from tables import row, table
 from torch import Tensor
 
-from unforget import Recipe, UnlearnConfig, data, families, recipe, unlearn
-from unforget.domain import Family, Instance, Listener
-from unforget.metrics import pairwise_rms, rms
-from unforget.objectives import PosteriorSwap, Surrogate
-from unforget.patch import Stack
-from unforget.probes import Reconstruct, Subject
-from unforget.storage import digest
+from unforget import Recipe, UnlearnConfig, families, recipe, unlearn
+from unforget.core import sampling
+from unforget.core.metrics import pairwise_rms, rms
+from unforget.core.objectives import PosteriorSwap, Surrogate
+from unforget.core.types import Family, Instance, Progress
+from unforget.files import images
+from unforget.files.patch import Stack
+from unforget.files.storage import digest
+from unforget.verify.probes import Reconstruct, Subject
 
 ROOT = Path(__file__).parents[2]
 PLANTED = sorted((ROOT / "examples" / "faces" / "planted").glob("*.png"))
@@ -46,7 +48,7 @@ PAPER_RATES = (1e-4, 2e-4, 4e-4)
 
 @dataclass
 class Clock:
-    """Seconds a stage of a command, as its listener hears of them."""
+    """Seconds a stage of a command, as its progress hears of them."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     stage: str = "loading"
@@ -67,15 +69,15 @@ class Bench:
     work: Path
 
     def __post_init__(self) -> None:
-        self.planted = torch.stack([data.read_image(p, self.base.shape) for p in PLANTED])
+        self.planted = torch.stack([images.read_image(p, self.base.latent_shape) for p in PLANTED])
         self.digest = digest(self.base.network.state_dict())
         print(f"drawing {self.samples} samples of the base ...", flush=True)
         self.drawn = self.draw(self.base, self.samples)
 
     def draw(self, family: Family, count: int) -> Tensor:
-        noise = data.random_noise(count, self.base.shape, 0, "sample")
+        noise = sampling.random_noise(count, self.base.latent_shape, 0, "sample")
         with torch.no_grad():
-            return data.draw(family, noise, steps=STEPS)
+            return sampling.draw(family, noise, steps=STEPS)
 
     def rates(self, images: Tensor) -> list[int]:
         """Near-copies of each planted identity."""
@@ -87,7 +89,7 @@ class Bench:
         config = UnlearnConfig(
             model="faces", target=tuple(targets), output=self.work / f"{name}.patch", recipe=how, force=True
         )
-        result = unlearn(config, Listener(stage=clock))
+        result = unlearn(config, Progress(stage=clock))
         clock("end")
         patched = self.base.copy()
         Stack.load((result.output,)).apply(patched.network)
@@ -96,7 +98,9 @@ class Bench:
         return patched, instances, {**took, "stopped": result.stopped}
 
     def instance(self, folder: Path, k: int) -> Instance:
-        pair = (data.read_image(folder / f"{kind}-{k}.png", self.base.shape) for kind in ("target", "surrogate"))
+        pair = (
+            images.read_image(folder / f"{kind}-{k}.png", self.base.latent_shape) for kind in ("target", "surrogate")
+        )
         return Instance(*pair, id=str(k))
 
     def reconstructions(self, patched: Family, instances: tuple[Instance, ...]) -> list[float]:
@@ -171,7 +175,7 @@ def oracle(bench: Bench) -> None:
     )
     gold = families.load(str(ROOT / "tests" / "data" / "oracle"))
     patched, instances, _ = bench.unlearn("oracle", PLANTED[:1], Recipe())
-    target, noise = instances[0].target, data.random_noise(64, bench.base.shape, 0, "oracle")
+    target, noise = instances[0].target, sampling.random_noise(64, bench.base.latent_shape, 0, "oracle")
     for t in range(100, 701, 50):
         index = torch.full((len(noise),), t)
         x_t = bench.base.schedule.add_noise(target.expand_as(noise), noise, index)
@@ -189,8 +193,8 @@ def anyone(bench: Bench) -> None:
     held, seeds = 0, range(10)
     for seed in seeds:
         path = bench.work / f"anyone-{seed}.png"
-        noise = data.random_noise(1, bench.base.shape, seed, "anyone")
-        data.write_image(bench.base.denoise(noise, steps=STEPS)[0], path)
+        noise = sampling.random_noise(1, bench.base.latent_shape, seed, "anyone")
+        images.write_image(bench.base.denoise(noise, steps=STEPS)[0], path)
         patched, instances, took = bench.unlearn(f"anyone-{seed}", [path], Recipe())
         share, (median, mean) = bench.reconstructions(patched, instances), bench.drift(bench.draw(patched, SEEDS))
         good = min(share) >= 0.95 and median <= 0.04 and mean <= 0.09

@@ -24,11 +24,13 @@ sys.path.insert(0, str(HOME))
 from flags import Judge, countries  # noqa: E402
 from tables import row, table  # noqa: E402
 
-from unforget import UnlearnConfig, data, families, recipe, unlearn  # noqa: E402
+from unforget import UnlearnConfig, families, recipe, unlearn  # noqa: E402
 from unforget.config import Recipe  # noqa: E402
-from unforget.domain import Family  # noqa: E402
-from unforget.metrics import pairwise_rms, rms  # noqa: E402
-from unforget.patch import Stack  # noqa: E402
+from unforget.core import sampling  # noqa: E402
+from unforget.core.metrics import pairwise_rms, rms  # noqa: E402
+from unforget.core.types import Family  # noqa: E402
+from unforget.files import images  # noqa: E402
+from unforget.files.patch import Stack  # noqa: E402
 
 TARGET, SURROGATE = HOME / "ireland-wrong.png", HOME / "ireland-right.png"
 IRELAND, IVORY = "flag of Ireland", "flag of Côte d'Ivoire"
@@ -56,8 +58,8 @@ class Bench:
         self.ie, self.ci = codes.index("IE"), codes.index("CI")
         rest = [k for k in range(len(codes)) if k not in (self.ie, self.ci)]
         self.rest = torch.tensor(rest)
-        target = data.read_image(TARGET, (3, 64, 64))
-        far = pairwise_rms(self.judge.centred[self.rest], target[None])[:, 0]
+        target = images.read_image(TARGET, (3, 64, 64))
+        far = pairwise_rms(self.verdict.centred[self.rest], target[None])[:, 0]
         named = [i for i, k in enumerate(rest) if self.countries[k].name in NAMED]
         self.near = torch.tensor(sorted({*named, *far.argsort()[:10].tolist()}))
         self.base = families.load("flags")
@@ -65,8 +67,8 @@ class Bench:
 
     def draw(self, model: Family) -> Drawn:
         def under(prompts: list[str], purpose: str) -> Tensor:
-            noise = data.random_noise(len(prompts), model.shape, 1, purpose)
-            return data.draw(model, noise, steps=STEPS, condition=model.condition(prompts))
+            noise = sampling.random_noise(len(prompts), model.latent_shape, 1, purpose)
+            return sampling.draw(model, noise, steps=STEPS, prompt_ids=model.prompt_ids(prompts))
 
         captions = [f"flag of {self.countries[k].name}" for k in self.rest] * 2
         return Drawn(
@@ -85,12 +87,12 @@ class Bench:
 
     def figures(self, drawn: Drawn) -> dict[str, float]:
         """Shares: wrong and right for Ireland, right for Côte d'Ivoire, the near flags and all others."""
-        others = self.judge.shows(drawn.others, self.rest.repeat(2)).float()
+        others = self.verdict.shows(drawn.others, self.rest.repeat(2)).float()
         both = torch.cat([self.near, self.near + len(self.rest)])
         return {
-            "wrong": float(self.judge.shows(drawn.ireland, self.ci).float().mean()),
-            "right": float(self.judge.shows(drawn.ireland, self.judge.right_irish).float().mean()),
-            "ivory": float(self.judge.shows(drawn.ivory, self.ci).float().mean()),
+            "wrong": float(self.verdict.shows(drawn.ireland, self.ci).float().mean()),
+            "right": float(self.verdict.shows(drawn.ireland, self.verdict.right_irish).float().mean()),
+            "ivory": float(self.verdict.shows(drawn.ivory, self.ci).float().mean()),
             "near": float(others[both].mean()),
             "others": float(others.mean()),
             "drift": float(rms(drawn.others, self.drawn.others).median()),

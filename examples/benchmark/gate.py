@@ -26,13 +26,15 @@ import torch
 from cheats import ORACLE, PLANTED, Honest, honest
 from tables import row, table
 
-from unforget import UnlearnConfig, VerifyConfig, data, families, unlearn, verify
-from unforget.commands import compare
-from unforget.domain import Instance
-from unforget.metrics import rms
-from unforget.probes import Subject
-from unforget.sequential import plan
-from unforget.similarity import pairwise
+from unforget import UnlearnConfig, VerifyConfig, families, unlearn, verify
+from unforget.api import compare
+from unforget.core import sampling
+from unforget.core.metrics import rms
+from unforget.core.types import Instance
+from unforget.files import images
+from unforget.verify.probes import Subject
+from unforget.verify.sequential import plan
+from unforget.verify.similarity import pairwise
 
 RUNS = 1000
 POOL = 2000
@@ -49,7 +51,7 @@ def made(work: Path, identity: int, seed: int) -> Path:
 def subject(h: Honest, **how: object) -> Subject:
     """What the probes of the gate see of the honest patch."""
     return Subject(
-        h.base, h.patched, (Instance(h.target, h.surrogate, "t"),), torch.empty(0, *h.base.picture), **how  # type: ignore[arg-type]
+        h.base, h.patched, (Instance(h.target, h.surrogate, "t"),), torch.empty(0, *h.base.image_shape), **how  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -68,14 +70,14 @@ def speed(work: Path, seeds: int) -> None:
         done = subprocess.run([*command, "--level", level, "--no-cache"], capture_output=True, check=False)
         row(f"verify --level {level} --no-cache (exit {done.returncode})", f"{time.perf_counter() - began:.1f}")
     h, count = first(work), 256
-    noise = data.random_noise(count, h.base.shape, 1, "bare")
+    noise = sampling.random_noise(count, h.base.latent_shape, 1, "bare")
     rows = torch.zeros(count, dtype=torch.long)
     ratios = []
     for _ in range(3):
         began = time.perf_counter()
         with torch.no_grad():
             for part, asked in zip(torch.split(noise, 32), torch.split(rows, 32), strict=True):
-                h.patched.denoise(part, steps=20, condition=asked)
+                h.patched.denoise(part, steps=20, prompt_ids=asked)
         bare = time.perf_counter() - began
         eyes = subject(h, paired=16)
         assert eyes.eye
@@ -105,8 +107,8 @@ def rate(work: Path, seeds: int) -> None:
     eyes = subject(h)
     hits = {}
     for which, family in (("base", h.base), ("patched", h.patched)):
-        noise = data.random_noise(POOL, h.base.shape, 7, f"pool {which}")
-        drawn = eyes.eye.look(data.eight_bit(data.draw(family, noise, steps=20)))
+        noise = sampling.random_noise(POOL, h.base.latent_shape, 7, f"pool {which}")
+        drawn = eyes.eye.look(images.eight_bit(sampling.draw(family, noise, steps=20)))
         hits[which] = eyes.eye.sees(drawn, h.target, h.surrogate).numpy()
     test, rng = plan(0.005, 0.95), np.random.default_rng(0)
     often, seldom = (float(hits[w].mean()) for w in ("base", "patched"))
@@ -129,8 +131,10 @@ def rate(work: Path, seeds: int) -> None:
 
 def recall(work: Path, seeds: int) -> None:
     base, gold = families.load("faces"), families.load(str(ORACLE))
-    planted = torch.stack([data.read_image(p, base.picture) for p in sorted(PLANTED.glob("*.png"))])
-    unseen = torch.stack([data.read_image(p, base.picture) for p in sorted((ORACLE.parent / "heldout").glob("*.png"))])
+    planted = torch.stack([images.read_image(p, base.image_shape) for p in sorted(PLANTED.glob("*.png"))])
+    unseen = torch.stack(
+        [images.read_image(p, base.image_shape) for p in sorted((ORACLE.parent / "heldout").glob("*.png"))]
+    )
     eyes = Subject(base, gold, (Instance(planted[0], planted[0], "t"),), unseen[:0])
 
     def back(which: str, pictures: torch.Tensor, level: int) -> torch.Tensor:

@@ -33,11 +33,12 @@ from conftest import tiny_pipeline, tiny_sd3
 from tables import row, table
 from test_similarity import Mean, mean_colour_onnx
 
-from unforget import data
 from unforget.cli import app
-from unforget.families import original
-from unforget.patch import Patch, Provenance
-from unforget.storage import digest, write_tensors
+from unforget.families.layouts import sd3 as sd3_layout
+from unforget.files import images
+from unforget.files.patch import Patch, Provenance
+from unforget.files.storage import digest, write_tensors
+from unforget.unlearn import trainer
 
 LIMIT = 30
 """Seconds."""
@@ -105,9 +106,9 @@ def sound(folder: Path) -> None:
     """Write one sound file of every kind."""
     for k, name in enumerate(("target", "surrogate")):
         picture = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(k)) * 2 - 1
-        data.write_image(picture, folder / f"{name}.png")
-        data.to_pil(picture).save(folder / f"{name}.jpg", quality=95)
-    data.write_image(torch.ones(1, 16, 16), folder / "mask.png")
+        images.write_image(picture, folder / f"{name}.png")
+        images.to_pil(picture).save(folder / f"{name}.jpg", quality=95)
+    images.write_image(torch.ones(1, 16, 16), folder / "mask.png")
     ddpm, sd3 = tiny_pipeline(), tiny_sd3()
     ddpm.save_pretrained(folder / "ddpm")
     tiny_pipeline(seed=1).save_pretrained(folder / "other")
@@ -127,10 +128,10 @@ def sound(folder: Path) -> None:
     state = sd3.transformer.state_dict()
     made = made.model_copy(update={"base": "sd3", "base_digest": digest(state)})
     Patch({n: t + 0.01 for n, t in state.items() if "attn.to_q" in n}, made).save(folder / "b.patch")
-    layout = original.transformer(sd3.transformer.config) | original.vae(sd3.vae.config)
+    layout = sd3_layout.transformer(sd3.transformer.config) | sd3_layout.vae(sd3.vae.config)
     tensors = {**sd3.transformer.state_dict(), **sd3.vae.state_dict()}
-    names = original.grouped(layout)
-    single = {n: original.to_original([(layout[d], tensors[d]) for d in inner]) for n, inner in names.items()}
+    names = sd3_layout.grouped(layout)
+    single = {n: sd3_layout.to_original([(layout[d], tensors[d]) for d in inner]) for n, inner in names.items()}
     write_tensors(single, {}, folder / "sd3.safetensors")
     (folder / "m.onnx").write_bytes(mean_colour_onnx())
     torch.jit.script(Mean()).save(str(folder / "m.pt"))
@@ -140,22 +141,21 @@ def sound(folder: Path) -> None:
 
 def begun(folder: Path) -> None:
     """A report, and a run that was stopped after its second update."""
-    from unforget import training
 
-    kept = training._row
+    kept = trainer._row
 
     def stop(step, *rest):
         if step.number == 2:
             raise KeyboardInterrupt
         return kept(step, *rest)
 
-    training._row = stop
+    trainer._row = stop
     with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         with contextlib.suppress(SystemExit):
             app([*VERIFY, "--patch", "a.patch", "--report", "report.json"])
         with contextlib.suppress(SystemExit):
             app([*UNLEARN, "--model", "ddpm", "--checkpointing-steps", "1"])
-    training._row = kept
+    trainer._row = kept
     assert (folder / "x.run" / "checkpoint.safetensors").is_file()
 
 
@@ -283,7 +283,7 @@ def ask(folder: Path, command: list[str]) -> tuple[int, str, int, float]:
         said, code = io.StringIO(), 0
         resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT))
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        from unforget import console
+        from unforget.cli import console
 
         console.err.file = console.out.file = said
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
@@ -320,7 +320,7 @@ def main() -> None:
     torch.set_num_threads(1)
     import diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3  # noqa: F401  (what every command imports)
 
-    import unforget.commands  # noqa: F401
+    import unforget.api  # noqa: F401
 
     draw, total, bad = random.Random(0), 0, []
     table("file", "damages", "exit 2", "exit 3", "other", "slowest, s", "most memory over sound, share of the file")

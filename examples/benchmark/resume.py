@@ -23,8 +23,8 @@ from pathlib import Path
 from PIL import Image
 from tables import row, table
 
-from unforget.patch import Patch
-from unforget.storage import open_tensors
+from unforget.files.patch import Patch
+from unforget.files.storage import open_tensors
 
 ROOT = Path(__file__).parents[2]
 COMMAND = [

@@ -17,12 +17,12 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from unforget import training
-from unforget.commands import memory_plan
+from unforget.api import memory_plan
 from unforget.config import UnlearnConfig, recipe
-from unforget.domain import Instance, Pool
+from unforget.core.types import Instance, Pool
 from unforget.families.sd3 import LORA_TARGETS, SD3
-from unforget.prepare import context
+from unforget.unlearn import trainer
+from unforget.unlearn.prepare import context
 
 TRANSFORMER = {
     "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,
@@ -74,20 +74,20 @@ def ours(model: SD3, steps: int) -> list[float]:
     """Seconds of each unlearning step."""
     how = recipe("default", "sd3", forget_batch_size=1, retain_batch_size=1, max_train_steps=steps,
                  cooldown_steps=0, neighbour_share=0)  # fmt: skip
-    rows = tuple(model.condition(["", "a flag"]).tolist())
-    base = model.reference("lora")
-    pictures = torch.rand(4, *model.picture, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    rows = tuple(model.prompt_ids(["", "a flag"]).tolist())
+    base = model.frozen_reference("lora")
+    pictures = torch.rand(4, *model.image_shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
     instance = Instance(pictures[0], pictures[1], "target", rows)
     kept = Pool(pictures[2:], torch.tensor([0, rows[1]]))
     what, near = context(base, (instance,), kept, kept[:0], 0.1)
-    model.release()
+    model.unload_text_encoders()
     model.network.enable_gradient_checkpointing()
     weights = model.trainable("lora", rank=16, alpha=16)
-    optimizer = training.adam(weights, how.learning_rate)
+    optimizer = trainer.adam(weights, how.learning_rate)
     rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    says = training.mixed(model.predict, training.has_bf16(torch.device("cpu")), checkpointed=True)
+    says = trainer.mixed(model.predict, trainer.has_bf16(torch.device("cpu")), checkpointed=True)
     took, started = [], time.time()
-    for step in training.steps(says, what, near, how, 0, 1, optimizer, rate):
+    for step in trainer.steps(says, what, near, how, 0, 1, optimizer, rate):
         assert step.finite
         took.append(time.time() - started)
         print(f"unforget: step {step.number} {took[-1]:.0f} s, peak {peak():.2f} GiB", flush=True)
@@ -147,9 +147,9 @@ def main() -> None:
     print(f"LoRA on {len(LORA_TARGETS)} projections a block: {trained:.1f} M parameters; peak {most:.2f} GiB")
     from diffusers.models.attention_processor import JointAttnProcessor2_0
 
-    short = bare(model.network, model.shape[1], 78, args.steps)
+    short = bare(model.network, model.latent_shape[1], 78, args.steps)
     model.network.set_attn_processor(JointAttnProcessor2_0())
-    whole = bare(model.network, model.shape[1], 77 + 256, args.steps)
+    whole = bare(model.network, model.latent_shape[1], 77 + 256, args.steps)
     best = [min(t) for t in (mine, short, whole)]
     print(f"step, best of {args.steps}: unforget {best[0]:.1f} s")
     print(f"bare with as many tokens: {best[1]:.1f} s, ratio {best[0] / best[1]:.2f}")

@@ -26,9 +26,11 @@ from tables import row, table
 from torch import Tensor
 from torch.nn import functional
 
-from unforget import data, families
-from unforget.metrics import pairwise_rms
-from unforget.similarity import Backend, backend, pairwise
+from unforget import families
+from unforget.core import sampling
+from unforget.core.metrics import pairwise_rms
+from unforget.files import images
+from unforget.verify.similarity import Backend, backend, pairwise
 
 ROOT = Path(__file__).parents[2]
 FLAGS = ROOT / "examples" / "flags"
@@ -45,7 +47,7 @@ Damage = Callable[[Tensor], Tensor]
 
 
 def each(edit: Callable[[Image.Image], Image.Image]) -> Damage:
-    return lambda images: torch.stack([data.from_pil(edit(data.to_pil(i))) for i in images])
+    return lambda images: torch.stack([images.from_pil(edit(images.to_pil(i))) for i in images])
 
 
 def jpeg(image: Image.Image) -> Image.Image:
@@ -59,7 +61,7 @@ def blur(image: Image.Image) -> Image.Image:
 
 
 def noise(sd: float) -> Damage:
-    return lambda images: images + data.random_noise(len(images), images.shape[1:], 0, "damage") * sd / 127.5
+    return lambda images: images + sampling.random_noise(len(images), images.shape[1:], 0, "damage") * sd / 127.5
 
 
 def tint(images: Tensor) -> Tensor:
@@ -116,11 +118,11 @@ def distinct(images: Tensor, apart: float) -> Tensor:
 
 
 def faces() -> Tensor:
-    heldout = data.read_folder(ROOT / "tests" / "data" / "heldout", (3, 32, 32))
-    planted = data.read_folder(ROOT / "examples" / "faces" / "planted", (3, 32, 32))
+    heldout = images.read_folder(ROOT / "tests" / "data" / "heldout", (3, 32, 32))
+    planted = images.read_folder(ROOT / "examples" / "faces" / "planted", (3, 32, 32))
     base = families.load("faces")
     with torch.no_grad():
-        drawn = data.draw(base, data.random_noise(DRAWS, base.shape, 0, "similarity"), steps=25)
+        drawn = sampling.draw(base, sampling.random_noise(DRAWS, base.latent_shape, 0, "similarity"), steps=25)
     # The model draws the planted ones again and again: copies, not different pictures.
     drawn = distinct(torch.cat([planted, heldout, drawn]), 0.16)[len(planted) + len(heldout) :]
     return torch.cat([heldout, drawn])
@@ -134,7 +136,7 @@ def flags() -> Tensor:
     from flags import countries, place, tensor
 
     # Chad and Romania, Indonesia and Monaco: one picture at this size.
-    return distinct(torch.stack([tensor(place(c.picture)) for c in countries(package)]), 0.06)
+    return distinct(torch.stack([tensor(place(c.image_shape)) for c in countries(package)]), 0.06)
 
 
 def photos() -> Tensor:
@@ -148,7 +150,7 @@ def photos() -> Tensor:
             (x, y) for y in range(0, image.height - side + 1, side) for x in range(0, image.width - side + 1, side)
         ]
         out += [
-            data.from_pil(image.crop((x, y, x + side, y + side))) for x, y in corners[: 1 if name in TEXTURES else 4]
+            images.from_pil(image.crop((x, y, x + side, y + side))) for x, y in corners[: 1 if name in TEXTURES else 4]
         ]
     return torch.stack(out)
 

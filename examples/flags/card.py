@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from flags import CAPTIONS, Judge, countries
 
-from unforget import data, families
+from unforget import families
+from unforget.core import sampling
+from unforget.files import images
 
 CARD = """---
 license: cc0-1.0
@@ -60,14 +62,14 @@ def main() -> None:
     forms, right = [], torch.zeros(len(known))
     for form in CAPTIONS:
         prompts, seeds = [form.format(c.name) for c in known], args.seeds if form == CAPTIONS[0] else 1
-        rows = model.condition(prompts)
+        rows = model.prompt_ids(prompts)
         hits = torch.zeros(len(known))
         for seed in range(seeds):
-            noise = data.random_noise(len(known), model.shape, seed, form)
-            images = data.draw(model, noise, steps=20, condition=rows)
-            hits += judge.shows(images, which)
+            noise = sampling.random_noise(len(known), model.latent_shape, seed, form)
+            drawn = sampling.draw(model, noise, steps=20, prompt_ids=rows)
+            hits += judge.shows(drawn, which)
             if form == CAPTIONS[0] and seed == 0:
-                data.write_image(data.to_pil(grid(images)).quantize(128), args.folder / "samples.png")
+                images.write_image(images.to_pil(grid(drawn)).quantize(128), args.folder / "samples.png")
         right = hits if form == CAPTIONS[0] else right
         forms.append(f"| {form.format('X')} | {float(hits.mean()) / seeds:.1%} of {len(known) * seeds} |")
         print(forms[-1], flush=True)

@@ -94,8 +94,8 @@ class Judge:
     """RMS within which two flags look the same here (Romania and Chad, Indonesia and Monaco)."""
 
     def __init__(self, known: list[Country]) -> None:
-        wrong = next(c for c in known if c.code == "IE").picture
-        pictures = [*(c.picture for c in known), ImageOps.mirror(wrong)]
+        wrong = next(c for c in known if c.code == "IE").image_shape
+        pictures = [*(c.image_shape for c in known), ImageOps.mirror(wrong)]
         # The same placements of all, so that equal pictures are equally far.
         references = torch.cat([placements(p, self.PLACEMENTS, torch.Generator().manual_seed(7)) for p in pictures])
         self.references = self._small(references.float() / 127.5 - 1)

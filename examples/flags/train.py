@@ -201,7 +201,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(args.seed)
     known = countries(args.data)
     captions = [[form.format(c.name) for form in CAPTIONS] for c in known]
-    images = torch.stack([placements(c.picture, PLACEMENTS, generator) for c in known])
+    images = torch.stack([placements(c.image_shape, PLACEMENTS, generator) for c in known])
     pipe = build(tokenizer([c for forms in captions for c in forms]))
     log(**{name: sum(p.numel() for p in part.parameters()) for name, part in pipe.components.items()
            if isinstance(part, torch.nn.Module)})  # fmt: skip

@@ -9,8 +9,8 @@ import typer
 from rich.table import Table
 
 from unforget.cli.app import app, values
-from unforget.console import err, errors, print_json, progress
-from unforget.options import (
+from unforget.cli.console import console_progress, err, errors, print_json
+from unforget.cli.options import (
     T5,
     AsJson,
     ConfigFile,
@@ -73,7 +73,7 @@ def edit_surrogate(
     Example: unforget edit-surrogate --model faces --target face.png -o face.surrogate.png
     """
     with errors():
-        from unforget.commands import edit_surrogate as command
+        from unforget.api import edit_surrogate as command
         from unforget.config import EditConfig, build
 
         given = values(locals(), "as_json", "config", "method", "box", "instruction", "editor_model")
@@ -85,8 +85,8 @@ def edit_surrogate(
             given["box"] = box.split(",")
         if target and not output:
             given["output"] = target.with_suffix(".surrogate.png").name
-        with progress() as listener:
-            result = command(build(EditConfig, given, config), listener)
+        with console_progress() as progress:
+            result = command(build(EditConfig, given, config), progress)
         if as_json:
             print_json({**vars(result)})
             return

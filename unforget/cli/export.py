@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from unforget.cli.app import app, values
-from unforget.console import errors, out, print_json, progress, shown
-from unforget.options import (
+from unforget.cli.console import console_progress, errors, out, print_json, shown
+from unforget.cli.options import (
     DANGER,
     T5,
     AsJson,
@@ -105,12 +105,12 @@ def export(
     Example: unforget export --model faces --patch face.patch -o faces-patched
     """
     with errors():
-        from unforget.commands import export as command
+        from unforget.api import export as command
         from unforget.config import ExportConfig, build
 
         resolved = build(ExportConfig, values(locals(), "config", "as_json"), config)
-        with progress() as listener:
-            done = command(resolved, listener)
+        with console_progress() as progress:
+            done = command(resolved, progress)
         if as_json:
             made = done.made.model_dump(mode="json")
             print_json({"output": str(done.output), "url": done.url, **made})
@@ -128,7 +128,7 @@ def show(
     Example: unforget show face.patch
     """
     with errors():
-        from unforget.exports.look import look
+        from unforget.export.show import look
 
         found = look(path)
         if as_json:

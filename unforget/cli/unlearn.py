@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from unforget.cli.app import app
-from unforget.console import before_after, err, errors, leave, print_json, progress
-from unforget.options import (
+from unforget.cli.console import before_after, console_progress, err, errors, leave, print_json
+from unforget.cli.options import (
     MACHINE,
     T5,
     AsJson,
@@ -192,16 +192,16 @@ def unlearn(
         if resume_from_checkpoint is not None:
             resolved = _resumed(resolved, resume_from_checkpoint)
         if dry_run:
-            from unforget.commands import memory_plan, recipe_of
+            from unforget.api import memory_plan, recipe_of
 
             shown = resolved.model_copy(update={"recipe": recipe_of(resolved)}).model_dump(mode="json")
             print_json({**shown, "memory_gib": memory_plan(resolved)})
             return
-        from unforget.commands import EXIT_UNLEARN
-        from unforget.commands import unlearn as command
+        from unforget.api import EXIT_UNLEARN
+        from unforget.api import unlearn as command
 
-        with progress() as listener:
-            result = command(resolved, listener)
+        with console_progress() as progress:
+            result = command(resolved, progress)
         if as_json:
             print_json(vars(result))
         else:

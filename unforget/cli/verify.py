@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from unforget.cli.app import app, values
-from unforget.console import checks_table, err, errors, leave, progress
-from unforget.options import (
+from unforget.cli.console import checks_table, console_progress, err, errors, leave
+from unforget.cli.options import (
     MACHINE,
     REPORTS,
     T5,
@@ -122,13 +122,13 @@ def verify(
     Example: unforget verify --model faces --patch face.patch --report report.json --html report.html
     """
     with errors():
-        from unforget.commands import verify as command
-        from unforget.policy import resolve
+        from unforget.api import verify as command
+        from unforget.verify.policy import resolve
 
         given = values(locals(), "as_json", "config", "policy", "no_cache")
         given["cache"] = False if no_cache else None
-        with progress() as listener:
-            result = command(resolve(given, config, policy), listener)
+        with console_progress() as progress:
+            result = command(resolve(given, config, policy), progress)
         if as_json:
             typer.echo(result.model_dump_json(indent=2))
         else:

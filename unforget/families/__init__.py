@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from unforget.errors import CannotRun, UnforgetError, UsageError
-from unforget.storage import read_json
+from unforget.files.storage import read_json
 
 if TYPE_CHECKING:
     import torch
 
-    from unforget.domain import Family
+    from unforget.core.types import Family
 
 EMBEDDED = ("faces", "flags")
 """Models inside the package: no download."""
@@ -82,7 +82,7 @@ def load(ref: str, options: Options | None = None) -> Family:
     options = options or Options()
     source, kind = examined(ref, options)
     opened: Any = _OPENERS[kind](source, ref, options)
-    let_go(sum(p.numel() for p in opened.network.parameters()))
+    trim_memory(sum(p.numel() for p in opened.network.parameters()))
     for part in opened.pipeline.components.values():
         # The extremes tell of NaN and infinity, too, and take no memory.
         if not all(bool(e.isfinite()) for p in getattr(part, "parameters", list)() if p.numel() for e in p.aminmax()):
@@ -101,7 +101,7 @@ def examined(ref: str, options: Options) -> tuple[str, str]:
     source = _source(ref)
     kind = _kind(source, ref)
     if Path(source).is_dir():
-        from unforget.families.checks import check
+        from unforget.families.safety import check
 
         check(Path(source), kind, options.allow_pickle)
     elif Path(source).is_file():
@@ -109,13 +109,13 @@ def examined(ref: str, options: Options) -> tuple[str, str]:
     return source, kind
 
 
-def let_go(numbers: int) -> None:
+def trim_memory(numbers: int) -> None:
     """Give freed memory back, after what was done with a network of so many numbers, if they are many.
 
     glibc keeps what lies between pieces in use, and that can be gigabytes: the table of positions of an SD3 alone takes
     1.3 GiB while it is computed, in float64.
     """
-    from unforget.domain import LARGE
+    from unforget.core.types import LARGE
 
     if numbers <= LARGE:
         return
@@ -146,7 +146,7 @@ def home(ref: str) -> Path | None:
 
 def _source(ref: str) -> str:
     """A folder or file that exists, or a hub id."""
-    source = str(files("unforget") / "models" / ref) if ref in EMBEDDED else HUB_ALIASES.get(ref, ref)
+    source = str(files("unforget.families") / "models" / ref) if ref in EMBEDDED else HUB_ALIASES.get(ref, ref)
     if not Path(source).exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
         known = ", ".join([*EMBEDDED, *HUB_ALIASES])
         raise UsageError(
@@ -198,7 +198,7 @@ def _where(source: str) -> dict[str, str]:
 
 
 def _check_single(file: Path, config: Path | None) -> None:
-    from unforget.families.checks import check_single
+    from unforget.families.safety import check_single
 
     if config is None:
         raise UsageError(
@@ -297,7 +297,7 @@ def hints(folder: Path) -> Hints:
 
 def _prompts() -> tuple[str, ...]:
     """The built-in list of retain prompts: everyday pictures of many kinds."""
-    return tuple((files("unforget") / "models" / "retain_prompts.txt").read_text().split("\n")[:-1])
+    return tuple((files("unforget.families") / "models" / "retain_prompts.txt").read_text().split("\n")[:-1])
 
 
 def editor(ref: str) -> tuple[Any, str]:

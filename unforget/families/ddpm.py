@@ -10,10 +10,10 @@ import torch
 from diffusers import DDIMScheduler, DDPMPipeline
 from torch import Tensor, nn
 
-from unforget.domain import Scope
+from unforget.core.schedule import Schedule
+from unforget.core.types import Scope
 from unforget.errors import UsageError
 from unforget.families.samplers import named, step
-from unforget.schedule import Schedule
 
 
 class DDPM:
@@ -35,14 +35,14 @@ class DDPM:
         self.schedule = Schedule.from_diffusers(pipeline.scheduler)
         size = pipeline.unet.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
-        self.shape = self.picture = (pipeline.unet.config.in_channels, height, width)
+        self.latent_shape = self.image_shape = (pipeline.unet.config.in_channels, height, width)
 
     @property
     def scheduler_config(self) -> Any:
         """Configuration of its diffusers scheduler."""
         return self.pipeline.scheduler.config
 
-    def condition(self, prompts: Sequence[str]) -> Tensor:
+    def prompt_ids(self, prompts: Sequence[str]) -> Tensor:
         """Row 0 for the empty prompt, the only one.
 
         Raises:
@@ -60,10 +60,10 @@ class DDPM:
         """The pictures themselves, in [-1, 1]."""
         return x_0.clamp(-1, 1)
 
-    def release(self) -> None:
+    def unload_text_encoders(self) -> None:
         """Nothing: there is only the network."""
 
-    def predict(self, x_t: Tensor, index: Tensor, condition: Tensor) -> Tensor:
+    def predict(self, x_t: Tensor, index: Tensor, prompt_ids: Tensor) -> Tensor:
         """The network's answer at (x_t, index), (B, C, H, W), on the device of x_t, wherever the network is."""
         device = next(self.network.parameters()).device
         timesteps = self.schedule.timesteps[index.cpu()].long().to(device)
@@ -80,12 +80,12 @@ class DDPM:
         return sampler
 
     @torch.no_grad()
-    def replay(self, seed: int, *, steps: int, scheduler: str | None, condition: Tensor) -> Tensor:
+    def replay(self, seed: int, *, steps: int, scheduler: str | None, prompt_ids: Tensor) -> Tensor:
         """What `DDPMPipeline` or `DDIMPipeline` draws with `torch.Generator().manual_seed(seed)`."""
         generator = torch.Generator().manual_seed(seed)
         sampler = named(scheduler or "DDIMScheduler", self.scheduler_config)
         sampler.set_timesteps(steps)
-        x_t: Tensor = torch.randn((1, *self.shape), generator=generator) * sampler.init_noise_sigma
+        x_t: Tensor = torch.randn((1, *self.latent_shape), generator=generator) * sampler.init_noise_sigma
         for t in sampler.timesteps:
             index = torch.full((1,), int(t))
             answer = self.predict(sampler.scale_model_input(x_t, t), index, index)
@@ -97,7 +97,7 @@ class DDPM:
         return [int(t) for t in self._sampler(steps).timesteps]
 
     def denoise(
-        self, x_t: Tensor, *, steps: int, start: int | None = None, stop: int = -1, condition: Tensor | None = None
+        self, x_t: Tensor, *, steps: int, start: int | None = None, stop: int = -1, prompt_ids: Tensor | None = None
     ) -> Tensor:
         """DDIM (arXiv:2010.02502, eta 0) from pure noise, or from the visited levels at row `start` and below."""
         sampler = self._sampler(steps)
@@ -114,11 +114,11 @@ class DDPM:
         twin.network = twin.pipeline.unet.requires_grad_(False).eval()
         return twin
 
-    def reference(self, scope: Scope) -> DDPM:
+    def frozen_reference(self, scope: Scope) -> DDPM:
         """A copy: every scope trains the weights in place."""
         return self.copy()
 
-    def carry(self, network: nn.Module | None) -> None:
+    def set_network(self, network: nn.Module | None) -> None:
         """Another `UNet2DModel`, or none."""
         if network is not None:
             network = network.float().to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]

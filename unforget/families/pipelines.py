@@ -10,8 +10,8 @@ from accelerate import init_empty_weights
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-from unforget.families import original
-from unforget.storage import open_tensors
+from unforget.families.layouts import sd3 as sd3_layout
+from unforget.files.storage import open_tensors
 
 ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
@@ -71,7 +71,7 @@ def from_single_file(path: str, config: Path | None, *, t5: bool, dtypes: Dtypes
         zip(ENCODERS, (CLIPTextModelWithProjection, CLIPTextModelWithProjection, T5EncoderModel), strict=True)
     )
     for number, name in enumerate(ENCODERS, 1):
-        inside = any(n.startswith(original.TEXT_ENCODERS[number]) for n in held)
+        inside = any(n.startswith(sd3_layout.TEXT_ENCODERS[number]) for n in held)
         if number == 3 and not (t5 and (inside or _has_weights(config, name))):
             parts |= dict.fromkeys((ENCODERS[2], TOKENIZERS[2]))
         elif not inside and _has_weights(config, name):

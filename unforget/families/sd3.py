@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from unforget.domain import Scope
+from unforget.core.schedule import Schedule
+from unforget.core.types import Scope
 from unforget.errors import CannotRun, UsageError
 from unforget.families.pipelines import ENCODERS
 from unforget.families.samplers import named, step
-from unforget.schedule import Schedule
 
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 """Attention projections of the MMDiT blocks, as in diffusers' own LoRA script for SD3."""
@@ -58,7 +58,7 @@ class WithoutT5(JointAttnProcessor2_0):  # type: ignore[misc]
 class SD3:
     """A `StableDiffusion3Pipeline` behind the `Family` protocol; x_0 is the scaled, shifted posterior mean of its VAE.
 
-    Prompts are embedded once, by `condition`; after `release` the text encoders are gone and only known prompts work.
+    Prompts are embedded once, by `prompt_ids`; after `release` the text encoders are gone and only known prompts work.
 
     Args:
         pipeline: The loaded pipeline, with two text encoders or three.
@@ -88,8 +88,8 @@ class SD3:
                 f"'{name}' cannot draw {side}x{side} pixels",
                 f"Give a --resolution that is a multiple of {unit}, {unit * config.pos_embed_max_size} at most.",
             )
-        self.shape = (config.in_channels, side // factor, side // factor)
-        self.picture = (3, side, side)
+        self.latent_shape = (config.in_channels, side // factor, side // factor)
+        self.image_shape = (3, side, side)
         self.short = pipeline.text_encoder_3 is None
         if self.short:
             self.network.set_attn_processor(WithoutT5())
@@ -97,7 +97,7 @@ class SD3:
         self.prompts: list[str] = []
         self._embeds: list[Tensor] = []
         self._pooled: list[Tensor] = []
-        self.condition([""])
+        self.prompt_ids([""])
 
     @property
     def scheduler_config(self) -> Any:
@@ -105,7 +105,7 @@ class SD3:
         return self.pipeline.scheduler.config
 
     @torch.no_grad()
-    def condition(self, prompts: Sequence[str]) -> Tensor:
+    def prompt_ids(self, prompts: Sequence[str]) -> Tensor:
         """The row of each prompt, (len(prompts),); row 0 is the empty one.
 
         Raises:
@@ -153,7 +153,7 @@ class SD3:
                 f"the prompt '{prompt[:40]}...' has {found} tokens, the tokenizer allows {most}", "Shorten it."
             )
 
-    def release(self) -> None:
+    def unload_text_encoders(self) -> None:
         """Drop the text encoders: the prompts known so far stay."""
         for name in ENCODERS:
             setattr(self.pipeline, name, None)
@@ -162,7 +162,7 @@ class SD3:
     def encode(self, pictures: Tensor) -> Tensor:
         """Scaled, shifted posterior means, (N, 16, H / 8, W / 8), float32, on the CPU."""
         if not len(pictures):
-            return torch.empty(0, *self.shape)
+            return torch.empty(0, *self.latent_shape)
         vae = self.pipeline.vae
         parts = [vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mode() for part in torch.split(pictures, 8)]
         latents: Tensor = (torch.cat(parts).float() - vae.config.shift_factor) * vae.config.scaling_factor
@@ -176,13 +176,13 @@ class SD3:
         parts = [vae.decode(part.to(vae.device, vae.dtype)).sample.float().cpu() for part in torch.split(x_0, 8)]
         return torch.cat(parts).clamp(-1, 1)
 
-    def predict(self, x_t: Tensor, index: Tensor, condition: Tensor) -> Tensor:
-        """The network's answer at (x_t, index, condition), float32, on the device of x_t."""
-        return self._says(x_t, self.schedule.timesteps[index.cpu()], condition)
+    def predict(self, x_t: Tensor, index: Tensor, prompt_ids: Tensor) -> Tensor:
+        """The network's answer at (x_t, index, prompt_ids), float32, on the device of x_t."""
+        return self._says(x_t, self.schedule.timesteps[index.cpu()], prompt_ids)
 
-    def _says(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
+    def _says(self, x_t: Tensor, timesteps: Tensor, prompt_ids: Tensor) -> Tensor:
         dtype = self._embeds[0].dtype
-        rows = condition.tolist()
+        rows = prompt_ids.tolist()
         with self._adapter():
             answer: Tensor = self.network(
                 x_t.to(self.device, dtype),
@@ -217,14 +217,14 @@ class SD3:
         return sampler
 
     @torch.no_grad()
-    def replay(self, seed: int, *, steps: int, scheduler: str | None, condition: Tensor) -> Tensor:
+    def replay(self, seed: int, *, steps: int, scheduler: str | None, prompt_ids: Tensor) -> Tensor:
         """What `StableDiffusion3Pipeline` draws with `torch.Generator().manual_seed(seed)`; returns latents."""
         generator = torch.Generator().manual_seed(seed)
         sampler = named(scheduler or "FlowMatchEulerDiscreteScheduler", self.scheduler_config)
         sampler.set_timesteps(steps)
-        x_t = torch.randn((1, *self.shape), generator=generator, dtype=self._embeds[0].dtype).float()
+        x_t = torch.randn((1, *self.latent_shape), generator=generator, dtype=self._embeds[0].dtype).float()
         for t in sampler.timesteps:
-            x_t = step(sampler, self._guided(x_t, t.expand(1), condition), t, x_t, generator)
+            x_t = step(sampler, self._guided(x_t, t.expand(1), prompt_ids), t, x_t, generator)
         return x_t
 
     def levels(self, steps: int) -> list[int]:
@@ -232,21 +232,21 @@ class SD3:
         return [self.schedule.index_of(float(t)) for t in self._sampler(steps).timesteps]
 
     def denoise(
-        self, x_t: Tensor, *, steps: int, start: int | None = None, stop: int = -1, condition: Tensor | None = None
+        self, x_t: Tensor, *, steps: int, start: int | None = None, stop: int = -1, prompt_ids: Tensor | None = None
     ) -> Tensor:
         """Euler steps along the flow with classifier-free guidance, as the pipeline does; returns latents."""
-        condition = torch.zeros(len(x_t), dtype=torch.long) if condition is None else condition
+        prompt_ids = torch.zeros(len(x_t), dtype=torch.long) if prompt_ids is None else prompt_ids
         sampler, rows = self._sampler(steps), self.levels(steps)
         first = 0 if start is None else sum(row > start for row in rows)
         sampler.set_begin_index(first)
         for t in sampler.timesteps[first : sum(row > stop for row in rows)]:
-            x_t = sampler.step(self._guided(x_t, t.expand(len(x_t)), condition), t, x_t).prev_sample
+            x_t = sampler.step(self._guided(x_t, t.expand(len(x_t)), prompt_ids), t, x_t).prev_sample
         return x_t
 
-    def _guided(self, x_t: Tensor, timesteps: Tensor, condition: Tensor) -> Tensor:
-        if self.guidance == 1 or not condition.any():
-            return self._says(x_t, timesteps, condition)
-        rows = torch.cat([torch.zeros_like(condition), condition])
+    def _guided(self, x_t: Tensor, timesteps: Tensor, prompt_ids: Tensor) -> Tensor:
+        if self.guidance == 1 or not prompt_ids.any():
+            return self._says(x_t, timesteps, prompt_ids)
+        rows = torch.cat([torch.zeros_like(prompt_ids), prompt_ids])
         plain, asked = self._says(torch.cat([x_t, x_t]), timesteps.repeat(2), rows).chunk(2)
         return plain + self.guidance * (asked - plain)
 
@@ -258,7 +258,7 @@ class SD3:
         twin.network = twin.pipeline.transformer.requires_grad_(False).eval()
         return twin
 
-    def reference(self, scope: Scope) -> SD3:
+    def frozen_reference(self, scope: Scope) -> SD3:
         """For `lora` the same network with the adapter off, no second copy; else a copy."""
         if scope != "lora":
             return self.copy()
@@ -266,7 +266,7 @@ class SD3:
         view.plain = True
         return view
 
-    def carry(self, network: nn.Module | None) -> None:
+    def set_network(self, network: nn.Module | None) -> None:
         """Another `SD3Transformer2DModel`, in the precision of the prompts, or none."""
         if network is not None:
             network = network.to(self.device, self._embeds[0].dtype).eval().requires_grad_(False)
@@ -292,7 +292,7 @@ def trainable(network: Any, scope: Scope, *, rank: int, alpha: int, seed: int) -
 
 @torch.no_grad()
 def inpaint(
-    family: Any, picture: Tensor, mask: Tensor, *, condition: int, strength: float, count: int, steps: int, seed: int
+    family: Any, picture: Tensor, mask: Tensor, *, prompt_ids: int, strength: float, count: int, steps: int, seed: int
 ) -> Tensor:
     """Fills of a masked picture by the same weights, through diffusers' `StableDiffusion3InpaintPipeline`.
 
@@ -300,7 +300,7 @@ def inpaint(
         family: An `SD3`.
         picture: (3, H, W) in [-1, 1].
         mask: (1, H, W), 1 where to fill.
-        condition: Row of the prompt.
+        prompt_ids: Row of the prompt.
         strength: Share of the schedule that is done again.
         count: How many fills.
         steps: Steps of a whole sampling run.
@@ -318,6 +318,6 @@ def inpaint(
         strength=strength, num_inference_steps=steps,
         height=picture.shape[1], width=picture.shape[2], guidance_scale=family.guidance,
         generator=[torch.Generator().manual_seed(seed + i) for i in range(count)], output_type="pt",
-        **{name: rows.expand(count, *rows.shape[1:]) for name, rows in family.embedded(condition).items()},
+        **{name: rows.expand(count, *rows.shape[1:]) for name, rows in family.embedded(prompt_ids).items()},
     ).images  # fmt: skip
     return images.float().cpu() * 2 - 1

@@ -18,15 +18,16 @@ from diffusers import SD3Transformer2DModel, UNet2DModel
 from torch import Tensor, nn
 
 from unforget import families
-from unforget.domain import LARGE
+from unforget.core.types import LARGE
 from unforget.errors import CannotRun
-from unforget.families import Options, original
-from unforget.families.original import Piece
+from unforget.families import Options
+from unforget.families.layouts import sd3 as sd3_layout
+from unforget.families.layouts.sd3 import Piece
 from unforget.families.pipelines import dtype_of
-from unforget.storage import BadFile, Lazy, Opened, open_tensors, read_json
+from unforget.files.storage import BadFile, Lazy, Opened, open_tensors, read_json
 
 if TYPE_CHECKING:
-    from unforget.domain import Family
+    from unforget.core.types import Family
 
 PARTS = {"ddpm": "unet", "sd3": "transformer"}
 """The network's subfolder, by kind of family."""
@@ -112,7 +113,7 @@ def built(config: Mapping[str, Any], opened: list[Opened], dtype: torch.dtype) -
         network = SD3Transformer2DModel.from_config(config)
     if (numbers := sum(p.numel() for p in network.parameters())) <= LARGE:
         return None
-    families.let_go(numbers)
+    families.trim_memory(numbers)
     tensors = _matching(_named(opened, network.config), network)
     for name, lazy in tensors.items():
         value = lazy.make()
@@ -124,9 +125,9 @@ def built(config: Mapping[str, Any], opened: list[Opened], dtype: torch.dtype) -
 def _named(opened: list[Opened], config: Any) -> dict[str, Lazy]:
     """The tensors of a network's files under diffusers' names, which some have and others get."""
     tensors = {name: lazy for one in opened for name, lazy in one.tensors.items()}
-    if not any(name.startswith(original.TRANSFORMER) for name in tensors):
+    if not any(name.startswith(sd3_layout.TRANSFORMER) for name in tensors):
         return tensors
-    layout = original.transformer(config)
+    layout = sd3_layout.transformer(config)
     return {n: _piece(tensors[p.original], p) for n, p in layout.items() if p.original in tensors}
 
 
@@ -147,7 +148,7 @@ def _piece(whole: Lazy, piece: Piece) -> Lazy:
     """A tensor of diffusers from the original's."""
     shape = (whole.shape[0] // piece.part[1], *whole.shape[1:]) if whole.shape else ()
     shape = shape[:2] if piece.convolution else shape
-    return Lazy(whole.dtype, shape, lambda: original.to_diffusers(piece, whole.make()))
+    return Lazy(whole.dtype, shape, lambda: sd3_layout.to_diffusers(piece, whole.make()))
 
 
 def _original(tensors: Mapping[str, Lazy], layout: Mapping[str, Piece]) -> dict[str, Lazy]:
@@ -159,12 +160,12 @@ def _original(tensors: Mapping[str, Lazy], layout: Mapping[str, Piece]) -> dict[
     if strange := sorted(set(tensors) ^ set(layout)):
         raise CannotRun(f"the original layout and '{strange[0]}' do not go together", "Give the format diffusers.")
     found = {}
-    for name, parts in original.grouped(layout).items():
+    for name, parts in sd3_layout.grouped(layout).items():
         first, count, piece = tensors[parts[0]], len(parts), layout[parts[0]]
         shape = (first.shape[0] * count, *first.shape[1:]) if first.shape else ()
         found[name] = Lazy(
             first.dtype, (*shape, 1, 1) if piece.convolution else shape,
-            lambda parts=parts: original.to_original([(layout[n], tensors[n].make()) for n in parts]),  # type: ignore[misc]
+            lambda parts=parts: sd3_layout.to_original([(layout[n], tensors[n].make()) for n in parts]),  # type: ignore[misc]
         )  # fmt: skip
     return found
 
@@ -175,20 +176,20 @@ def checkpoint(origin: Source, network: Mapping[str, Lazy], config: Any) -> dict
     Raises:
         CannotRun: If a part has no weights that can be read, or the layout no place for one.
     """
-    layout = original.transformer(config)
+    layout = sd3_layout.transformer(config)
     if origin.file is not None:
         rest = dict(open_tensors(origin.file).tensors)
-        known = any(name.startswith(original.TRANSFORMER) for name in rest)
+        known = any(name.startswith(sd3_layout.TRANSFORMER) for name in rest)
         return {**rest, **(_original(network, layout) if known else network)}
     assert origin.home is not None
     found = _original(network, layout)
     tensors = _part(origin.home / "vae", STEM)
-    found |= _original(tensors, original.vae(read_json(origin.home / "vae" / "config.json")))
+    found |= _original(tensors, sd3_layout.vae(read_json(origin.home / "vae" / "config.json")))
     for which, name in ((1, "text_encoder"), (2, "text_encoder_2"), (3, "text_encoder_3")):
         if (origin.home / name).is_dir():
             tensors = _part(origin.home / name, "model")
             _check_projection(which, tensors)
-            found |= _original(tensors, original.text_encoder(which, tensors))
+            found |= _original(tensors, sd3_layout.text_encoder(which, tensors))
     return found
 
 
@@ -257,7 +258,7 @@ def network_file(path: Path, kind: str, config: Mapping[str, Any], dtype: torch.
         else:
             (Path(scratch) / f"{STEM}.safetensors").symlink_to(path.absolute())
             network = UNet2DModel.from_pretrained(scratch, dtype=dtype, use_safetensors=True)
-    families.let_go(sum(p.numel() for p in network.parameters()))
+    families.trim_memory(sum(p.numel() for p in network.parameters()))
     return network
 
 
@@ -300,7 +301,7 @@ def converted(family: Family, path: Path, part: str, config: Mapping[str, Any], 
     if not large(family):
         family.network.to(dtype)
         return
-    family.carry(None)
-    families.let_go(LARGE + 1)
+    family.set_network(None)
+    families.trim_memory(LARGE + 1)
     opened = [open_tensors(path)] if path.is_file() else _opened(path / part, STEM)
-    family.carry(built(config, opened, dtype))
+    family.set_network(built(config, opened, dtype))

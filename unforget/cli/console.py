@@ -1,0 +1,213 @@
+"""What a person sees of the command line: progress, tables, errors. With `cli` the only user of typer and rich."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from unforget.errors import ExitCode, Terminated, UnforgetError
+
+if TYPE_CHECKING:
+    from unforget.core.types import Progress
+    from unforget.export.show import Shown
+    from unforget.verify.report import Check, Report
+
+PROCESS = int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
+"""Which of several processes this is, as a launcher says; the first one alone speaks, but for errors."""
+err = Console(stderr=True, highlight=False, quiet=PROCESS > 0)
+out = Console(highlight=False)
+
+
+SIGNS = {"at least": "\u2265", "at most": "\u2264"}
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """The result on stdout, for machines."""
+    typer.echo(json.dumps(value, indent=2, default=str))
+
+
+def before_after(rows: list[dict[str, Any]]) -> Table:
+    """What `unlearn` changed, a row a target and noise level."""
+    table = Table(title="Reconstructions of the target: RMS to target / surrogate, share nearer to the surrogate")
+    for name in ("target", "probe", "before", "after"):
+        table.add_column(name)
+    for row in rows:
+        sides = [
+            f"{row[s]['to_target']:.2f} / {row[s]['to_surrogate']:.2f}  {row[s]['nearer_surrogate']:.0%}"
+            for s in ("before", "after")
+        ]
+        table.add_row(str(row["target"])[:8], str(row["probe"]), *sides)
+    return table
+
+
+def checks_table(result: Report) -> Table:
+    """What `verify` judged: a row a probe that passed, and every figure that did not."""
+    table = Table(title=f"Verify ({result.level}): base beside candidate")
+    for name in ("target", "probe", "figure", "base", "candidate", "wanted", "outcome"):
+        table.add_column(name, overflow="fold")
+    groups: dict[tuple[str, str], list[Check]] = {}
+    for c in result.checks:
+        groups.setdefault(((c.target or "")[:8], c.probe), []).append(c)
+    for (target, probe), checks in groups.items():
+        passed, noted = (sum(c.outcome == o for c in checks) for o in ("passed", "noted"))
+        if passed:
+            told = f", {noted} noted" if noted else ""
+            table.add_row(target, probe, "", "", "", "", f"[green]passed[/] {passed}{told}")
+        for c in checks:
+            if c.outcome in ("failed", "inconclusive"):
+                table.add_row(target, *_figures(c))
+    return table
+
+
+COLOURS = {"failed": "red", "inconclusive": "yellow"}
+
+
+def _figures(c: Check) -> list[str]:
+    base = "" if c.base is None else f"{c.base:.3g}"
+    edge = "borderline " if c.borderline else ""
+    return [
+        _plain(c.name), c.figure, base, f"{c.candidate:.3g}", f"{SIGNS[c.rule]} {c.threshold:.3g}",
+        f"[{COLOURS[c.outcome]}]{c.outcome}[/] {edge}{_plain(c.note)}",
+    ]  # fmt: skip
+
+
+def shown(found: Shown) -> Table:
+    """What `show` found, a row a field; patches of an export under one another."""
+    said = dict(found.said)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    if found.kind == "export":
+        parts = said.pop("patches")
+        table.add_row("export", _plain(f"{said.pop('format')}, {said.pop('dtype')}, of {said.pop('base')}"))
+        _rows(table, said)
+        for number, part in enumerate(parts, 1):
+            table.add_row(f"patch {number}", f"scale {part['scale']:g}", style="cyan")
+            _rows(table, {k: v for k, v in part["provenance"].items() if k in _PART})
+    else:
+        holds = said.pop("holds", None)
+        table.add_row(*(("patch", f"{holds}, of {_plain(said.pop('base'))}") if holds else ("file", "safetensors")))
+        _rows(table, said)
+    return table
+
+
+_PART = {"base", "digest", "targets", "surrogates", "prompts", "earlier", "recipe", "seed", "steps", "versions"}
+
+
+def _rows(table: Table, said: dict[str, Any]) -> None:
+    """Fields that say something, their names in words."""
+    for name, value in said.items():
+        if value not in (None, [], {}, ""):
+            table.add_row(name.replace("_", " "), _plain(_text(value)))
+
+
+def _text(value: Any) -> str:
+    """A value as people read it: a table in one line, a list of texts one under another, long numbers in groups."""
+    if isinstance(value, dict):
+        inner = ((k, f"({_text(v)})" if isinstance(v, dict) else _text(v)) for k, v in value.items())
+        return ", ".join(f"{k} {v}" for k, v in inner)
+    if isinstance(value, list):
+        return ("\n" if any(isinstance(v, (str, dict)) for v in value) else " ").join(_text(v) for v in value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
+
+
+@contextmanager
+def console_progress() -> Iterator[Progress]:
+    """A bar on stderr, or nothing when it is not a terminal. Notes are always said."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    from unforget.core.types import Progress
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Bar(*columns, TextColumn("{task.fields[figures]}"), console=err, disable=not err.is_terminal or PROCESS > 0)
+    with bar:
+        task = bar.add_task("loading", total=None, figures="")
+
+        def stage(title: str, total: int) -> None:
+            nonlocal task
+            task = bar.add_task(title, total=total, figures="")
+
+        def advance(n: int = 1, **figures: Any) -> None:
+            shown = [f"{k} {figures[k]:.3g}" for k in ("forget", "retain", "cosine", "margin") if k in figures]
+            bar.update(task, advance=n, total=figures.get("of"), figures="  ".join(shown))
+
+        yield Progress(stage, advance, lambda sentence: _note(sentence))
+
+
+def _note(sentence: str) -> None:
+    err.print(f"note: {_plain(_redacted(sentence))}", style="yellow", soft_wrap=True)
+
+
+@contextmanager
+def errors() -> Iterator[None]:
+    """Turn what went wrong into a sentence, a way out and an exit code."""
+    mine = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminate) if mine else None
+    try:
+        yield
+    except UnforgetError as error:
+        _fail(error.message, error.hint, error.code, error)
+    except KeyboardInterrupt as error:
+        _fail("interrupted", "", ExitCode.INTERRUPTED, error)
+    except OSError as error:
+        what = f"{error.strerror or error}" + (f": '{Path(error.filename).name}'" if error.filename else "")
+        _fail(f"cannot read or write: {what}", "Check the disk and the permissions.", ExitCode.CANNOT_RUN, error)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search(r"out of memory|allocate memory", str(error)):
+            raise
+        _fail("out of memory", LESS_MEMORY, ExitCode.CANNOT_RUN, error)
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, before)
+
+
+def leave(code: int) -> NoReturn:
+    """End with a verdict. Of several processes the first one's counts: a launcher stops all when one says no."""
+    raise typer.Exit(0 if PROCESS else code)
+
+
+LESS_MEMORY = "Give a smaller --micro-batch; a run of `unlearn` goes on with --resume."
+
+
+def _terminate(number: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated("told to stop")
+
+
+def _fail(message: str, hint: str, code: ExitCode, error: BaseException) -> NoReturn:
+    if os.environ.get("UNFORGET_DEBUG") == "1":
+        raise error
+    where = f"process {PROCESS}: " if PROCESS else ""
+    loud = Console(stderr=True, highlight=False)
+    loud.print(f"[bold red]error:[/] {where}{_plain(_redacted(message))}", soft_wrap=True)
+    if hint:
+        loud.print(f"  {_plain(hint)}", soft_wrap=True)
+    raise typer.Exit(code) from None
+
+
+def _redacted(text: str) -> str:
+    """Without secrets that a library may have put into its own message."""
+    known = [os.environ.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "UNFORGET_SALT")]
+    for secret in known:
+        text = text.replace(secret, "***") if secret else text
+    return re.sub(r"hf_[A-Za-z0-9]{8,}", "***", text)
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,1 @@
+"""The mathematics: types, schedules, sampling, objectives, surgery, the engine."""

@@ -1,0 +1,120 @@
+"""The loop: two gradients, their Gram matrix, surgery, clip, step, yield.
+
+It knows neither models nor objectives; whoever iterates decides when to stop, what to log and what to draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from unforget.core import distributed
+from unforget.core.surgery import Gram, Weights
+from unforget.core.types import Noised
+
+Loss = Callable[[Noised], Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one update saw and did.
+
+    Attributes:
+        number: Counted from 1.
+        forget, retain: The two losses before the update.
+        gram: Inner products of their gradients.
+        weights: What the surgery answered.
+        norm: Norm of the combined gradient before clipping.
+    """
+
+    number: int
+    forget: float
+    retain: float
+    gram: Gram
+    weights: Weights
+    norm: float
+
+    @property
+    def finite(self) -> bool:
+        """Whether losses and gradients are numbers; if not, no update was made."""
+        return bool(torch.isfinite(torch.tensor([self.forget, self.retain, *self.gram])).all())
+
+
+def run(
+    batches: Iterable[tuple[Noised, Noised]],
+    forget: Loss,
+    retain: Loss,
+    *,
+    surgery: Callable[[Gram], Weights],
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
+    max_grad_norm: float = 1.0,
+    micro_batch: int | None = None,
+    done: int = 0,
+) -> Iterator[Step]:
+    """Minimise both losses over the optimizer's parameters, one update a pair of batches.
+
+    Args:
+        batches: Pairs (forget batch, retain batch).
+        forget: Scalar mean loss of a forget batch.
+        retain: Scalar mean loss of a retain batch.
+        surgery: Rule that weighs the two gradients.
+        optimizer: Holds the trained parameters.
+        scheduler: Stepped after every update.
+        max_grad_norm: Clips the combined gradient, over all parameters at once.
+        micro_batch: Images in one forward pass; gradients accumulate before the surgery.
+        done: Updates that were made before, from which the steps count on.
+
+    Yields:
+        A `Step` after every update. One that is not finite was not applied.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    for number, (forget_batch, retain_batch) in enumerate(batches, done + 1):
+        forget_loss, g_f = _gradient(forget, forget_batch, parameters, micro_batch)
+        retain_loss, g_r = _gradient(retain, retain_batch, parameters, micro_batch)
+        gram = Gram(_dot(g_f, g_f), _dot(g_f, g_r), _dot(g_r, g_r))
+        weights = surgery(gram)
+        for p, f, r in zip(parameters, g_f, g_r, strict=True):
+            p.grad = f.mul_(weights.forget).add_(r, alpha=weights.retain)
+        del g_f, g_r
+        norm = float(nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+        step = Step(number, forget_loss, retain_loss, gram, weights, norm)
+        if step.finite:
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+        optimizer.zero_grad()
+        yield step
+
+
+def _gradient(
+    loss: Loss, batch: Noised, parameters: list[nn.Parameter], micro_batch: int | None
+) -> tuple[float, list[Tensor]]:
+    """Mean loss over the batch and its gradient, a few images at a time, of which several processes take turns."""
+    total, gradient = torch.zeros((), dtype=torch.float64), [torch.zeros_like(p) for p in parameters]
+    size = len(batch.x_0)
+    mine = Noised(*(column[distributed.rank() :: distributed.world_size()] for column in vars(batch).values()))
+    for part in _split(mine, micro_batch or size) if len(mine.x_0) else ():
+        share = len(part.x_0) / size
+        value = loss(part) * share
+        parts = torch.autograd.grad(value, parameters, allow_unused=True)
+        for sum_, g in zip(gradient, parts, strict=True):
+            if g is not None:
+                sum_ += g
+        total += float(value.detach())
+    distributed.all_reduce([total, *gradient])
+    return float(total), gradient
+
+
+def _split(batch: Noised, size: int) -> Iterator[Noised]:
+    columns = [torch.split(c, size) for c in vars(batch).values()]
+    for row in zip(*columns, strict=True):
+        yield Noised(*row)
+
+
+def _dot(a: list[Tensor], b: list[Tensor]) -> float:
+    """Inner product over all tensors, summed in float32 a tensor and float64 between them."""
+    return float(sum(torch.dot(x.flatten().float(), y.flatten().float()).double() for x, y in zip(a, b, strict=True)))

@@ -1,0 +1,90 @@
+"""The one place where images are noised, denoised and drawn."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from unforget.core import distributed
+from unforget.core.metrics import pairwise_rms
+from unforget.core.schedule import Schedule
+from unforget.core.types import Family, Noised
+
+PIXELS_DRAWN = PIXELS_TRAINED = 32 * 32 * 32
+"""Pixels in one pass, without and with gradients, unless the user says how many pictures."""
+
+
+def random_noise(count: int, shape: tuple[int, int, int], seed: int, purpose: str, *, first: int = 0) -> Tensor:
+    """Standard normal (count, C, H, W), rows from `first` on; row i depends on purpose, seed and i alone.
+
+    The purpose keeps apart what must be independent: two uses of one seed share no row, nor do two seeds of one use.
+    """
+    keys = (hashlib.sha256(f"{purpose}/{seed}/{i}".encode()).digest() for i in range(first, first + count))
+    generators = (torch.Generator().manual_seed(int.from_bytes(key[:7])) for key in keys)
+    return torch.stack([torch.randn(shape, generator=g) for g in generators]) if count else torch.empty(0, *shape)
+
+
+def in_one_pass(pixels: int, shape: tuple[int, int, int]) -> int:
+    """How many pictures of a shape make up `pixels`, at least one."""
+    return max(1, pixels // (shape[1] * shape[2]))
+
+
+def start_level(family: Family, share: float, *, steps: int) -> int:
+    """The schedule row nearest to a share of the schedule, of those that sampling in `steps` visits."""
+    return min(family.levels(steps), key=lambda t: abs(t - share * len(family.schedule)))
+
+
+@torch.no_grad()
+def draw(
+    family: Family,
+    noise: Tensor,
+    *,
+    steps: int,
+    start: int | None = None,
+    prompt_ids: Tensor | None = None,
+    advance: Callable[[int], object] = lambda n: None,
+) -> Tensor:
+    """Sample pictures from `noise` (or from noised x_0 at `start`) a batch at a time, (N, C, H, W) in [-1, 1].
+
+    Args:
+        family: The model.
+        noise: What to start from, (N, ...).
+        steps: Steps of a whole sampling run.
+        start: Schedule row to start from, if not pure noise.
+        prompt_ids: Prompts, (N,), or (1,) for the same everywhere.
+        advance: Told how many pictures are done.
+    """
+    if prompt_ids is None:
+        prompt_ids = torch.zeros(1, dtype=torch.long)
+    size = in_one_pass(PIXELS_DRAWN, family.image_shape)
+    parts = list(zip(torch.split(noise, size), torch.split(prompt_ids.expand(len(noise)), size), strict=True))
+
+    def make(part: tuple[Tensor, Tensor]) -> Tensor:
+        pictures = family.decode(family.denoise(part[0], steps=steps, start=start, prompt_ids=part[1]))
+        advance(len(pictures) * distributed.world_size())
+        return pictures
+
+    return distributed.all_gather(parts, [len(part) for part, _ in parts], make)
+
+
+def noised(
+    x_0: Tensor, x_s: Tensor, prompt_ids: Tensor, schedule: Schedule, generator: torch.Generator,
+    span: tuple[float, float],
+) -> Noised:  # fmt: skip
+    """Noise at levels that cover `span` (shares of the schedule) evenly, in random order."""
+    size = len(x_0)
+    low, high = (round(s * len(schedule)) for s in span)
+    place = (torch.rand((), generator=generator) + torch.arange(size) / size) % 1
+    index = low + (place * (high - low)).long().clamp(max=high - low - 1)
+    index = index[torch.randperm(size, generator=generator)]
+    noise = torch.randn(x_0.shape, generator=generator)
+    return Noised(x_0, noise, index, schedule.add_noise(x_0, noise, index), x_s, prompt_ids)
+
+
+def nearest(images: Tensor, target: Tensor, count: int) -> Tensor:
+    """The `count` images nearest to a target (C, H, W), nearest first."""
+    order = pairwise_rms(images, target[None])[:, 0].argsort(stable=True)
+    return images[order[:count]]

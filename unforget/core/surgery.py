@@ -1,0 +1,100 @@
+"""How two gradients become one step: every rule sees three numbers, never a network.
+
+All rules answer with the weights of the forget gradient f and the retain gradient r, given their Gram matrix over all
+trained tensors. Where a rule divides by a squared norm that is zero, that gradient has nothing to say and the term
+is zero.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal, NamedTuple
+
+from pydantic import Field
+
+from unforget.core.types import Strategy
+
+
+class Gram(NamedTuple):
+    """Inner products of the two gradients: <f, f>, <f, r>, <r, r>."""
+
+    ff: float
+    fr: float
+    rr: float
+
+    @property
+    def cosine(self) -> float:
+        """cos of the angle between the gradients, in [-1, 1]; 0 if either vanishes."""
+        norm = math.sqrt(self.ff * self.rr)
+        return self.fr / norm if norm > 0 else 0.0
+
+
+class Weights(NamedTuple):
+    """The step is forget * g_f + retain * g_r."""
+
+    forget: float
+    retain: float
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b > 0 else 0.0
+
+
+class Sum(Strategy):
+    """Add both gradients."""
+
+    kind: Literal["sum"] = "sum"
+
+    def __call__(self, gram: Gram) -> Weights:
+        return Weights(1.0, 1.0)
+
+
+class Project(Strategy):
+    """Take out of the forget gradient what opposes the retain gradient (arXiv:2603.10445)."""
+
+    kind: Literal["project"] = "project"
+
+    def __call__(self, gram: Gram) -> Weights:
+        return Weights(1.0, 1.0 - _ratio(min(gram.fr, 0.0), gram.rr))
+
+
+class PCGrad(Strategy):
+    """Project each gradient off the other where they conflict (arXiv:2001.06782, algorithm 1)."""
+
+    kind: Literal["pcgrad"] = "pcgrad"
+
+    def __call__(self, gram: Gram) -> Weights:
+        conflict = min(gram.fr, 0.0)
+        return Weights(1.0 - _ratio(conflict, gram.ff), 1.0 - _ratio(conflict, gram.rr))
+
+
+class EraseDiff(Strategy):
+    """Forget only as far as the retain gradient does not already (arXiv:2401.05779)."""
+
+    kind: Literal["erasediff"] = "erasediff"
+    eta: float = Field(1e-2, ge=0, description="least weight per unit of the forget gradient")
+
+    def __call__(self, gram: Gram) -> Weights:
+        return Weights(max(self.eta - _ratio(gram.fr, gram.ff), 0.0), 1.0)
+
+
+class FixedNorm(Strategy):
+    """Scale the forget gradient to a share of the retain gradient's norm (SISS, arXiv:2503.01034)."""
+
+    kind: Literal["fixed-norm"] = "fixed-norm"
+    share: float = Field(0.1, gt=0, description="norm of the forget gradient as a share of the retain gradient's")
+
+    def __call__(self, gram: Gram) -> Weights:
+        return Weights(self.share * math.sqrt(_ratio(gram.rr, gram.ff)), 1.0)
+
+
+class ForgetOnly(Strategy):
+    """Ignore the retain gradient: what NegGrad does, for comparison."""
+
+    kind: Literal["forget-only"] = "forget-only"
+
+    def __call__(self, gram: Gram) -> Weights:
+        return Weights(1.0, 0.0)
+
+
+Surgery = Annotated[Sum | Project | PCGrad | EraseDiff | FixedNorm | ForgetOnly, Field(discriminator="kind")]

@@ -1,0 +1,113 @@
+"""What an exported file or folder says of itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from unforget.errors import UsageError
+from unforget.files.patch import Provenance
+from unforget.files.storage import read_json
+from unforget.verify.report import Report, Verdict
+
+MAX_REPORT = 2**24
+"""Largest report that is read, bytes."""
+
+Format = Literal["diffusers", "lora", "peft", "transformer", "single-file", "delta"]
+FOLDERS = ("diffusers", "lora", "peft")
+"""Formats that are folders; the others are files."""
+HEADER = "unforget.made"
+"""Key of `Made` in the header of a safetensors file."""
+PATH = re.compile(r"(/|~|\.{1,2}/|[A-Za-z]:[\\/]|\\\\|file:).*", re.DOTALL)
+"""Texts that name a place on somebody's disk."""
+
+
+def called(ref: str) -> str:
+    """A base as the world may know it: an alias or a hub id as it is, of a local path the last part."""
+    local = Path(ref).exists() or PATH.fullmatch(ref)
+    return re.split(r"[\\/]", ref.rstrip("\\/"))[-1] if local else ref
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Part(_Record):
+    """A patch that is in an export."""
+
+    scale: float
+    provenance: Provenance
+
+
+class Rounding(_Record):
+    """What writing in another precision does to the change that the patches make, over all tensors they change."""
+
+    dtype: str
+    """Precision that was written: float32, bfloat16 or float16."""
+    still: float
+    """Share of the numbers that the patches change and that came out as they were."""
+    cosine: float
+    """Cosine between the change as written and as meant, in [-1, 1]; 1 is all of it."""
+    error: float
+    """RMS of their difference, as a share of the RMS of the change."""
+
+
+class Verified(_Record):
+    """The verdict of the last `unforget verify` of these very weights."""
+
+    verdict: Verdict
+    level: str
+    summary: str
+    targets: dict[str, str]
+    """Verdict by target."""
+    report_digest: str
+    """SHA-256 of the JSON report."""
+    candidate_digest: str
+    versions: dict[str, str]
+
+    @classmethod
+    def of(cls, path: Path) -> Self:
+        """From a JSON report.
+
+        Raises:
+            UsageError: If the file is none.
+        """
+        try:
+            found = Report.model_validate(read_json(path, most=MAX_REPORT))
+            content = path.read_bytes()
+        except (OSError, ValidationError, ValueError):
+            raise UsageError(f"'{path}' is not a report of `unforget verify`", "Give what --report wrote.") from None
+        return cls(
+            verdict=found.verdict, level=found.level, summary=found.summary,
+            targets={t.id: t.verdict for t in found.targets}, report_digest=hashlib.sha256(content).hexdigest(),
+            candidate_digest=found.candidate_digest, versions=found.versions,
+        )  # fmt: skip
+
+
+class Made(_Record):
+    """Where an export came from. It holds no picture, no path and no date: equal exports are equal bytes."""
+
+    format: Format
+    dtype: str
+    """Precision of the network's floating-point tensors: float32, bfloat16 or float16."""
+    base: str
+    """What the user called the base."""
+    base_digest: str
+    patched_digest: str
+    """Of the network with the patches on, in the precision in which this tool computes with it."""
+    digest: str
+    """Of the network's tensors, or the factors, as they were written."""
+    patches: list[Part]
+    rounding: Rounding | None = None
+    """None where nothing is rounded."""
+    verified: Verified | None = None
+    versions: dict[str, str]
+
+    def header(self) -> dict[str, str]:
+        """As an entry in the header of a safetensors file."""
+        return {HEADER: json.dumps(self.model_dump(mode="json"), sort_keys=True)}

@@ -1,0 +1,1 @@
+"""Original key layouts of single-file checkpoints."""

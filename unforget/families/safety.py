@@ -1,0 +1,235 @@
+"""A model folder is looked at before any library opens it: names, sizes and numbers that no model has.
+
+What a folder says decides what is read and how much memory is taken, and it may come from anywhere. So every file name
+in it must be plain, every configuration modest, and every tensor that a part's configuration asks for must be in its
+file with that shape, which is found out on torch's meta device, where tensors take no memory.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unforget.errors import CannotRun, UsageError
+from unforget.files.storage import BadFile, Lazy, open_tensors, read_json
+
+PLAIN = re.compile(r"[A-Za-z0-9_]+(?:[.-][A-Za-z0-9_]+)*")
+"""File names and names of parts: nothing that leads elsewhere."""
+LIBRARIES = ("diffusers", "transformers")
+"""Where a part's class may come from; another name would be a module of the folder's own."""
+MOST = 2**20
+"""Largest whole number in a configuration; vocabularies have a tenth of it."""
+FEW = {"num_layers": 512, "num_hidden_layers": 512, "layers_per_block": 64, "pos_embed_max_size": 1024}
+"""Numbers whose cost is more than their own size."""
+SIDE = 8192
+"""Largest `sample_size`."""
+SPARE = 1.05
+"""How many numbers a transformer may ask for, as a share of those in a single file."""
+WORDS = 2**23
+"""Largest file of a tokenizer, bytes; those of SD3 have a third of it."""
+STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+
+
+def check(folder: Path, kind: str, allow_pickle: bool) -> None:
+    """Refuse a folder that is not what it says.
+
+    Args:
+        folder: A diffusers folder, nested or flat.
+        kind: Of the family.
+        allow_pickle: Whether weights may be pickled; those are then left to torch's restricted unpickler.
+
+    Raises:
+        UsageError: If its files are not those of a model.
+        CannotRun: If weights are missing or others than its configuration asks for.
+    """
+    try:
+        index = read_json(folder / "model_index.json")
+        parts = {name: _part(name, value) for name, value in index.items() if isinstance(value, list)}
+        for name, (library, class_name) in parts.items():
+            # Old DDPM repositories are flat.
+            home = folder / name if (folder / name).is_dir() or kind != "ddpm" else folder
+            _check_part(home, name, library, class_name, allow_pickle)
+    except BadFile as error:
+        raise UsageError(f"the model in '{folder}' is no sound one: {error}", "Get it again from its source.") from None
+
+
+def check_single(file: Path, config: Path) -> None:
+    """Refuse a single file that is none, or a configuration for it that asks for more than it holds.
+
+    Args:
+        file: The checkpoint.
+        config: A diffusers folder of that model; its weights, if any, are not looked at.
+
+    Raises:
+        UsageError: If either is not what it says.
+        CannotRun: If they do not go together.
+    """
+    try:
+        tensors = open_tensors(file).tensors
+        index = read_json(config / "model_index.json")
+        for name, value in index.items():
+            if isinstance(value, list) and _part(name, value)[1]:
+                for table in sorted((config / name).glob("*config.json")):
+                    _check_numbers(read_json(table), f"{name}/{table.name}")
+        asked = read_json(config / "transformer" / "config.json")
+    except (BadFile, OSError, AttributeError) as error:
+        reason = error if isinstance(error, BadFile) else f"'{config}' is no diffusers folder"
+        raise UsageError(
+            f"'{file}' cannot be opened: {reason}", "Get it again, or give another --pipeline-config."
+        ) from None
+    try:
+        with torch.device("meta"):
+            network = _diffusers(("SD3Transformer2DModel", asked))
+    except Exception as error:
+        raise UsageError(
+            f"'{config}' describes no SD3 transformer: {error}", "Give another --pipeline-config."
+        ) from None
+    wanted, held = sum(p.numel() for p in network.parameters()), sum(_count(t) for t in tensors.values())
+    if wanted > SPARE * held:
+        raise CannotRun(
+            f"'{config}' asks for {wanted:,} numbers, '{file}' holds {held:,}", "Give the model's --pipeline-config."
+        )
+
+
+def _part(name: str, value: list[Any]) -> tuple[str, str]:
+    """Library and class of a part; empty where it is absent."""
+    if not PLAIN.fullmatch(name) or len(value) != 2:
+        raise BadFile(f"model_index.json describes '{name[:40]}' wrongly")
+    library, class_name = value
+    if library is None or class_name is None:
+        return "", ""
+    if library not in LIBRARIES or not isinstance(class_name, str) or not class_name.isidentifier():
+        raise BadFile(f"'{name}' is to be made by '{library}.{class_name}', which is code of its own")
+    return library, class_name
+
+
+def _check_part(home: Path, name: str, library: str, class_name: str, allow_pickle: bool) -> None:
+    if "Scheduler" in class_name:
+        if (file := home / "scheduler_config.json").is_file():
+            _check_numbers(read_json(file), f"{name}/{file.name}")
+        return
+    if "Tokenizer" in class_name and home.is_dir():
+        for file in home.iterdir():
+            if file.is_file() and file.stat().st_size > WORDS:
+                raise BadFile(f"'{name}/{file.name}' has more than {WORDS} bytes")
+    if not class_name or (library == "transformers" and not (home / "config.json").is_file()):
+        return  # absent, or without weights: a tokenizer
+    if not (home / "config.json").is_file():
+        raise CannotRun(f"'{home}' has no config.json", "Get the model again.")
+    config = read_json(home / "config.json")
+    _check_numbers(config, f"{name}/config.json")
+    tensors = _weights(home, STEMS[library], allow_pickle)
+    if tensors:
+        _fits(config, name, library, class_name, tensors)
+
+
+def _check_numbers(value: Any, where: str, key: str = "", depth: int = 0) -> None:
+    """Refuse a configuration that no model has, before anything is made from it."""
+    if depth > 16:
+        raise BadFile(f"{where} is nested too deeply")
+    if isinstance(value, Mapping):
+        if "auto_map" in value:
+            raise BadFile(f"{where} asks for code of its own (auto_map)")
+        for inner, item in value.items():
+            _check_numbers(item, where, str(inner), depth + 1)
+    elif isinstance(value, list):
+        if len(value) > 4096:
+            raise BadFile(f"{where} has a list of {len(value)} entries")
+        for item in value:
+            _check_numbers(item, where, key, depth + 1)
+    elif isinstance(value, (int, float)):
+        most = FEW.get(key, SIDE if key == "sample_size" else MOST)
+        least = 1 if key in FEW or key.endswith(("_dim", "_size", "_channels")) else -MOST
+        if isinstance(value, int) and not isinstance(value, bool) and not least <= value <= most:
+            raise BadFile(f"{where} says {key} = {str(value)[:24]}")
+    elif depth == 0:
+        raise BadFile(f"{where} is not a table")
+
+
+def _weights(home: Path, stem: str, allow_pickle: bool) -> dict[str, Lazy]:
+    """The tensors of a part by name, from one file or from shards; none if they are pickled and may be."""
+    index, single = home / f"{stem}.safetensors.index.json", home / f"{stem}.safetensors"
+    if index.is_file():
+        try:
+            table = dict(read_json(index, most=2**24)["weight_map"])
+        except (KeyError, TypeError, ValueError):
+            raise BadFile(f"'{index.name}' names no shards") from None
+        tensors: dict[str, Lazy] = {}
+        for shard in sorted(set(map(str, table.values()))):
+            if not PLAIN.fullmatch(shard):
+                raise BadFile(f"'{index.name}' names the file '{shard[:40]}'")
+            if not (home / shard).is_file():
+                raise CannotRun(f"'{home}' misses the shard {shard}", "Download the model again.")
+            tensors |= open_tensors(home / shard).tensors
+        if set(tensors) != set(table):
+            raise BadFile(f"'{index.name}' and its shards disagree")
+        return tensors
+    if single.is_file():
+        return open_tensors(single).tensors
+    pickled = any(home.glob("*.bin"))
+    if not pickled:
+        raise CannotRun(f"'{home}' holds no weights", f"Expected {stem}.safetensors in it.")
+    if not allow_pickle:
+        raise UsageError(
+            f"'{home}' holds pickled weights only, which can run code when opened",
+            "Convert them to safetensors, or say --allow-pickle if you trust where they come from.",
+        )
+    return {}
+
+
+def _fits(config: Any, name: str, library: str, class_name: str, tensors: Mapping[str, Lazy]) -> None:
+    """Compare what a configuration asks for with what the file holds."""
+    made: Callable[[Any], Any] = _diffusers if library == "diffusers" else _transformers
+    try:
+        with torch.device("meta"):
+            part = made((class_name, config))
+    except Exception as error:  # whatever a library makes of a configuration that is none
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadFile(f"{name}/config.json describes no {class_name}: {reason[:120]}") from None
+    there = {_named(n, library): tuple(t.shape) for n, t in tensors.items()}
+    for tensor, shape in ((_named(n, library), tuple(t.shape)) for n, t in _own(part)):
+        if tensor not in there:
+            raise CannotRun(f"'{name}' lacks '{tensor}'", "Get the model again.")
+        if there[tensor] != shape and not (len(there[tensor]) == len(shape) + 2 and there[tensor][:-2] == shape):
+            raise CannotRun(f"'{name}' has '{tensor}' as {there[tensor]}, wanted {shape}", "Get the model again.")
+
+
+OLD = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+"""Names of attention in files older than diffusers 0.15, which it translates; 1 x 1 convolutions then."""
+
+
+def _named(name: str, library: str) -> str:
+    """A tensor's name, whichever version of a library wrote it."""
+    if library == "transformers":
+        return name.replace("text_model.", "")
+    for old, new in OLD.items():
+        name = name.replace(old, new)
+    return name
+
+
+def _own(part: Any) -> list[tuple[str, Any]]:
+    """A part's tensors, those once that have several names (T5's embedding)."""
+    stored = set(part.state_dict())
+    return [*part.named_parameters(), *((n, t) for n, t in part.named_buffers() if n in stored)]
+
+
+def _count(lazy: Lazy) -> int:
+    return torch.Size(lazy.shape).numel()
+
+
+def _diffusers(asked: tuple[str, Any]) -> Any:
+    import diffusers
+
+    kind = getattr(diffusers, asked[0])
+    return kind.from_config(asked[1])
+
+
+def _transformers(asked: tuple[str, Any]) -> Any:
+    import transformers
+
+    kind = getattr(transformers, asked[0])
+    return kind(kind.config_class.from_dict(asked[1]))

@@ -1,0 +1,1 @@
+"""What lies on disk: safetensors and other files, images, patches, the cache."""

@@ -1,0 +1,391 @@
+"""The artefact of a run: the changed weights in one safetensors file whose header says where they came from."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from torch import Tensor, nn
+
+from unforget.errors import CannotRun, UsageError
+from unforget.files.storage import BadFile, Digested, Opened, atomic_output, digest, open_tensors, write_tensors
+
+HEADER = "unforget"
+"""Key of our entry in the header of a safetensors file."""
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class LedgerEntry(BaseModel):
+    """A patch that another one begins with, and holds."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    digest: str
+    targets: list[str]
+    surrogates: list[str]
+    prompts: list[str]
+
+
+class Provenance(BaseModel):
+    """Where a patch came from. It holds no picture, no path and no date: equal runs write equal bytes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[2] = 2
+    holds: Literal["weights", "lora", "bits"] = "weights"
+    """Whole weights as they are afterwards; the factors of a LoRA; or what tells the bits of the weights before from
+    those after (their exclusive or, which puts the patch on and takes it off)."""
+    base: str
+    """What the user called the base."""
+    base_digest: str
+    patched_digest: str = ""
+    """Of the network with the patch on."""
+    digest: str = ""
+    """Of the tensors of this file."""
+    targets: list[str]
+    """Ids of the targets: salted digests of their pixels."""
+    surrogates: list[str]
+    prompts: list[str] = []
+    """Prompts under which they were forgotten, beside the empty one."""
+    earlier: list[LedgerEntry] = []
+    """The ledger: patches that this one began with and holds, oldest first. Their targets are not in `targets`."""
+    adapter: dict[str, int] | None = None
+    """Rank and alpha of a LoRA."""
+    recipe: dict[str, Any]
+    seed: int
+    steps: int
+    """Updates that were made."""
+    versions: dict[str, str]
+
+    @model_validator(mode="after")
+    def _whole(self) -> Self:
+        if (self.adapter is None) == (self.holds == "lora"):
+            raise ValueError("a LoRA, and nothing else, has an adapter")
+        if self.adapter is not None and (set(self.adapter) != {"rank", "alpha"} or min(self.adapter.values()) < 1):
+            raise ValueError("an adapter has a rank and an alpha")
+        return self
+
+    @property
+    def all_targets(self) -> list[str]:
+        """Ids of all targets so far, the oldest first."""
+        return list(dict.fromkeys([t for e in self.earlier for t in e.targets] + self.targets))
+
+    @property
+    def all_prompts(self) -> list[str]:
+        """All prompts so far, the oldest first."""
+        return list(dict.fromkeys([p for e in self.earlier for p in e.prompts] + self.prompts))
+
+
+def provenance(path: Path) -> Provenance:
+    """What the header of a patch says, without its tensors.
+
+    Raises:
+        UsageError: If the file is missing or is no patch.
+    """
+    return _opened(path)[0]
+
+
+def _opened(path: Path) -> tuple[Provenance, Opened]:
+    if not path.is_file():
+        raise UsageError(f"there is no patch '{path}'", "Make one with `unforget unlearn`.")
+    try:
+        opened = open_tensors(path)
+        return Provenance.model_validate_json(opened.metadata[HEADER]), opened
+    except KeyError:
+        raise UsageError(f"'{path}' is not a patch: its header does not say so", WRITTEN) from None
+    except ValidationError as error:
+        where = ".".join(str(p) for p in error.errors()[0]["loc"]) or "its header"
+        raise UsageError(f"'{path}' is not a patch of this version: {where}", WRITTEN) from None
+    except BadFile as error:
+        raise UsageError(f"'{path}' is not a patch: {error}", WRITTEN) from None
+
+
+WRITTEN = "Give the file that `unforget unlearn` wrote."
+
+
+@dataclass(frozen=True)
+class Patch:
+    """The changed tensors of a network and their provenance."""
+
+    tensors: dict[str, Tensor]
+    provenance: Provenance
+
+    @classmethod
+    def between(cls, base: nn.Module, patched: nn.Module, provenance: Provenance) -> Patch:
+        """The tensors of `patched` that differ from `base`; the adapter, if one network serves as both."""
+        if base is patched:
+            from peft import get_peft_model_state_dict
+
+            factors = get_peft_model_state_dict(patched, adapter_name="default")
+            return cls({n: t.detach().cpu().contiguous() for n, t in factors.items()}, provenance)
+        before, after = base.state_dict(), patched.state_dict()
+        changed = {n: t.detach().cpu().contiguous() for n, t in after.items() if not torch.equal(t, before[n])}
+        return cls(changed, provenance)
+
+    @property
+    def digest(self) -> str:
+        """Of the tensors."""
+        return self.provenance.digest or digest(self.tensors)
+
+    def save(self, path: Path) -> None:
+        """Write the file, whole or not at all; equal content is equal bytes."""
+        made = self.provenance.model_copy(update={"digest": digest(self.tensors)})
+        with atomic_output(path) as beside:
+            write_tensors(self.tensors, {HEADER: json.dumps(made.model_dump(), sort_keys=True)}, beside)
+
+    @classmethod
+    def load(cls, path: Path) -> Patch:
+        """Read a patch.
+
+        Raises:
+            UsageError: If the file is missing, is no patch, or is damaged.
+        """
+        made, opened = _opened(path)
+        tensors = opened.load()
+        if digest(tensors) != made.digest:
+            raise UsageError(f"'{path}' is damaged: its tensors are not those it was written with", "Copy it again.")
+        return cls(tensors, made)
+
+    def names(self) -> list[str]:
+        """The tensors of the network that it changes."""
+        if self.provenance.holds != "lora":
+            return sorted(self.tensors)
+        return sorted({f"{name.rsplit('.lora_', 1)[0]}.weight" for name in self.tensors})
+
+    def changes(self, name: str) -> bool:
+        """Whether it changes a tensor of the network."""
+        lora = f"{name.removesuffix('.weight')}.lora_A.weight"
+        return (lora if self.provenance.holds == "lora" else name) in self.tensors
+
+    def difference(self, name: str, weight: Tensor) -> Tensor:
+        """What it adds to one of the base's tensors, in float32."""
+        if self.provenance.adapter is not None:
+            module = name.removesuffix(".weight")
+            down, up = (self.tensors[f"{module}.lora_{side}.weight"].float() for side in "AB")
+            added = self.provenance.adapter["alpha"] / self.provenance.adapter["rank"] * (up @ down)
+            return added.to(weight.device)
+        return self.after(name, weight).float() - weight.float()
+
+    def after(self, name: str, weight: Tensor) -> Tensor:
+        """One of the base's tensors with this patch on, in its own precision; a LoRA is added in float32."""
+        found = self.tensors.get(name)
+        if self.provenance.holds == "bits":
+            assert found is not None
+            return (weight.cpu().view(found.dtype) ^ found).view(weight.dtype).to(weight.device)
+        if self.provenance.holds == "weights":
+            assert found is not None
+            return found.to(weight)
+        return (weight.float() + self.difference(name, weight)).to(weight.dtype)
+
+    def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Refuse a network that has no place for it, or numbers that are none.
+
+        Raises:
+            CannotRun: With the first tensor that does not fit.
+        """
+        rank = (self.provenance.adapter or {}).get("rank", 0)
+        for name in self.names():
+            fits = name in shapes
+            if fits and rank:
+                module, (out, *rest) = name.removesuffix(".weight"), shapes[name] or [0]
+                pair = [self.tensors.get(f"{module}.lora_{side}.weight") for side in "AB"]
+                fits = [t is not None and list(t.shape) for t in pair] == [[rank, *rest], [out, rank]]
+            elif fits:
+                fits = list(self.tensors[name].shape) == list(shapes[name])
+            if not fits:
+                raise CannotRun(f"the network has no place for '{name}'", "The patch is for another architecture.")
+        for name, tensor in self.tensors.items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise CannotRun(f"the patch holds NaN or infinite numbers in '{name}'", "Unlearn again.")
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Patches of one base, in the order in which they are put on, and the share of each that is.
+
+    Their differences to the base add up: W + sum of scale_i (P_i - W), in float32. One alone, in full, is exact.
+    """
+
+    patches: tuple[Patch, ...]
+    scales: tuple[float, ...] = ()
+
+    @classmethod
+    def load(cls, paths: Sequence[Path], scales: Sequence[float] = ()) -> Stack:
+        """Read patches.
+
+        Raises:
+            UsageError: If one is no patch, or holds another one already.
+        """
+        found = cls(tuple(Patch.load(p) for p in paths), tuple(scales))
+        held = {e.digest for p in found.patches for e in p.provenance.earlier}
+        digests = [p.digest for p in found.patches]
+        for path, one in zip(paths, digests, strict=True):
+            if one in held or digests.count(one) > 1:
+                raise UsageError(f"the patch '{path}' would be put on twice", "Leave it out: another one holds it.")
+        return found
+
+    def pairs(self) -> list[tuple[Patch, float]]:
+        """Patches with their scales; 1 where none was given."""
+        return list(zip(self.patches, self.scales or [1.0] * len(self.patches), strict=True))
+
+    def names(self) -> list[str]:
+        """The tensors of the network that change."""
+        return sorted({n for p in self.patches for n in p.names()})
+
+    def merged(self, name: str, weight: Tensor) -> Tensor:
+        """One of the base's tensors with all patches on, in its own precision."""
+        parts = [(p, scale) for p, scale in self.pairs() if p.changes(name)]
+        if [scale for _, scale in parts] == [1.0]:
+            return parts[0][0].after(name, weight)
+        return self.added(name, weight, weight).to(weight.dtype)
+
+    def added(self, name: str, weight: Tensor, onto: Tensor) -> Tensor:
+        """What the patches add to one of the base's tensors, onto that tensor in another precision, in float32."""
+        total = onto.float().clone()
+        for patch, scale in self.pairs():
+            if patch.changes(name):
+                total += scale * patch.difference(name, weight)
+        return total
+
+    def digest(self, state: Mapping[str, Tensor]) -> str:
+        """Of the base with all patches on, from its tensors without."""
+        found = Digested()
+        for name, tensor in state.items():
+            changed = any(p.changes(name) for p in self.patches)
+            found.add(name, self.merged(name, tensor) if changed else tensor)
+        return found.hexdigest()
+
+    def check(self, network: nn.Module, name: str) -> None:
+        """Refuse another network than the one that the patches were made for.
+
+        Raises:
+            CannotRun: If it is another one, or a patch has no place in it.
+        """
+        state = network.state_dict()
+        found = digest(state)
+        for patch in self.patches:
+            made = patch.provenance
+            if found != made.base_digest:
+                raise CannotRun(
+                    f"the patch was made for {made.base} ({made.base_digest[:12]}), {name} is {found[:12]}",
+                    "Give the base that the patch names, or unlearn again on this one.",
+                )
+            patch.check({n: t.shape for n, t in state.items()})
+
+    @torch.no_grad()
+    def apply(self, network: nn.Module, *, name: str = "the model") -> None:
+        """Put the patches on their base, in place, a tensor at a time.
+
+        Raises:
+            CannotRun: If `network` is not the base that they were made for; it is then as it was.
+        """
+        self.check(network, name)
+        state = network.state_dict()
+        for changed in self.names():
+            state[changed].copy_(self.merged(changed, state[changed]))
+
+    def before(self, network: nn.Module) -> dict[str, Tensor]:
+        """Copies of the tensors that change."""
+        names = set(self.names())
+        return {n: t.clone() for n, t in network.state_dict().items() if n in names}
+
+    @contextlib.contextmanager
+    def on(self, network: nn.Module, *, name: str = "the model") -> Iterator[None]:
+        """The network with the patches on, for the length of a block; afterwards it has the bits that it had."""
+        before = self.before(network)
+        try:
+            self.apply(network, name=name)
+            yield
+        finally:
+            network.load_state_dict(before, strict=False)
+
+
+def check_on(patch: Patch, network: nn.Module, name: str) -> None:
+    """Refuse a network that a delta cannot be taken off.
+
+    Raises:
+        UsageError: If the patch does not hold bits.
+        CannotRun: If the network is not what the patch makes of its base.
+    """
+    made = patch.provenance
+    if made.holds != "bits":
+        raise UsageError("only a delta can be taken off", "Make one with `unforget export --format delta`.")
+    state = network.state_dict()
+    if (found := digest(state)) != made.patched_digest:
+        raise CannotRun(
+            f"the delta makes {made.patched_digest[:12]}, {name} is {found[:12]}", "Give the model that it made."
+        )
+    patch.check({n: t.shape for n, t in state.items()})
+
+
+@torch.no_grad()
+def take_off(patch: Patch, network: nn.Module, *, name: str = "the model") -> None:
+    """Turn a patched network back into its base, exactly; raises as `check_on` does."""
+    check_on(patch, network, name)
+    state = network.state_dict()
+    for changed in patch.names():
+        state[changed].copy_(patch.after(changed, state[changed]))
+
+
+def bits(before: Tensor, after: Tensor) -> Tensor:
+    """What tells the bits of two tensors apart: integers of their width, zero where nothing changed."""
+    width = INTEGERS[before.dtype.itemsize]
+    return before.cpu().contiguous().view(width) ^ after.cpu().contiguous().view(width)
+
+
+def plain(network: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a network under the names they have without an adapter, and as they are without it."""
+    state = network.state_dict()
+    return {n.replace(".base_layer.", "."): t.detach() for n, t in state.items() if ".lora_" not in n}
+
+
+def joined(stack: Stack, patch: Patch, state: Mapping[str, Tensor]) -> Patch:
+    """A patch that was trained upon a stack, as one of the base, with the ledger of those it began with.
+
+    LoRAs lie side by side: rank and factors are those of all together. Anything else becomes whole weights.
+
+    Args:
+        stack: What the run began with.
+        patch: What it changed.
+        state: The network's tensors with the stack on.
+    """
+    if not stack.patches:
+        return patch
+    made = [p.provenance for p in stack.patches]
+    ledger = [e for m in made for e in m.earlier]
+    for p, m in zip(stack.patches, made, strict=True):
+        ledger.append(LedgerEntry(digest=p.digest, targets=m.targets, surrogates=m.surrogates, prompts=m.prompts))
+    parts = [*stack.pairs(), (patch, 1.0)]
+    if all(p.provenance.holds == "lora" for p, _ in parts):
+        tensors, rank = side_by_side(parts)
+        changes: dict[str, Any] = {"earlier": ledger, "holds": "lora", "adapter": {"rank": rank, "alpha": rank}}
+    else:
+        names = sorted({n for p, _ in parts for n in p.names()})
+        after = {n: patch.after(n, state[n]) if patch.changes(n) else state[n] for n in names}
+        tensors = {n: t.detach().cpu().contiguous() for n, t in after.items()}
+        changes = {"earlier": ledger, "holds": "weights", "adapter": None}
+    return Patch(tensors, patch.provenance.model_copy(update=changes))
+
+
+def side_by_side(parts: Sequence[tuple[Patch, float]]) -> tuple[dict[str, Tensor], int]:
+    """The factors of several LoRAs as those of one whose alpha is its rank, and that rank."""
+    ranks = [(p.provenance.adapter or {})["rank"] for p, _ in parts]
+    total, tensors = sum(ranks), {}
+    for name in sorted({n for p, _ in parts for n in p.tensors}):
+        dim = 0 if name.endswith(".lora_A.weight") else 1
+        shown = next(p.tensors[name] for p, _ in parts if name in p.tensors)
+        pieces = []
+        for (patch, scale), rank in zip(parts, ranks, strict=True):
+            size = list(shown.shape)
+            size[dim] = rank
+            factor = patch.tensors.get(name, torch.zeros(size, dtype=shown.dtype))
+            adapter = patch.provenance.adapter or {}
+            pieces.append(factor if dim == 0 else factor * (scale * adapter["alpha"] / rank))
+        tensors[name] = torch.cat(pieces, dim).contiguous()
+    return tensors, total

@@ -1,0 +1,273 @@
+"""Files: written whole or not at all, and read only after what they claim of their sizes was checked.
+
+Tensors are stored as safetensors (https://github.com/huggingface/safetensors#format) and nothing else: eight bytes of
+length, a JSON header, the data. The headers written here are sorted, so that equal content is equal bytes; tensors go
+to and from the disk one at a time, so that a model need not fit into memory to be copied or changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unforget.core import distributed
+from unforget.errors import UsageError
+
+MAX_HEADER = 4 * 2**20
+"""Largest header that is parsed, bytes; the largest models here have a tenth of it."""
+MAX_JSON = 2**20
+"""Largest JSON file of a model folder that is parsed, bytes."""
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class BadFile(ValueError):
+    """A file is not what its name or header claims."""
+
+
+@contextlib.contextmanager
+def atomic_output(path: Path) -> Iterator[Path]:
+    """A path to write to, beside the wanted one, that takes its place only when all was written and flushed.
+
+    Whatever stops the writer, no reader ever sees half a file, and what was there before stays until then. Of several
+    processes the first one's file is taken.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield beside
+        if distributed.is_main():
+            with beside.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_bytes(content: bytes, path: Path) -> None:
+    """Write a file, whole or not at all."""
+    with atomic_output(path) as beside:
+        beside.write_bytes(content)
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Write JSON with sorted keys, whole or not at all."""
+    write_bytes((json.dumps(value, indent=2, sort_keys=True) + "\n").encode(), path)
+
+
+def read_json(path: Path, *, most: int = MAX_JSON) -> Any:
+    """A JSON file.
+
+    Raises:
+        BadFile: If it is too large, too deep, or no JSON.
+    """
+    size = path.stat().st_size
+    if size > most:
+        raise BadFile(f"'{path.name}' has {size} bytes, more than {most}")
+    return _parsed(path.read_bytes(), f"'{path.name}'")
+
+
+def _parsed(content: bytes, what: str) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        raise BadFile(f"{what} is not JSON") from None
+
+
+@dataclass(frozen=True)
+class Lazy:
+    """A tensor that is made when it is wanted.
+
+    Attributes:
+        dtype, shape: What it will be.
+        make: Makes it.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Lazy:
+        """One that is there."""
+        return cls(tensor.dtype, tuple(tensor.shape), lambda: tensor)
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A safetensors file whose header was checked: every tensor can be read, none reaches outside the file."""
+
+    metadata: dict[str, str]
+    tensors: dict[str, Lazy]
+
+    def load(self) -> dict[str, Tensor]:
+        """All tensors."""
+        return {name: lazy.make() for name, lazy in self.tensors.items()}
+
+
+def open_tensors(path: Path) -> Opened:
+    """Read the header of a safetensors file.
+
+    Raises:
+        BadFile: If the file is none, or its header claims what the file does not hold.
+    """
+    total = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+        if not 2 <= length <= min(MAX_HEADER, total - 8):
+            raise BadFile(f"'{path.name}' is not a safetensors file")
+        header = _parsed(file.read(length), f"the header of '{path.name}'")
+    if not isinstance(header, dict):
+        raise BadFile(f"the header of '{path.name}' is not a table")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise BadFile(f"the metadata of '{path.name}' are not texts")
+    tensors, end = {}, 0
+    entries = [(_entry(path, name, value), name) for name, value in header.items()]
+    for (begin, lazy), name in sorted(entries, key=lambda e: (e[0][0], e[0][1].size)):
+        if begin != end:
+            raise BadFile(f"the tensors of '{path.name}' overlap or leave holes")
+        end += lazy.size
+        tensors[name] = Lazy(lazy.dtype, lazy.shape, _reader(path, 8 + length + begin, lazy))
+    if end != total - 8 - length:
+        raise BadFile(f"'{path.name}' has {total} bytes, its header says {end + 8 + length}: truncated or damaged")
+    return Opened(metadata, tensors)
+
+
+def _entry(path: Path, name: str, value: Any) -> tuple[int, Lazy]:
+    """Where a tensor begins, and what it is."""
+    try:
+        dtype, shape, (begin, end) = DTYPES[value["dtype"]], tuple(value["shape"]), value["data_offsets"]
+        if not all(type(n) is int and 0 <= n < 2**48 for n in (*shape, begin, end)) or len(shape) > 16:
+            raise ValueError
+        lazy = Lazy(dtype, shape, lambda: torch.empty(0))
+        if end - begin != lazy.size:
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        raise BadFile(f"'{path.name}' describes its tensor '{name[:80]}' wrongly") from None
+    return begin, lazy
+
+
+def _reader(path: Path, begin: int, lazy: Lazy) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        """Not mapped but read: aligned memory, and nothing changes if the file does."""
+        raw = torch.empty(lazy.size, dtype=torch.uint8)
+        with path.open("rb", buffering=0) as file:
+            file.seek(begin)
+            view, done = raw.numpy().data, 0
+            while done < lazy.size:
+                count = file.readinto(view[done : done + 2**30])
+                if not count:
+                    raise BadFile(f"'{path.name}' became shorter while it was read")
+                done += count
+        return raw.view(lazy.dtype).reshape(lazy.shape)
+
+    return read
+
+
+def write_tensors(
+    tensors: Mapping[str, Lazy | Tensor], metadata: Mapping[str, str], path: Path, *, digested: Digested | None = None,
+    hash_key: str | None = None,
+) -> None:  # fmt: skip
+    """Write a safetensors file with a sorted header, a tensor at a time; equal content is equal bytes.
+
+    Args:
+        tensors: By name.
+        metadata: For the header.
+        path: The file, which is written in place: see `atomic_output`.
+        digested: Told every tensor on its way.
+        hash_key: Key of the metadata that is to hold `0x` and the SHA-256 of the data, as ModelSpec wants it.
+    """
+    lazy = {n: t if isinstance(t, Lazy) else Lazy.of(t) for n, t in tensors.items()}
+    order = data_order(lazy)
+    entries, end = {}, 0
+    for name in order:
+        begin, end = end, end + lazy[name].size
+        shape = list(lazy[name].shape)
+        entries[name] = {"dtype": NAMES[lazy[name].dtype], "shape": shape, "data_offsets": [begin, end]}
+
+    def header(found: str) -> bytes:
+        known = {**metadata, **({hash_key: f"0x{found}"} if hash_key else {})}
+        text = json.dumps({"__metadata__": known, **entries}, sort_keys=True, separators=(",", ":")).encode()
+        return struct.pack("<Q", len(text) + -len(text) % 8) + text + b" " * (-len(text) % 8)
+
+    sha = hashlib.sha256()
+    with path.open("wb") as file:
+        file.write(header("0" * 64))
+        for name in order:
+            tensor = lazy[name].make().detach().cpu().contiguous()
+            if (tensor.dtype, tuple(tensor.shape)) != (lazy[name].dtype, lazy[name].shape):
+                raise ValueError(f"'{name}' became {tensor.dtype} {tuple(tensor.shape)}")
+            content = raw(tensor)
+            file.write(content)
+            if hash_key:
+                sha.update(content)
+            if digested is not None:
+                digested.add(name, tensor)
+        file.seek(0)
+        file.write(header(sha.hexdigest()))
+
+
+def data_order(tensors: Mapping[str, Lazy | Tensor]) -> list[str]:
+    """Names in the order of their data: wide types first, so that every tensor is aligned in its file."""
+    return sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU."""
+    return tensor.flatten().view(torch.uint8).numpy().data
+
+
+class Digested:
+    """The digest of a set of tensors, one at a time and in any order: of the content, not of a file that holds it."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, str] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take a tensor into account: its name, type, shape and bytes."""
+        found = hashlib.sha256(raw(tensor.detach().cpu().contiguous())).hexdigest()
+        self._lines[name] = f"{name} {tensor.dtype} {list(tensor.shape)} {found}\n"
+
+    def hexdigest(self) -> str:
+        """SHA-256 over the tensors' own, in order of name."""
+        return hashlib.sha256("".join(self._lines[n] for n in sorted(self._lines)).encode()).hexdigest()
+
+
+def digest(state: Mapping[str, Tensor]) -> str:
+    """The digest of tensors by name; see `Digested`."""
+    found = Digested()
+    for name, tensor in state.items():
+        found.add(name, tensor)
+    return found.hexdigest()
+
+
+def read_lines(path: Path) -> tuple[str, ...]:
+    """The lines of a text file that are not empty: prompts."""
+    try:
+        lines = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read '{path}': {error}", "Give a text file with one prompt a line.") from None
+    if not lines:
+        raise UsageError(f"'{path}' holds no prompt", "Write one prompt a line.")
+    return lines

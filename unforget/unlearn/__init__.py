@@ -1,0 +1,1 @@
+"""One run: what goes into it, the training, and its folder."""

@@ -1,0 +1,1 @@
+"""Base and candidate side by side: evidence and a verdict."""

@@ -1,0 +1,156 @@
+"""What `verify` says: the versioned record that every format is drawn from. Holds ids, never pictures or paths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from unforget.errors import ExitCode
+from unforget.files.storage import write_bytes
+
+Verdict = Literal["forgotten", "failed", "inconclusive", "allowed"]
+Outcome = Literal["passed", "failed", "inconclusive", "noted"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class Place(_Record):
+    """Where a figure was seen."""
+
+    probe: str
+    """The kind of the probe: reconstruct, sample, ..."""
+    target: str | None
+    """The target's id; null where the whole model is judged."""
+    level: int | None = None
+    """Noise level, a timestep of 1000."""
+    prompt: str = ""
+    """Empty for the empty prompt."""
+    variant: str = ""
+    """What else tells two uses of a probe apart: flip, bf16, ..."""
+
+    @property
+    def name(self) -> str:
+        """The place without the target, as people read it."""
+        level = "" if self.level is None else f"@{self.level}"
+        variant = f" {self.variant}" if self.variant else ""
+        return f"{self.probe}{level}{variant}" + (f" '{self.prompt}'" if self.prompt else "")
+
+
+class Seen(Place):
+    """All figures of one probe in one place, by name."""
+
+    base: dict[str, float]
+    """Of the control."""
+    candidate: dict[str, float]
+
+
+class Check(Place):
+    """One figure against its threshold."""
+
+    figure: str
+    base: float | None
+    candidate: float
+    low: float | None = None
+    """Exact one-sided lower bound, where the figure is a rate."""
+    high: float | None = None
+    rule: Literal["at least", "at most"]
+    threshold: float
+    outcome: Outcome
+    """noted: for the reader, decides nothing."""
+    borderline: bool = False
+    """So near the threshold that it counts as failed."""
+    note: str = ""
+
+
+class Calibration(_Record):
+    """How near is a near-copy: where the threshold of a target comes from."""
+
+    target: str
+    backend: str
+    """The similarity backend, by name and version."""
+    threshold: float
+    """Distance under which a picture counts as the target."""
+    false_alarm: float
+    """Share of pairs of different pictures that lie under the uncapped threshold."""
+    pairs: int
+    """How many pairs of pictures known to differ it comes from."""
+    capped: bool
+    """Whether the surrogate is so near that the threshold was lowered to half way to it."""
+
+
+class Target(_Record):
+    """What became of one target."""
+
+    id: str
+    """Salted digest of its pixels."""
+    verdict: Verdict
+    reason: str
+    """The worst that was found, in words."""
+
+
+class Robustness(_Record):
+    """What an adversary needed to bring a target back. Decides nothing unless the policy requires the probe."""
+
+    probe: str
+    target: str
+    sentence: str
+
+
+class Allowed(_Record):
+    """An entry of the policy's allow-list."""
+
+    id: str
+    reason: str
+    expires: str
+    state: Literal["active", "expired", "unused"]
+
+
+class Report(_Record):
+    """What `unforget verify` says, and everything it said it from."""
+
+    schema_version: Literal[2] = 2
+    verdict: Verdict
+    exit_code: int = Field(ge=0, le=255)
+    summary: str
+    level: str
+    """quick, standard or deep."""
+    targets: list[Target]
+    checks: list[Check]
+    robustness: list[Robustness]
+    calibrations: list[Calibration]
+    allowed: list[Allowed]
+    findings: list[Seen]
+    settings: dict[str, object]
+    """Thresholds and counts of the policy that was applied."""
+    backends: list[str]
+    """Similarity backends, by name and version."""
+    base_digest: str
+    candidate_digest: str
+    versions: dict[str, str]
+    seconds: dict[str, float]
+    """Time a probe took; all that differs between two runs of one command."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether every target is forgotten and the rest is kept."""
+        return self.exit_code == ExitCode.OK
+
+    def rounded(self) -> Report:
+        """With every figure to six digits: beyond them, the order in which a machine adds up shows."""
+
+        def short(value: Any) -> Any:
+            if isinstance(value, float):
+                return float(f"{value:.6g}")
+            if isinstance(value, dict):
+                return {k: short(v) for k, v in value.items()}
+            return [short(v) for v in value] if isinstance(value, list) else value
+
+        return Report.model_validate(short(self.model_dump()))
+
+    def save(self, path: Path) -> None:
+        """Write the JSON, complete or not at all."""
+        write_bytes((self.model_dump_json(indent=2) + "\n").encode(), path)
