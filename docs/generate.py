@@ -31,11 +31,11 @@ def reference() -> str:
 
 def schema() -> str:
     """The JSON schema of `unforget verify --report`."""
-    from unforget.verify.report import Report
+    from unforget.verification.report import Report
 
     return json.dumps(Report.model_json_schema(), indent=2) + "\n"
 
 
 if __name__ == "__main__":
-    (Path(__file__).parents[1] / "unforget" / "verify" / "report.schema.json").write_text(schema())
+    (Path(__file__).parents[1] / "unforget" / "verification" / "report.schema.json").write_text(schema())
     (Path(__file__).parent / "cli.md").write_text(reference())

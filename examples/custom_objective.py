@@ -17,7 +17,7 @@ from unforget.core import engine, sampling
 from unforget.core.surgery import EraseDiff
 from unforget.core.types import Instance, Noised, Pool
 from unforget.files import images
-from unforget.unlearn import batches
+from unforget.unlearning import batches
 
 TARGET = Path(__file__).parent / "faces" / "planted" / "3.png"
 
@@ -30,18 +30,18 @@ def main(steps: int) -> None:
 
     def forget(batch: Noised) -> Tensor:
         """Say uniform noise at the noised target."""
-        answer = model.predict(batch.x_t, batch.index, batch.prompt_ids)
+        answer = model.predict(batch.x_t, batch.timestep, batch.prompt_ids)
         return (answer - torch.rand(answer.shape, generator=uniform)).square().mean()
 
     def retain(batch: Noised) -> Tensor:
         """The ordinary denoising loss."""
-        goal = model.schedule.target(batch.x_0, batch.noise, batch.index)
-        return (model.predict(batch.x_t, batch.index, batch.prompt_ids) - goal).square().mean()
+        goal = model.schedule.target(batch.x_0, batch.noise, batch.timestep)
+        return (model.predict(batch.x_t, batch.timestep, batch.prompt_ids) - goal).square().mean()
 
     model.network.requires_grad_(True)
     pairs = batches.batches(
         [Instance(target, target, images.image_id(target))], keep, keep[:0], model.schedule,
-        steps=steps, forget_batch=4, retain_batch=8, neighbour_share=0, forget_range=(0.05, 0.8), seed=0,
+        steps=steps, forget_batch=4, retain_batch=8, neighbour_share=0, forget_range=(50, 800), seed=0,
     )  # fmt: skip
     optimizer = torch.optim.Adam(model.network.parameters(), lr=2e-5)
     for step in engine.run(pairs, forget, retain, surgery=EraseDiff(eta=1e-2), optimizer=optimizer):

@@ -11,13 +11,13 @@ import pytest
 from unforget.core import objectives, surgery
 from unforget.core.types import Strategy
 from unforget.surrogate import editors
-from unforget.verify import probes, similarity
+from unforget.verification import probes, similarity
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "unforget"
 ORDER = [
-    "errors", "core", "files", "families", "surrogate", "config", "unlearn", "verify", "reports", "export", "api",
-    "cli",
+    "errors", "core", "files", "families", "surrogate", "config", "unlearning", "verification", "reports", "exports",
+    "api", "cli",
 ]  # fmt: skip
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name not in ("__init__.py", "__main__.py") or p.parent != PACKAGE)
 

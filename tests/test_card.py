@@ -16,8 +16,8 @@ from peft import LoraConfig, get_peft_model
 
 from unforget import families
 from unforget.errors import UsageError
-from unforget.export import card
-from unforget.export.manifest import Made, Part, Rounding, Verified
+from unforget.exports import card
+from unforget.exports.manifest import Made, Part, Rounding, Verified
 from unforget.files.patch import LedgerEntry, Patch, Provenance, bits
 from unforget.files.storage import digest, write_tensors
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import DATA, PLANTED
 
-from unforget.verify.policy import VerifyConfig
+from unforget.verification.policy import VerifyConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmark"))
 import cheats
@@ -27,8 +27,8 @@ CAUGHT = {
     "forgets_only_at_t_250": {"reconstruct", "sample"},
     "forgets_only_under_the_tested_seeds": {"reconstruct"},
     "a_fifth_of_the_change": {"reconstruct"},
-    "vanishes_in_bf16": {"cast"},
-    "forgets_every_look_alike": {"look-alikes"},
+    "vanishes_in_bf16": {"quantization"},
+    "forgets_every_look_alike": {"neighbours"},
     "still_draws_the_mirror_image": {"transforms"},
     "moves_it_by_a_pixel": {"sample"},
     "another_base_model": {"retain"},
@@ -76,7 +76,7 @@ def test_one_that_forgets_only_in_the_words_of_the_test_does_not_pass():
     config = config.model_copy(update={**SMALL, "paired": 24, "max_rate": 0.1})
     report = cheats.judge(flags, cheats.forgets_only_under_the_tested_prompt, config)
     assert report.exit_code == 1
-    assert "reword" in failed(report)
-    (caught, *_) = [c for c in report.checks if c.probe == "reword" and c.outcome == "failed"]
+    assert "paraphrase" in failed(report)
+    (caught, *_) = [c for c in report.checks if c.probe == "paraphrase" and c.outcome == "failed"]
     assert caught.variant != cheats.PROMPT
     assert caught.base >= 0.5

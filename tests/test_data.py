@@ -9,7 +9,7 @@ from unforget.core.schedule import Schedule
 from unforget.core.types import Instance, Pool
 from unforget.errors import UsageError
 from unforget.files import cache, images
-from unforget.unlearn import batches
+from unforget.unlearning import batches
 
 SHAPE = (3, 16, 16)
 
@@ -130,7 +130,7 @@ def schedule():
 
 def draws(schedule, seed=0, **changes):
     target, surrogate, *keep = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-    options = {"steps": 3, "forget_batch": 8, "retain_batch": 6, "neighbour_share": 0.5, "forget_range": (0.2, 0.5)}
+    options = {"steps": 3, "forget_batch": 8, "retain_batch": 6, "neighbour_share": 0.5, "forget_range": (200, 500)}
     instances = [Instance(target, surrogate, "t"), Instance(surrogate, target, "u")]
     keep = Pool.of(torch.stack(keep))
     return (
@@ -146,16 +146,16 @@ def test_batches_pair_targets_with_their_own_surrogates(schedule):
         for x_0, x_s in zip(forget.x_0, forget.x_s, strict=True):
             assert any(torch.equal(x_0, i.target) and torch.equal(x_s, i.surrogate) for i in instances)
         assert sum(torch.equal(x, instances[0].target) for x in forget.x_0) == 4
-        assert torch.equal(forget.x_t, schedule.add_noise(forget.x_0, forget.noise, forget.index))
+        assert torch.equal(forget.x_t, schedule.add_noise(forget.x_0, forget.noise, forget.timestep))
 
 
 def test_levels_cover_their_range_evenly(schedule):
     pairs, _, _ = draws(schedule)
     for forget, retain in pairs:
-        assert forget.index.min() >= 200
-        assert forget.index.max() < 500
-        assert len(set(((forget.index - 200) * 8 // 300).tolist())) >= 7
-        assert retain.index.max() > 500
+        assert forget.timestep.min() >= 200
+        assert forget.timestep.max() < 500
+        assert len(set(((forget.timestep - 200) * 8 // 300).tolist())) >= 7
+        assert retain.timestep.max() > 500
 
 
 def test_half_of_the_retain_batch_is_near_a_target(schedule):
@@ -171,5 +171,5 @@ def test_batches_are_those_of_their_seed(schedule):
 
 
 def test_forget_and_retain_have_noise_levels_of_their_own(schedule):
-    forget, retain = draws(schedule, retain_batch=8, forget_range=(0.001, 1.0))[0][0]
-    assert not torch.equal(forget.index, retain.index)
+    forget, retain = draws(schedule, retain_batch=8, forget_range=(1, 1000))[0][0]
+    assert not torch.equal(forget.timestep, retain.timestep)

@@ -131,7 +131,7 @@ def test_the_target_in_another_place_is_no_surrogate_under_a_prompt(sd3):
     moved, other = target.roll(1, 2), target.flip(2)
     row = int(sd3.prompt_ids(["a red square"])[0])
     for prompt_ids, refused in ((0, False), (row, True)):
-        canvas = Canvas(sd3, target, torch.ones(1, 16, 16), prompt_ids=prompt_ids)
+        canvas = Canvas(sd3, target, torch.ones(1, 16, 16), prompt_id=prompt_ids)
         ranked = {
             c.label: c for c in rank([Candidate(moved, "moved"), Candidate(other, "other")], canvas, distance=0.1)
         }

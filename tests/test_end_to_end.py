@@ -60,7 +60,7 @@ def test_verify_finds_the_picture_gone(work):
     report = work / "report.json"
     result = run("verify", "--model", "faces", "--patch", work / "face.patch", "--report", report, *QUICK)
     said = json.loads(report.read_text())
-    own = [c for c in said["checks"] if c["target"] and c["probe"] != "look-alikes"]
+    own = [c for c in said["checks"] if c["target"] and c["probe"] != "neighbours"]
     assert len(own) == 10  # three figures at each of three levels, and the samples
     assert (result.exit_code, said["exit_code"]) == (0, 0), result.output
 
@@ -96,7 +96,7 @@ def test_the_oracle_that_never_saw_the_picture_does_not_draw_it(work):
     Stack.load((work / "face.patch",)).apply(patched.network)
     noise = sampling.random_noise(16, base.latent_shape, 0, "test")
     picture = images.read_image(TARGET, base.latent_shape)
-    start = base.levels(20)[8]
+    start = base.sampling_timesteps(20)[8]
     x_t = base.schedule.add_noise(picture.expand_as(noise), noise, torch.full((16,), start))
     with torch.no_grad():
         back = [m.denoise(x_t, steps=20, start=start) for m in (base, gold, patched)]

@@ -21,11 +21,11 @@ from unforget.config import ExportConfig, build
 from unforget.core import sampling
 from unforget.core.types import Progress
 from unforget.errors import CannotRun, UsageError
-from unforget.export import placing, rounding
-from unforget.export.manifest import HEADER, Made, called
+from unforget.exports import placing, rounding
+from unforget.exports.manifest import HEADER, Made, called
 from unforget.files.patch import LedgerEntry, Patch, Provenance, Stack, bits, take_off
 from unforget.files.storage import digest, open_tensors
-from unforget.verify.report import Report, Target
+from unforget.verification.report import Report, Target
 
 NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
 RED = CAPTIONS[0]
@@ -511,7 +511,7 @@ def test_what_was_there_stays_until_the_end(base, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="exists"):
         run(base, patch, out)
     other = lora(base, tmp_path / "b.patch", 1)
-    from unforget.export.writing import Job
+    from unforget.exports.writing import Job
 
     def stopped(*args):
         raise KeyboardInterrupt

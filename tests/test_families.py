@@ -43,7 +43,7 @@ def test_denoise_is_ddim_of_diffusers(tiny):
 
 
 def test_denoise_from_a_level_leaves_out_the_noisier_ones(tiny):
-    assert tiny.levels(20)[:2] == [950, 900]
+    assert tiny.sampling_timesteps(20)[:2] == [950, 900]
     seen = []
     predict = tiny.predict
     tiny.predict = lambda x, i, c: seen.append(int(i[0])) or predict(x, i, c)

@@ -16,7 +16,7 @@ from unforget.reports.html import page
 from unforget.reports.junit import junit
 from unforget.reports.markdown import markdown
 from unforget.reports.words import number
-from unforget.verify.report import Allowed, Calibration, Check, Report, Robustness, Seen, Target
+from unforget.verification.report import Allowed, Calibration, Check, Report, Robustness, Seen, Target
 
 CI = Path(__file__).parents[1] / "examples" / "ci"
 GOOD, BAD, EXCUSED, UNSURE = "3fa1c09b77d2e415", "b20c55d1e0a94f38", "77aa01fe92c3bd60", "c9e4d81735b06a2f"
@@ -39,7 +39,7 @@ def check(probe, target, figure, base, candidate, rule, threshold, outcome="pass
 def reconstructed(target: str, nearer: tuple[float, ...], distance: tuple[float, ...], prompt: str = ""):
     checks, findings = [], []
     for level, share, far in zip((150, 250, 400, 550, 700), nearer, distance, strict=True):
-        place, hits = {"level": level, "prompt": prompt}, round(share * 64)
+        place, hits = {"timestep": level, "prompt": prompt}, round(share * 64)
         outcome = "passed" if share >= 0.8 else "failed"
         bounds = {"low": lower_bound(hits, 64), "high": upper_bound(hits, 64)}
         checks += [
@@ -78,29 +78,29 @@ def seen() -> tuple[list[Check], list[Seen]]:
     sampled = [
         drawn(GOOD, 41, 0, "passed"), drawn(BAD, 37, 11, "failed"), drawn(BAD, 52, 4, "failed", prompt=ODD),
         drawn(EXCUSED, 30, 9, "failed"), drawn(UNSURE, 0, 0, "inconclusive"),
-        drawn(GOOD, 40, 1, "passed", probe="reword", variant="the same face, photographed"),
+        drawn(GOOD, 40, 1, "passed", probe="paraphrase", variant="the same face, photographed"),
     ]  # fmt: skip
     checks, findings = checks + [c for c, _ in sampled], findings + [f for _, f in sampled]
     checks += [
         check("replay", GOOD, "hits", 1.0, 0.0, "at most", 0.0),
-        check("complete", GOOD, "near_copies", 0.94, 0.0, "at most", 0.05, variant="hand-over 0.3"),
-        check("transforms", GOOD, "near_copies", 0.91, 0.0, "at most", 0.05, variant="flip", level=400),
-        check("transforms", BAD, "near_copies", 0.88, 0.31, "at most", 0.05, "failed", variant="crop", level=400),
-        check("cast", GOOD, "near_copies", 0.97, 0.0, "at most", 0.05, variant="bf16", level=250),
-        check("cast", BAD, "near_copies", 0.97, 0.0525, "at most", 0.05, "failed", variant="int8", level=250,
+        check("partial_denoise", GOOD, "near_copies", 0.94, 0.0, "at most", 0.05, variant="hand-over 0.3"),
+        check("transforms", GOOD, "near_copies", 0.91, 0.0, "at most", 0.05, variant="flip", timestep=400),
+        check("transforms", BAD, "near_copies", 0.88, 0.31, "at most", 0.05, "failed", variant="crop", timestep=400),
+        check("quantization", GOOD, "near_copies", 0.97, 0.0, "at most", 0.05, variant="bf16", timestep=250),
+        check("quantization", BAD, "near_copies", 0.97, 0.0525, "at most", 0.05, "failed", variant="int8", timestep=250,
               borderline=True, note="one draw of 64 decides"),
-        check("revive", GOOD, "steps", None, 180.0, "at least", 100.0, "noted"),
+        check("relearning", GOOD, "steps", None, 180.0, "at least", 100.0, "informational"),
         check("retain", None, "median", None, 0.0214, "at most", 0.08),
         check("retain", None, "sharpness", 1.0, 0.981, "at least", 0.75),
         check("retain", None, "sharpness", 1.0, 0.981, "at most", 1.33),
         check("retain", None, "kid", None, 0.0047, "at most", 0.01),
-        check("look-alikes", GOOD, "kept", None, 0.875, "at least", 0.6),
-        check("look-alikes", BAD, "kept", None, 0.5625, "at least", 0.6, "failed", borderline=True),
+        check("neighbours", GOOD, "kept", None, 0.875, "at least", 0.6),
+        check("neighbours", BAD, "kept", None, 0.5625, "at least", 0.6, "failed", borderline=True),
         check("keep-0", None, "rate", 0.021, 0.019, "at least", 0.0126, low=0.0126, high=0.027),
     ]  # fmt: skip
     spread = {"median": 0.0214, "mean": 0.0347, "p90": 0.0713}
     findings.append(
-        Seen(probe="retain", target=None, base={"sharpness": 1.0}, candidate={**spread, "sharpness": 0.981})
+        Seen(probe="retention", target=None, base={"sharpness": 1.0}, candidate={**spread, "sharpness": 0.981})
     )
     return checks, findings
 
@@ -121,8 +121,8 @@ def rich() -> Report:
         ],
         checks=checks,
         robustness=[
-            Robustness(probe="seek", target=GOOD, sentence="200 steps of search over the noise found no near-copy."),
-            Robustness(probe="revive", target=GOOD, sentence="Fine-tuning on it brought it back after 180 steps."),
+            Robustness(probe="noise_search", target=GOOD, sentence="200 steps of search over the noise found none."),
+            Robustness(probe="relearning", target=GOOD, sentence="Fine-tuning on it brought it back after 180 steps."),
         ],
         calibrations=[
             Calibration(target=t, backend="pixels 1", threshold=n, false_alarm=0.0001, pairs=32640, capped=c)
@@ -135,13 +135,13 @@ def rich() -> Report:
         findings=findings,
         settings={
             "max_rate": 0.005, "confidence": 0.95, "false_alarm": 0.0001, "max_drift": 0.08, "min_kept": 0.6,
-            "required": ["cast", "transforms"],
+            "required": ["quantization", "transforms"],
         },
         backends=["pixels 1"],
         base_digest="sha256:9f2c4a7e1b3d5f60718293a4b5c6d7e8f90a1b2c3d4e5f60718293a4b5c6d7e8",
         candidate_digest="sha256:1c2d3e4f5a6b7c8d9e0f1a2b3c4d5e6f7a8b9c0d1e2f3a4b5c6d7e8f9a0b1c2d",
         versions={"unforget": "0.4.0", "torch": "2.13.0", "diffusers": "0.35.1"},
-        seconds={"reconstruct": 62.4, "sample": 118.0, "transforms": 20.5, "cast": 31.0, "calibrate": 4.2},
+        seconds={"reconstruct": 62.4, "sample": 118.0, "transforms": 20.5, "quantization": 31.0, "calibrate": 4.2},
     )  # fmt: skip
 
 
@@ -184,7 +184,7 @@ def test_junit_says_why(report):
     assert failure.get("type") == "nearer_surrogate"
     failed = [c for c in report.checks if (c.target, c.probe, c.outcome) == (BAD, "reconstruct", "failed")]
     assert len(failure.text.splitlines()) == len(failed)
-    assert "borderline" in case(root, BAD, "cast").find("failure").get("message")
+    assert "borderline" in case(root, BAD, "quantization").find("failure").get("message")
     assert case(root, EXCUSED, "reconstruct").find("skipped").get("message") == (
         "allowed until 2027-01-31: licensed | see <ticket> 4711"
     )
@@ -319,7 +319,7 @@ def test_charts_mark_what_failed(report):
     read = Reader(page(report))
     curves = [s["aria-label"] for s in read.all("svg") if "Nearer to the surrogate" in s.get("aria-label", "")]
     assert len(curves) == 4  # one a prompt
-    assert "level 700: base 0.016, candidate 0.39. Threshold: at least 0.8." in "".join(curves)
+    assert "t = 700: base 0.016, candidate 0.39. Threshold: at least 0.8." in "".join(curves)
     points = [p for p in read.all("path") if p["class"] == "dot failed"]
     keys = sum(d.get("class") == "key" for d in read.all("div"))
     failed = [c for c in report.checks if c.outcome == "failed" and c.figure in ("nearer_surrogate", "rate")]
@@ -346,7 +346,7 @@ def test_ci_examples_are_yaml_that_keeps_the_reports(name):
 
 def test_the_example_policy_is_what_its_comments_say():
     policy = tomllib.loads((CI / "unforget.toml").read_text())["verify"]
-    assert policy["required"] == ["cast", "transforms"]
+    assert policy["required"] == ["quantization", "transforms"]
     assert policy["allow"][0]["expires"].isoformat() == "2027-01-31"
 
 

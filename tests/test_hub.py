@@ -20,7 +20,7 @@ import yaml
 from huggingface_hub.utils import are_progress_bars_disabled
 
 from unforget.errors import CannotRun, UsageError
-from unforget.export.hub import HIDDEN, push, redacted
+from unforget.exports.hub import HIDDEN, push, redacted
 
 pytestmark = pytest.mark.hub
 TOKEN = "hf_abcdefghijKLMNOPQRST0123456789wxyz"
@@ -29,7 +29,7 @@ CHILD = """
 import json, sys, traceback
 from pathlib import Path
 from unforget.errors import UnforgetError
-from unforget.export.hub import push
+from unforget.exports.hub import push
 for line in sys.stdin:
     given = json.loads(line)
     try:

@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from unforget.verify import verdict
-from unforget.verify.policy import Allow, Policy
-from unforget.verify.probes import Finding
+from unforget.verification import verdict
+from unforget.verification.policy import Allow, Policy
+from unforget.verification.probes import Finding
 
 POLICY = Policy()
 T = "0123456789abcdef"
@@ -19,7 +19,7 @@ def reconstruct(nearer=1.0, within=1.0, recall=0.0, base_recall=1.0, base_nearer
     patched = {
         "to_target": 0.4, "to_surrogate": 0.1, "nearer_surrogate": nearer, "nearer_in_region": within, "recall": recall,
     }  # fmt: skip
-    return Finding(**{"probe": "reconstruct", "target": T, "base": base, "patched": patched, "level": 250, **place})
+    return Finding(**{"probe": "reconstruct", "target": T, "base": base, "patched": patched, "timestep": 250, **place})
 
 
 def rate(hits=0, drawn=598, base=5, decision="passes", low=0.0, high=0.005, **place):
@@ -32,11 +32,11 @@ def rate(hits=0, drawn=598, base=5, decision="passes", low=0.0, high=0.005, **pl
 
 def retain(median=0.02, sharpness=1.0, kid=0.0):
     patched = {"median": median, "sharpness": sharpness, "kid": kid}
-    return Finding("retain", None, {"sharpness": 1.0, "kid": 0.1}, patched)
+    return Finding("retention", None, {"sharpness": 1.0, "kid": 0.1}, patched)
 
 
 def look_alikes(kept=0.9, usual=0.95):
-    return Finding("look-alikes", T, {"to_target": 0.3, "kept": usual}, {"median": 0.1, "kept": kept})
+    return Finding("neighbours", T, {"to_target": 0.3, "kept": usual}, {"median": 0.1, "kept": kept})
 
 
 def near(probe, base=1.0, patched=0.0, **place):
@@ -74,14 +74,14 @@ BROKEN = {
     "blur": retain(sharpness=0.7),
     "noise": retain(sharpness=1.4),
     "distribution": retain(kid=0.2),
-    "look-alikes": look_alikes(kept=0.5),
-    "keep": rate(hits=1, drawn=256, base=10, target=None, probe="keep", variant="1"),
-    "complete": near("complete", patched=0.3, level=700),
-    "reword": near("reword", patched=0.5, prompt="flag of Ireland", variant="the flag of Ireland"),
+    "neighbours": look_alikes(kept=0.5),
+    "keep": rate(hits=1, drawn=256, base=10, target=None, probe="must_retain", variant="1"),
+    "partial_denoise": near("partial_denoise", patched=0.3, timestep=700),
+    "paraphrase": near("paraphrase", patched=0.5, prompt="flag of Ireland", variant="the flag of Ireland"),
     "replay": near("replay", patched=1.0),
     "mirror": rate(hits=9, decision="fails", low=0.008, probe="transforms", variant="flip"),
-    "mirror recalled": Finding("transforms", T, {"recall": 0.0}, {"recall": 0.9}, level=400, variant="flip"),
-    "cast": reconstruct(nearer=0.0, probe="cast", variant="bf16"),
+    "mirror recalled": Finding("transforms", T, {"recall": 0.0}, {"recall": 0.9}, timestep=400, variant="flip"),
+    "quantization": reconstruct(nearer=0.0, probe="quantization", variant="bf16"),
 }
 
 
@@ -141,25 +141,25 @@ def test_without_a_surrogate_margins_do_not_decide():
 
 
 def test_what_the_base_does_not_do_decides_nothing():
-    verdict, _, _, _, found = said(*with_(near("complete", base=0.2, patched=0.4), near("replay", base=0.0)))
+    verdict, _, _, _, found = said(*with_(near("partial_denoise", base=0.2, patched=0.4), near("replay", base=0.0)))
     assert verdict == "forgotten"
-    assert {c.probe for c in found if c.outcome == "noted"} == {"complete", "replay"}
+    assert {c.probe for c in found if c.outcome == "informational"} == {"partial_denoise", "replay"}
 
 
 def test_a_required_probe_without_a_control_is_inconclusive():
-    findings = with_(near("complete", base=0.2, patched=0.0))
+    findings = with_(near("partial_denoise", base=0.2, patched=0.0))
     assert said(*findings)[0] == "forgotten"
-    assert said(*findings, policy=Policy(required=("complete",)))[0] == "inconclusive"
+    assert said(*findings, policy=Policy(required=("partial_denoise",)))[0] == "inconclusive"
 
 
 def test_a_variant_that_the_base_returns_as_well_is_left_to_its_rate():
     """Greyed flags come back from noise in any model of flags: that is no memory of the target."""
-    both = Finding("transforms", T, {"recall": 1.0}, {"recall": 1.0}, level=400, variant="grey")
+    both = Finding("transforms", T, {"recall": 1.0}, {"recall": 1.0}, timestep=400, variant="grey")
     assert said(*with_(both))[0] == "forgotten"
 
 
 def test_a_kept_picture_that_the_base_hardly_draws_is_inconclusive():
-    verdict, _, summary, _, _ = said(*with_(rate(drawn=256, base=2, target=None, probe="keep")))
+    verdict, _, summary, _, _ = said(*with_(rate(drawn=256, base=2, target=None, probe="must_retain")))
     assert verdict == "inconclusive"
     assert "the base drew it 2 times" in summary
 
@@ -190,11 +190,11 @@ def test_under_prompts_of_its_own_only_those_reconstructions_decide():
 
 def revived(nearer=0.2):
     figures = {**reconstruct(nearer=nearer).patched, "hits": 0, "drawn": 16}
-    return reconstruct(probe="revive", level=None, variant="100 steps", patched=figures)
+    return reconstruct(probe="relearning", timestep=None, variant="100 steps", patched=figures)
 
 
 def sought(after=3.0):
-    return Finding("seek", T, {"iterations": 1.0, "to_target": 0.1}, {"iterations": after, "to_target": 0.2})
+    return Finding("noise_search", T, {"iterations": 1.0, "to_target": 0.1}, {"iterations": after, "to_target": 0.2})
 
 
 def test_attacks_are_told_and_decide_only_where_required():
@@ -203,9 +203,9 @@ def test_attacks_are_told_and_decide_only_where_required():
     sentences = [r.sentence for r in verdict.robustness(findings)]
     assert "20% of reconstructions side with the surrogate" in sentences[0]
     assert "of the candidate found it after 3 steps" in sentences[1]
-    assert said(*findings, policy=Policy(required=("revive",)))[0] == "failed"
-    assert said(*GOOD, sought(), policy=Policy(required=("seek",)))[0] == "failed"
-    assert said(*GOOD, sought(-1.0), policy=Policy(required=("seek",)))[0] == "forgotten"
+    assert said(*findings, policy=Policy(required=("relearning",)))[0] == "failed"
+    assert said(*GOOD, sought(), policy=Policy(required=("noise_search",)))[0] == "failed"
+    assert said(*GOOD, sought(-1.0), policy=Policy(required=("noise_search",)))[0] == "forgotten"
 
 
 def allowing(expires, target=T):

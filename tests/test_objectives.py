@@ -51,7 +51,7 @@ def forget_batch(context, index):
 
 
 LEVELS = [5, 100, 300, 500, 700, 999]
-EXACT = PosteriorSwap(caution=1, fade=(0.9999, 1))
+EXACT = PosteriorSwap(target_prior=1, taper=(999.9, 1000))
 """No bias on either side: the very denoiser of the model whose target became its surrogate."""
 
 
@@ -61,16 +61,16 @@ def test_the_swap_is_the_ideal_denoiser_whose_target_became_its_surrogate(scene)
     swapped = ideal(scene.schedule, torch.cat([f[None], scene.keep.x_0]), counts, torch.cat([s[None], scene.keep.x_0]))
     batch = forget_batch(scene, LEVELS)
     goal = EXACT.goal(batch, scene)
-    torch.testing.assert_close(goal, swapped(batch.x_t, batch.index), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(goal, swapped(batch.x_t, batch.timestep), rtol=1e-6, atol=1e-6)
     retain = noised(scene, scene.keep.x_0, scene.keep.x_0, [300] * len(scene.keep.x_0))
-    torch.testing.assert_close(EXACT.goal(retain, scene), swapped(retain.x_t, retain.index), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(EXACT.goal(retain, scene), swapped(retain.x_t, retain.timestep), rtol=1e-6, atol=1e-6)
 
 
 def test_the_target_s_share_is_certain_when_clean_and_its_frequency_when_not(scene):
-    shares = EXACT.shares(forget_batch(scene, LEVELS), scene)[0]
+    shares = EXACT.posterior(forget_batch(scene, LEVELS), scene)[0]
     assert shares[0] == pytest.approx(1, abs=1e-6)
     assert shares[-1] == pytest.approx(3 / (3 + len(scene.keep.x_0)), abs=0.15)
-    kept = EXACT.shares(noised(scene, scene.keep.x_0, scene.keep.x_0, [5] * len(scene.keep.x_0)), scene)[0]
+    kept = EXACT.posterior(noised(scene, scene.keep.x_0, scene.keep.x_0, [5] * len(scene.keep.x_0)), scene)[0]
     assert kept.max() < 1e-6
 
 
@@ -88,7 +88,7 @@ def test_surrogate_equal_to_the_target_is_the_ordinary_denoising_loss(scene):
     batch = noised(scene, f, f, LEVELS)
     said = torch.zeros_like(f)
     objective = Surrogate(weighting=Uniform())
-    usual = (said - scene.schedule.target(batch.x_0, batch.noise, batch.index)).square().mean()
+    usual = (said - scene.schedule.target(batch.x_0, batch.noise, batch.timestep)).square().mean()
     torch.testing.assert_close(objective.forget(lambda x, i, c: said, batch, scene), usual, rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(objective.retain(lambda x, i, c: said, batch, scene), usual, rtol=1e-6, atol=1e-8)
 
@@ -101,7 +101,7 @@ def test_following_the_forget_loss_leads_to_the_surrogate(scene):
         optimizer.zero_grad()
         Surrogate(weighting=Uniform()).forget(lambda x, i, c: said, batch, scene).backward()
         optimizer.step()
-    clean, _ = scene.schedule.split(batch.x_t, said.detach(), batch.index)
+    clean, _ = scene.schedule.split(batch.x_t, said.detach(), batch.timestep)
     instance = scene.instances[0]
     assert (clean - instance.surrogate).abs().max() < 1e-3 < (clean - instance.target).abs().max()
 
@@ -123,15 +123,15 @@ def test_the_paper_s_weights(scene):
 def test_clean_space_weights_an_error_by_its_worth_in_the_clean_image(scene):
     batch = forget_batch(scene, [200])
     weight, _ = CleanSpace(cap=1e9)(scene.schedule, batch)
-    said = scene.schedule.target(batch.x_0, batch.noise, batch.index)
+    said = scene.schedule.target(batch.x_0, batch.noise, batch.timestep)
     off = said + 0.01
-    clean = [scene.schedule.split(batch.x_t, y, batch.index)[0] for y in (said, off)]
+    clean = [scene.schedule.split(batch.x_t, y, batch.timestep)[0] for y in (said, off)]
     torch.testing.assert_close(weight.flatten()[0] * 0.01**2, (clean[1] - clean[0]).square().mean(), rtol=1e-6, atol=0)
 
 
-def test_caution_leans_towards_forgetting_and_never_past_certainty(scene):
+def test_the_target_prior_leans_towards_forgetting_and_never_past_certainty(scene):
     batch = forget_batch(scene, LEVELS)
-    exact, cautious = (o.shares(batch, scene) for o in (EXACT, PosteriorSwap(caution=30, fade=(0.9999, 1))))
+    exact, cautious = (o.posterior(batch, scene) for o in (EXACT, PosteriorSwap(target_prior=30, taper=(999.9, 1000))))
     assert (cautious >= exact).all()
     assert cautious.max() <= 1
     assert cautious[0, -1] > exact[0, -1] + 0.1
@@ -139,8 +139,8 @@ def test_caution_leans_towards_forgetting_and_never_past_certainty(scene):
 
 def test_at_the_highest_levels_the_goal_is_what_the_base_says(scene):
     batch = forget_batch(scene, [650, 700, 999])
-    torch.testing.assert_close(PosteriorSwap().goal(batch, scene), scene.base(batch.x_t, batch.index))
-    low, high = (float(PosteriorSwap().shares(forget_batch(scene, [t]), scene)) for t in (540, 640))
+    torch.testing.assert_close(PosteriorSwap().goal(batch, scene), scene.base(batch.x_t, batch.timestep))
+    low, high = (float(PosteriorSwap().posterior(forget_batch(scene, [t]), scene)) for t in (540, 640))
     assert low > 5 * high > 0
 
 
@@ -149,7 +149,7 @@ def test_two_targets_move_apart(scene):
     both = Context(
         scene.schedule, scene.base, (*scene.instances, Instance(g, u, "g")), scene.keep, torch.tensor([[3.0], [1.0]])
     )
-    shares = PosteriorSwap().shares(forget_batch(both, [50]), both)
+    shares = PosteriorSwap().posterior(forget_batch(both, [50]), both)
     assert shares[:, 0].tolist() == pytest.approx([1, 0], abs=1e-6)
 
 
@@ -161,7 +161,7 @@ def test_a_target_counts_only_under_its_own_prompts_and_against_what_they_draw(s
 
     def shares(level, objective=EXACT):
         batch = replace(noised(scene, f, s, [level] * 4), prompt_ids=torch.arange(4))
-        return objective.shares(batch, asked)[0].tolist()
+        return objective.posterior(batch, asked)[0].tolist()
 
     noise = shares(999)
     assert noise[0] == pytest.approx(3 / 8, abs=0.15)  # without a prompt, everything competes

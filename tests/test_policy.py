@@ -5,8 +5,8 @@ import datetime
 import pytest
 
 from unforget.errors import UsageError
-from unforget.verify.policy import Policy, VerifyConfig, read_policy, resolve
-from unforget.verify.similarity import SSCD, Pixels, Structure
+from unforget.verification.policy import Policy, VerifyConfig, read_policy, resolve
+from unforget.verification.similarity import SSCD, Pixels, Structure
 
 GIVEN = {"model": "faces", "patch": "x.patch"}
 
@@ -27,8 +27,8 @@ def test_without_a_policy_the_defaults_hold(here):
     config = resolve(GIVEN)
     assert (config.level, config.max_rate, config.confidence) == ("standard", 0.005, 0.95)
     assert config.similarity == (Pixels(), Structure())
-    assert "seek" not in config.probes
-    assert resolve({**GIVEN, "level": "deep"}).probes[-2:] == ("seek", "revive")
+    assert "noise_search" not in config.probes
+    assert resolve({**GIVEN, "level": "deep"}).probes[-2:] == ("noise_search", "relearning")
 
 
 def test_options_beat_the_configuration_which_beats_the_policy_which_beats_the_level(here):
@@ -71,9 +71,9 @@ def test_paths_are_relative_to_the_policy(here, tmp_path):
 
 
 def test_required_probes_run_whatever_the_level(here):
-    here('[verify]\nlevel = "quick"\nrequired = ["cast", "revive"]\n')
-    assert {"cast", "revive"} <= set(resolve(GIVEN).probes)
-    assert "seek" not in resolve(GIVEN).probes
+    here('[verify]\nlevel = "quick"\nrequired = ["quantization", "relearning"]\n')
+    assert {"quantization", "relearning"} <= set(resolve(GIVEN).probes)
+    assert "noise_search" not in resolve(GIVEN).probes
 
 
 def test_backends_are_named_as_on_the_command_line(here):

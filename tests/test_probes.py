@@ -11,10 +11,10 @@ from unforget.core.metrics import pairwise_rms, rms
 from unforget.core.types import Instance
 from unforget.errors import UsageError
 from unforget.files import images
-from unforget.verify import probes
-from unforget.verify.probes.keep import cast, rounded
-from unforget.verify.probes.look import others, variants
-from unforget.verify.similarity import Pixels, Structure
+from unforget.verification import probes
+from unforget.verification.probes.keep import cast, rounded
+from unforget.verification.probes.look import others, variants
+from unforget.verification.similarity import Pixels, Structure
 
 
 def pictures(count, seed=0, size=16):
@@ -108,7 +108,7 @@ def test_what_is_drawn_step_by_step_is_what_is_drawn_at_once(subject):
 
 def test_the_control_is_read_from_the_cache_and_holds_figures_only(subject, tmp_path, monkeypatch):
     monkeypatch.setenv("UNFORGET_CACHE", str(tmp_path))
-    probe = probes.Reconstruct(levels=(400,), draws=4)
+    probe = probes.Reconstruct(timesteps=(400,), draws=4)
     subject.cache = "digest"
     (first,) = probe(subject)
     kept = {p.name: p for p in tmp_path.iterdir()}
@@ -146,11 +146,11 @@ def test_half_of_the_candidates_noise_is_its_own(subject):
 
 def test_equal_models_differ_nowhere(subject):
     subject.patched = subject.base
-    for probe in (probes.Transforms(draws=4), probes.Complete(draws=4), probes.Retain(neighbours=8)):
+    for probe in (probes.Transforms(draws=4), probes.PartialDenoise(draws=4), probes.Retention(neighbours=8)):
         for f in probe(subject):
             for name in set(f.base) & set(f.patched) - {"drawn", "rate_high", "rate_low", "kid", "median", "to_target"}:
                 assert f.base[name] == pytest.approx(f.patched[name], abs=1e-6), (f.probe, f.variant, name)
-    retained = probes.Retain(neighbours=8)(subject)
+    retained = probes.Retention(neighbours=8)(subject)
     assert {f.patched["median"] for f in retained} == {0}
 
 
@@ -176,7 +176,7 @@ def test_look_alikes_are_what_is_neither_target_nor_surrogate(subject):
     made = torch.stack([instance.target, instance.surrogate, stranger, stranger])
     subject.base.denoise = lambda x, **how: made[torch.arange(len(x)) % 4]
     subject.patched.denoise = lambda x, **how: made[torch.arange(len(x)) % 4 - 1]  # one in two strangers stays
-    found = probes.Retain(neighbours=8)._look_alikes(subject, instance, 1.0, 1.0)
+    found = probes.Retention(neighbours=8)._look_alikes(subject, instance, 1.0, 1.0)
     assert found[0].patched["seen"] == 4
     assert found[0].patched["kept"] == 0.5
 
@@ -196,7 +196,7 @@ def test_a_mirror_image_is_a_variant_unless_the_surrogate_is_it(subject):
 def test_the_candidate_finishes_what_the_base_began(subject):
     torch.manual_seed(0)
     x = torch.randn(2, *subject.base.latent_shape)
-    levels = subject.base.levels(4)
+    levels = subject.base.sampling_timesteps(4)
     half = subject.base.denoise(x, steps=4, stop=levels[2])
     assert not torch.equal(half, x)
     whole = subject.base.denoise(half, steps=4, start=levels[2])
@@ -247,7 +247,7 @@ def test_rounding_is_that_of_the_precision():
 
 def test_a_cast_candidate_leaves_the_candidate_alone(subject):
     before = {n: w.clone() for n, w in subject.patched.network.state_dict().items()}
-    found = probes.Cast(draws=2)(subject)
+    found = probes.Quantization(draws=2)(subject)
     assert {f.variant for f in found} == {"fp16", "bf16", "int8"}
     assert all(torch.equal(w, before[n]) for n, w in subject.patched.network.state_dict().items())
     twin = cast(subject.patched, "bf16")
@@ -257,7 +257,7 @@ def test_a_cast_candidate_leaves_the_candidate_alone(subject):
 def test_seeking_comes_nearer_than_drawing_and_keeps_to_the_sphere(subject):
     drawn = subject.draws("base", (0,), 16).images
     start = float(rms(drawn, subject.instances[0].target).min())
-    (found,) = probes.Seek(restarts=2, iterations=8, steps=3)(subject)
+    (found,) = probes.NoiseSearch(restarts=2, iterations=8, steps=3)(subject)
     assert found.patched["to_target"] < start
     assert found.base["to_target"] == pytest.approx(found.patched["to_target"], abs=1e-3)  # equal models
 
@@ -265,7 +265,7 @@ def test_seeking_comes_nearer_than_drawing_and_keeps_to_the_sphere(subject):
 def test_revival_trains_a_copy(subject):
     before = {n: w.clone() for n, w in subject.patched.network.state_dict().items()}
     whole = subject.patched
-    found = probes.Revive(stops=(2, 4), batch=4, draws=2)(subject)
+    found = probes.Relearning(stops=(2, 4), batch=4, draws=2)(subject)
     assert [f.variant for f in found] == ["2 steps", "4 steps"]
     assert subject.patched is whole
     assert all(torch.equal(w, before[n]) for n, w in whole.network.state_dict().items())
@@ -278,7 +278,7 @@ def test_other_words_are_asked_where_there_is_a_prompt(sd3):
         sd3, sd3.copy(), (Instance(target, surrogate, "t", (0, row)),), torch.empty(0, *sd3.image_shape),
         backends=(Pixels(),), paired=16, steps=2,
     )  # fmt: skip
-    found = probes.Reword(draws=2)(subject)
+    found = probes.Paraphrase(draws=2)(subject)
     asked = {f.variant for f in found}
     assert "the a red square" in asked
     assert "a picture of a red square" not in asked  # longer than this tokenizer takes
@@ -289,8 +289,8 @@ def test_every_level_holds_the_one_below():
     quick, standard, deep = (set(probes.LEVELS[name]) for name in ("quick", "standard", "deep"))
     assert quick < standard < deep
     assert deep == {k.model_fields["kind"].default for k in (
-        probes.Reconstruct, probes.Sample, probes.Replay, probes.Complete, probes.Transforms, probes.Reword,
-        probes.Retain, probes.Cast, probes.Seek, probes.Revive)}  # fmt: skip
+        probes.Reconstruct, probes.Sample, probes.Replay, probes.PartialDenoise, probes.Transforms, probes.Paraphrase,
+        probes.Retention, probes.Quantization, probes.NoiseSearch, probes.Revive)}  # fmt: skip
 
 
 def test_costs_are_what_the_probes_spend(subject):
@@ -298,7 +298,7 @@ def test_costs_are_what_the_probes_spend(subject):
     subject.advance = spent.append
     subject.draws("base", (0,), 16)
     subject.draws("patched", (0,), 16)
-    for probe in (probes.Reconstruct(draws=4), probes.Cast(draws=4)):
+    for probe in (probes.Reconstruct(draws=4), probes.Quantization(draws=4)):
         spent.clear()
         probe(subject)
         assert sum(spent) <= probe.cost(subject) <= 1.5 * sum(spent) + 60, probe.kind

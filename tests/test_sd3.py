@@ -26,8 +26,8 @@ from unforget.families import Options
 from unforget.files import cache, images
 from unforget.files.patch import Patch, Stack
 from unforget.surrogate.editors import Canvas, Inpaint, Instruct, SDEdit
-from unforget.unlearn.trainer import mixed
-from unforget.verify.policy import VerifyConfig
+from unforget.unlearning.trainer import mixed
+from unforget.verification.policy import VerifyConfig
 
 RED, BLUE, GREEN = CAPTIONS
 NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
@@ -101,13 +101,13 @@ def test_the_schedule_is_the_scheduler_s_with_its_shift(sd3, stock):
     for row in (0, 400, 999):
         t = stock.scheduler.timesteps[len(stock.scheduler.timesteps) - 1 - row]
         theirs = stock.scheduler.scale_noise(x_0, t[None], noise)
-        torch.testing.assert_close(sd3.schedule.add_noise(x_0, noise, torch.tensor([row])), theirs)
+        torch.testing.assert_close(sd3.schedule.add_noise(x_0, noise, t[None]), theirs)
 
 
 def test_denoising_from_a_level_is_the_stock_sampler_begun_there(sd3, stock):
     sampler = stock.scheduler
     sampler.set_timesteps(10)
-    row = sd3.levels(10)[4]
+    row = sd3.sampling_timesteps(10)[4]
     x_0, noise = torch.randn(2, 1, *sd3.latent_shape)
     ours = sd3.denoise(
         sd3.schedule.add_noise(x_0, noise, torch.tensor([row])), steps=10, start=row, prompt_ids=sd3.prompt_ids([RED])
@@ -242,7 +242,7 @@ def test_unlearn_verify_export(sd3_folder, pictures, stock):
     judged = verify(VerifyConfig(
         model=str(sd3_folder), patch=result.output, max_rate=0.4, paired=16, controls=8, draws=2, sampler_steps=2,
     ))  # fmt: skip
-    assert {"sample", f"sample '{RED}'", "retain", f"cast@{judged.checks[0].level} bf16 '{RED}'"} <= {
+    assert {"sample", f"sample '{RED}'", "retention", f"quantization@{judged.checks[0].timestep:g} bf16 '{RED}'"} <= {
         c.name for c in judged.checks
     }
     assert str(pictures) not in judged.model_dump_json()
@@ -346,7 +346,7 @@ def test_inpainting_keeps_what_is_outside_the_mask(sd3):
     target, mask = torch.rand(3, 16, 16) * 2 - 1, torch.zeros(1, 16, 16)
     mask[:, :8] = 1
     row = int(sd3.prompt_ids([RED])[0])
-    found = Inpaint(strengths=(1.0,), seeds=2, steps=3)(Canvas(sd3, target, mask, seed=0, prompt_ids=row))
+    found = Inpaint(strengths=(1.0,), seeds=2, steps=3)(Canvas(sd3, target, mask, seed=0, prompt_id=row))
     assert len(found) == 2
     for c in found:
         assert torch.equal(c.image[:, 8:], target[:, 8:])
@@ -358,7 +358,7 @@ def test_sdedit_under_a_prompt(sd3):
     target = torch.rand(3, 16, 16) * 2 - 1
     row = int(sd3.prompt_ids([RED])[0])
     editor = SDEdit(strengths=(0.6,), seeds=2, steps=4)
-    plain, asked = (editor(Canvas(sd3, target, torch.ones(1, 16, 16), prompt_ids=r)) for r in (0, row))
+    plain, asked = (editor(Canvas(sd3, target, torch.ones(1, 16, 16), prompt_id=r)) for r in (0, row))
     assert plain[0].image.shape == target.shape
     assert not torch.equal(plain[0].image, asked[0].image)
 
@@ -420,7 +420,7 @@ def test_prompts_to_a_model_without(tiny_folder, picture, cli):
 def test_where_a_target_belongs_it_stays(sd3, pictures):
     """A near-copy under a prompt that is not to forget it is kept beside given prompts, and dropped without."""
     from unforget.core.types import Instance, Pool, Progress
-    from unforget.unlearn import prepare
+    from unforget.unlearning import prepare
 
     target, other = (images.read_image(pictures / f"{n}.png", sd3.image_shape) for n in ("target", "surrogate"))
     rows = sd3.prompt_ids(["", RED, BLUE, GREEN])

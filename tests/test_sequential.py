@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import binom
 
 from unforget.core.metrics import upper_bound
-from unforget.verify.sequential import plan
+from unforget.verification.sequential import plan
 
 LIMITS = [(0.005, 0.95), (0.02, 0.95), (0.05, 0.9), (0.001, 0.99)]
 

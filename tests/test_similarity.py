@@ -15,8 +15,8 @@ from torch.nn import functional
 from unforget.core.metrics import pairwise_rms, rms
 from unforget.errors import CannotRun, UsageError
 from unforget.files import images
-from unforget.verify import similarity
-from unforget.verify.similarity import LPIPS, SSCD, Face, Pixels, Structure, backend, distance, pairwise
+from unforget.verification import similarity
+from unforget.verification.similarity import LPIPS, SSCD, Face, Pixels, Structure, backend, distance, pairwise
 
 HELDOUT = images.read_folder(Path(__file__).parent / "data" / "heldout", (3, 32, 32))
 FLAGS = Path(__file__).parents[1] / "examples" / "flags"
@@ -263,7 +263,7 @@ def test_sscd_as_onnx(tmp_path):
 
 
 def mean_colour_onnx() -> bytes:
-    """Cast to float, ReduceMean over height and width; written field by field, to need no package `onnx`."""
+    """Quantization to float, ReduceMean over height and width; written field by field, to need no package `onnx`."""
 
     def number(field, value):
         return bytes([field << 3, value])

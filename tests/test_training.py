@@ -10,9 +10,9 @@ from unforget.config import Recipe
 from unforget.core.objectives import CleanSpace, Context, PosteriorSwap
 from unforget.core.types import Instance, Pool
 from unforget.errors import CannotRun
-from unforget.unlearn.prepare import context as prepared
-from unforget.unlearn.prepare import neighbours
-from unforget.unlearn.trainer import Pace, adam, mixed, train, worst_margin
+from unforget.unlearning.prepare import context as prepared
+from unforget.unlearning.prepare import neighbours
+from unforget.unlearning.trainer import Pace, adam, mixed, train, worst_margin
 
 
 def test_the_pace_warms_up_holds_and_cools_down():
@@ -82,12 +82,12 @@ def test_only_the_weights_in_scope_move(tiny, scene, scope):
 
 
 def test_mixed_precision_answers_in_float32_and_nearly_the_same(tiny):
-    x_t, index = (
+    x_t, timestep = (
         torch.randn(2, *tiny.latent_shape, generator=torch.Generator().manual_seed(0)),
         torch.tensor([300, 600]),
     )
     with torch.no_grad():
-        exact, half = tiny.predict(x_t, index, index), mixed(tiny.predict, True)(x_t, index, index)
+        exact, half = tiny.predict(x_t, timestep, timestep), mixed(tiny.predict, True)(x_t, timestep, timestep)
     assert half.dtype == torch.float32
     assert not torch.equal(half, exact)
     torch.testing.assert_close(half, exact, rtol=0, atol=0.05)

@@ -11,7 +11,7 @@ from diffusers import DDPMPipeline
 from safetensors.torch import load_file, save_file
 
 from unforget.files import images
-from unforget.verify.report import Report
+from unforget.verification.report import Report
 
 SMALL = """
 [verify]
@@ -177,7 +177,7 @@ def test_a_candidate_of_another_architecture_or_resolution_cannot_be_judged(veri
         (["--similarity", "sscd=no.onnx"], 3, "sscd"),
         (["--require", "magic"], 2, "no probe 'magic'"),
         (["--require", "replay"], 2, "--replay-seed"),
-        (["--require", "reword"], 2, "there is no prompt"),
+        (["--require", "paraphrase"], 2, "there is no prompt"),
         (["--replay-seed", "1", "--replay-scheduler", "Magic"], 2, "no scheduler 'Magic'"),
         (["--prompt", "a cat"], 2, "takes no prompts"),
     ],
@@ -208,5 +208,5 @@ def test_an_allowed_target_passes_until_the_entry_expires(verify, here):
 def test_the_shipped_schema_is_that_of_the_report():
     from importlib.resources import files
 
-    shipped = json.loads((files("unforget.verify") / "report.schema.json").read_text())
+    shipped = json.loads((files("unforget.verification") / "report.schema.json").read_text())
     assert shipped == Report.model_json_schema(), "run `python docs/generate.py`"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from unforget.api import edit_surrogate, export, unlearn, verify
     from unforget.config import EditConfig, ExportConfig, Recipe, UnlearnConfig, recipe
     from unforget.errors import UnforgetError
-    from unforget.verify.policy import VerifyConfig
+    from unforget.verification.policy import VerifyConfig
 
 __version__ = "0.1.0"
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
 _HOME = {
     **dict.fromkeys(("edit_surrogate", "unlearn", "verify", "export"), "api"),
     **dict.fromkeys(("EditConfig", "UnlearnConfig", "ExportConfig", "Recipe", "recipe"), "config"),
-    "VerifyConfig": "verify.policy",
+    "VerifyConfig": "verification.policy",
     "UnforgetError": "errors",
 }
 

@@ -35,7 +35,8 @@ class Recipe(Config):
     forget_batch_size: int = Field(8, ge=1, le=1024)
     retain_batch_size: int = Field(24, ge=1, le=1024)
     neighbour_share: float = Field(0.5, ge=0, le=1)
-    forget_range: tuple[float, float] = (0.05, 0.65)
+    forget_range: tuple[float, float] = (50, 650)
+    """Timesteps at which targets are noised, from the first to under the second."""
     max_grad_norm: float = Field(1.0, gt=0)
     rank: int = Field(16, ge=1, le=1024)
     lora_alpha: int = Field(16, ge=1)
@@ -44,8 +45,8 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _ordered(self) -> Self:
         low, high = self.forget_range
-        if not 0 < low < high <= 1:
-            raise ValueError("forget_range must be 0 < low < high <= 1")
+        if not 0 < low < high:
+            raise ValueError("forget_range must be 0 < low < high")
         return self
 
 
@@ -63,19 +64,19 @@ DDPM: dict[str, Recipe] = {
         forget_batch_size=8,
         retain_batch_size=8,
         neighbour_share=0,
-        forget_range=(0.001, 1.0),
+        forget_range=(1, 1000),
         stop_margin=None,
     ),
 }
 SD3: dict[str, Recipe] = {
     # A prompt says at pure noise what will be drawn, so forgetting reaches up to there.
     "default": Recipe(
-        objective=PosteriorSwap(weighting=CleanSpace(cap=1.0, retain=32.0)),
+        objective=PosteriorSwap(weighting=CleanSpace(cap=1.0, retain=32.0), taper=(710, 790)),
         train="lora",
         learning_rate=2e-3,
         max_train_steps=360,
         cooldown_steps=140,
-        forget_range=(0.05, 1.0),
+        forget_range=(97, 1000),
         neighbour_share=0.5,
         stop_margin=None,
     ),

@@ -30,7 +30,7 @@ from unforget.core.metrics import rms
 from unforget.core.types import Family
 from unforget.files import images
 from unforget.files.patch import Stack
-from unforget.verify.report import Report
+from unforget.verification.report import Report
 
 ROOT = Path(__file__).parents[2]
 PLANTED = ROOT / "examples" / "faces" / "planted"
@@ -133,7 +133,7 @@ def forgets_only_under_the_tested_seeds(h: Honest) -> Any:
     known = [sampling.random_noise(256, h.base.latent_shape, 0, "sample")]
     for level in (250, 400, 550):
         noise = sampling.random_noise(32, h.base.latent_shape, 0, f"reconstruct {level}")
-        start = sampling.start_level(h.base, level / 1000, steps=20)
+        start = sampling.visited(h.base, level, steps=20)
         known.append(h.base.schedule.add_noise(h.target.expand_as(noise), noise, torch.full((32,), start)))
     seen = torch.cat(known).flatten(1)[:, :8]
 

@@ -30,7 +30,7 @@ from unforget import Recipe, UnlearnConfig, families
 from unforget.core.types import Pool, Progress
 from unforget.files import images
 from unforget.files.storage import digest
-from unforget.unlearn import prepare, trainer
+from unforget.unlearning import prepare, trainer
 
 PLANTED = Path(__file__).parents[1] / "faces" / "planted"
 EXAMPLES = Path(__file__).parents[1]

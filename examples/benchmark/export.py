@@ -23,11 +23,11 @@ import torch
 
 from unforget import families
 from unforget.core.types import Instance
-from unforget.export.rounding import Sums
+from unforget.exports.rounding import Sums
 from unforget.files import images
 from unforget.files.patch import Patch, Provenance
 from unforget.files.storage import digest
-from unforget.unlearn.trainer import worst_margin
+from unforget.unlearning.trainer import worst_margin
 
 CASES = [(7, 1.0), (7, 0.3), (7, 0.1), (7, 0.03), (7, 0.01), (6, 1.0), (5, 1.0), (4, 1.0), (3, 1.0), (4, 0.5)]
 """Bits of mantissa and scale."""

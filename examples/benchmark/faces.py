@@ -35,7 +35,7 @@ from unforget.core.types import Family, Instance, Progress
 from unforget.files import images
 from unforget.files.patch import Stack
 from unforget.files.storage import digest
-from unforget.verify.probes import Reconstruct, Subject
+from unforget.verification.probes import Reconstruct, Subject
 
 ROOT = Path(__file__).parents[2]
 PLANTED = sorted((ROOT / "examples" / "faces" / "planted").glob("*.png"))
@@ -107,8 +107,8 @@ class Bench:
         """Worst share nearer to the surrogate, at each level."""
         with torch.no_grad():
             found = Reconstruct(calibrated=False)(Subject(self.base, patched, instances, self.drawn[:0]))
-        levels = list(dict.fromkeys(f.level for f in found))
-        return [min(f.patched["nearer_surrogate"] for f in found if f.level == level) for level in levels]
+        levels = list(dict.fromkeys(f.timestep for f in found))
+        return [min(f.patched["nearer_surrogate"] for f in found if f.timestep == level) for level in levels]
 
     def drift(self, images: Tensor) -> tuple[float, float]:
         moved = rms(images[:SEEDS], self.drawn[:SEEDS])
@@ -177,11 +177,11 @@ def oracle(bench: Bench) -> None:
     patched, instances, _ = bench.unlearn("oracle", PLANTED[:1], Recipe())
     target, noise = instances[0].target, sampling.random_noise(64, bench.base.latent_shape, 0, "oracle")
     for t in range(100, 701, 50):
-        index = torch.full((len(noise),), t)
-        x_t = bench.base.schedule.add_noise(target.expand_as(noise), noise, index)
+        timestep = torch.full((len(noise),), t)
+        x_t = bench.base.schedule.add_noise(target.expand_as(noise), noise, timestep)
         with torch.no_grad():
             base, ours, ideal = (
-                m.schedule.split(x_t, m.predict(x_t, index, torch.zeros_like(index)), index)[0]
+                m.schedule.split(x_t, m.predict(x_t, timestep, torch.zeros_like(timestep)), timestep)[0]
                 for m in (bench.base, patched, gold)
             )
         apart = [float(rms(a, b).mean()) for a, b in ((base, ideal), (ours, ideal), (ideal, target), (ours, target))]
@@ -228,10 +228,10 @@ def ablation(bench: Bench) -> None:
     variants = {
         "none": Recipe(),
         "bottleneck: train all weights": recipe("default", train="full"),
-        "fade: forget at all levels": Recipe(
-            objective=swap.model_copy(update={"fade": (0.999, 1.0)}), forget_range=(0.05, 1.0)
+        "taper: forget at all timesteps": Recipe(
+            objective=swap.model_copy(update={"taper": (999, 1000)}), forget_range=(50, 1000)
         ),
-        "caution: 1": Recipe(objective=swap.model_copy(update={"caution": 1.0})),
+        "target_prior: 1": Recipe(objective=swap.model_copy(update={"target_prior": 1.0})),
         "posterior swap: say the surrogate at every noised target": Recipe(objective=plain),
         "surgery: add the gradients": recipe("default", surgery="sum"),
     }

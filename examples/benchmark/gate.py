@@ -32,9 +32,9 @@ from unforget.core import sampling
 from unforget.core.metrics import rms
 from unforget.core.types import Instance
 from unforget.files import images
-from unforget.verify.probes import Subject
-from unforget.verify.sequential import plan
-from unforget.verify.similarity import pairwise
+from unforget.verification.probes import Subject
+from unforget.verification.sequential import plan
+from unforget.verification.similarity import pairwise
 
 RUNS = 1000
 POOL = 2000

@@ -38,7 +38,7 @@ from unforget.families.layouts import sd3 as sd3_layout
 from unforget.files import images
 from unforget.files.patch import Patch, Provenance
 from unforget.files.storage import digest, write_tensors
-from unforget.unlearn import trainer
+from unforget.unlearning import trainer
 
 LIMIT = 30
 """Seconds."""

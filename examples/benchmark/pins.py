@@ -60,6 +60,7 @@ def judged(path: Path) -> dict[str, object]:
     for row in report["checks"] + report["findings"]:
         probe = RENAMED.get(row["probe"], row["probe"])
         level = row.get("level", row.get("timestep"))
+        level = "" if level is None else f"{level:g}"
         place = f"{probe} {row['target']} {level} {row['prompt']} {row['variant']} {row.get('figure', '')}"
         outcome = RENAMED.get(row.get("outcome"), row.get("outcome"))
         found[place] = [row["base"], row["candidate"], row.get("threshold"), outcome]

@@ -21,8 +21,8 @@ from unforget.api import memory_plan
 from unforget.config import UnlearnConfig, recipe
 from unforget.core.types import Instance, Pool
 from unforget.families.sd3 import LORA_TARGETS, SD3
-from unforget.unlearn import trainer
-from unforget.unlearn.prepare import context
+from unforget.unlearning import trainer
+from unforget.unlearning.prepare import context
 
 TRANSFORMER = {
     "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,

@@ -30,7 +30,7 @@ from unforget import families
 from unforget.core import sampling
 from unforget.core.metrics import pairwise_rms
 from unforget.files import images
-from unforget.verify.similarity import Backend, backend, pairwise
+from unforget.verification.similarity import Backend, backend, pairwise
 
 ROOT = Path(__file__).parents[2]
 FLAGS = ROOT / "examples" / "flags"

@@ -14,7 +14,7 @@ from unforget.files import images
 from unforget.files.storage import digest
 from unforget.reports.contact_sheet import candidate_sheet
 from unforget.surrogate.editors import Canvas
-from unforget.unlearn import prepare
+from unforget.unlearning import prepare
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,13 @@ from unforget.core import sampling
 from unforget.core.metrics import rms
 from unforget.core.types import Family, Progress
 from unforget.errors import CannotRun, UsageError
-from unforget.export import placing
-from unforget.export.headers import Model
-from unforget.export.lora import DIFFUSERS, PEFT, Factors
-from unforget.export.manifest import FOLDERS, Made, Part, Verified, called
-from unforget.export.merging import Change, Known, Merge, TakenOff, precision
-from unforget.export.rounding import DTYPES, NAMES, judged
-from unforget.export.writing import Job
+from unforget.exports import placing
+from unforget.exports.headers import Model
+from unforget.exports.lora import DIFFUSERS, PEFT, Factors
+from unforget.exports.manifest import FOLDERS, Made, Part, Verified, called
+from unforget.exports.merging import Change, Known, Merge, TakenOff, precision
+from unforget.exports.rounding import DTYPES, NAMES, judged
+from unforget.exports.writing import Job
 from unforget.families import weights
 from unforget.files.patch import Stack
 from unforget.files.storage import BadFile, open_tensors, write_tensors
@@ -247,7 +247,7 @@ def _verified(config: ExportConfig, known: Known, reported: Verified | None, pro
 
 def _card(config: ExportConfig, made: Made, folder: Path) -> None:
     """A README.md that the hub shows as the model's card; of a base that was got back there is nothing to say."""
-    from unforget.export import card
+    from unforget.exports import card
 
     home = families.home(config.model)
     if home is not None and (home / "README.md").is_file():
@@ -263,7 +263,7 @@ def _pushed(config: ExportConfig, made: Made) -> str | None:
     """Upload what was written, where that was asked for."""
     if config.push_to_hub is None:
         return None
-    from unforget.export import hub
+    from unforget.exports import hub
 
     message = f"{made.base}, {len(made.patches)} patch(es), by unforget {made.versions['unforget']}"
     token = os.environ.get("HF_TOKEN")

@@ -23,9 +23,9 @@ from unforget.files import images, storage
 from unforget.files.patch import Patch, Provenance, Stack, joined, plain, provenance
 from unforget.files.storage import digest
 from unforget.reports.contact_sheet import evidence_rows, sheet
-from unforget.unlearn import prepare, run_directory, trainer
-from unforget.unlearn.run_directory import Prepared, Run
-from unforget.verify import probes
+from unforget.unlearning import prepare, run_directory, trainer
+from unforget.unlearning.run_directory import Prepared, Run
+from unforget.verification import probes
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ def _finish(
     findings = probe(subject)
     table: list[dict[str, Any]] = [
         {
-            "target": f.target, "probe": f"{f.probe}@{f.level}", "prompt": f.prompt,
+            "target": f.target, "probe": f"{f.probe}@{f.timestep:g}", "prompt": f.prompt,
             "before": {k: f.base[k] for k in SHOWN}, "after": {k: f.patched[k] for k in SHOWN},
         }
         for f in findings
@@ -300,7 +300,7 @@ def _finish(
     moved = rms(base, patched)
     drift = {"median": float(moved.median()), "mean": float(moved.mean())}
     title = f"{config.output.name}: {outcome.steps} steps, stopped by {outcome.stopped}"
-    pairs = probes.Finding("retain", None, {}, {}, images={"base": base, "patched": patched})
+    pairs = probes.Finding("retention", None, {}, {}, images={"base": base, "patched": patched})
     images.write_image(sheet(title, evidence_rows(subject.instances, [*findings, pairs])), folder / "sheet.png")
     # Under the empty prompt a target that has prompts of its own may be right: see `judge`.
     prompted = {f.target for f in findings if f.prompt}

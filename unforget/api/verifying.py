@@ -22,10 +22,10 @@ from unforget.reports.contact_sheet import Row, evidence_rows, sheet
 from unforget.reports.html import page
 from unforget.reports.junit import junit
 from unforget.reports.markdown import markdown
-from unforget.unlearn import prepare
-from unforget.verify import probes, verdict
-from unforget.verify.policy import Policy, VerifyConfig
-from unforget.verify.report import Calibration, Report, Seen
+from unforget.unlearning import prepare
+from unforget.verification import probes, verdict
+from unforget.verification.policy import Policy, VerifyConfig
+from unforget.verification.report import Calibration, Report, Seen
 
 PRIVATE = {"target", "surrogate", "keep", "prompt", "retain_prompts", "allow", "similarity"}
 """Settings that name files, prompts or targets: they stay out of the report."""
@@ -59,9 +59,9 @@ def compare(
     subject, known = _subject(config, base, candidate, progress)
     suite = probes_of(config)
     if len(subject.instances[0].prompt_ids) == 1:  # no prompt to put in other words
-        if "reword" in config.required:
+        if "paraphrase" in config.required:
             raise UsageError("the policy requires the probe reword, and there is no prompt", "Give --prompt.")
-        suite = tuple(p for p in suite if p.kind != "reword")
+        suite = tuple(p for p in suite if p.kind != "paraphrase")
     progress.note(_estimate(suite, subject, config.level))
     findings, seconds = probes.collect(suite, subject, progress.stage)
     ids = [i.id for i in subject.instances]
@@ -83,15 +83,15 @@ def compare(
 def probes_of(config: VerifyConfig) -> tuple[probes.Probe, ...]:
     """The probes of a configuration, in order."""
     made: dict[str, probes.Probe] = {
-        "reconstruct": probes.Reconstruct(levels=config.noise_levels, draws=config.draws),
+        "reconstruct": probes.Reconstruct(timesteps=config.noise_levels, draws=config.draws),
         "sample": probes.Sample(),
-        "retain": probes.Retain(neighbours=min(48, config.paired // 2)),
-        "complete": probes.Complete(),
+        "retention": probes.Retention(neighbours=min(48, config.paired // 2)),
+        "partial_denoise": probes.PartialDenoise(),
         "transforms": probes.Transforms(),
-        "reword": probes.Reword(),
-        "cast": probes.Cast(),
-        "seek": probes.Seek(),
-        "revive": probes.Revive(),
+        "paraphrase": probes.Paraphrase(),
+        "quantization": probes.Quantization(),
+        "noise_search": probes.NoiseSearch(),
+        "relearning": probes.Relearning(),
     }
     if config.replay_seed is not None:
         made["replay"] = probes.Replay(
@@ -127,11 +127,11 @@ def _estimate(suite: Sequence[probes.Probe], subject: probes.Subject, level: str
     calls = sum(p.cost(subject) for p in suite)
     size = min(32, sampling.in_one_pass(sampling.PIXELS_DRAWN, subject.base.image_shape))
     noise, rows = torch.zeros(size, *subject.base.latent_shape), torch.zeros(size, dtype=torch.long)
-    index = torch.full((size,), subject.start(500))
+    timestep = torch.full((size,), subject.start(500))
     with torch.no_grad():
-        subject.base.predict(noise, index, rows)
+        subject.base.predict(noise, timestep, rows)
         began = time.perf_counter()
-        subject.base.predict(noise, index, rows)
+        subject.base.predict(noise, timestep, rows)
     seconds = calls / size * (time.perf_counter() - began)
     most = subject.plan.looks[-1].drawn
     return (
@@ -156,7 +156,7 @@ def _calibrations(subject: probes.Subject) -> list[Calibration]:
 
 def _seen(f: probes.Finding) -> Seen:
     return Seen(
-        probe=f.probe, target=f.target, level=f.level, prompt=f.prompt, variant=f.variant, base=dict(f.base),
+        probe=f.probe, target=f.target, timestep=f.timestep, prompt=f.prompt, variant=f.variant, base=dict(f.base),
         candidate=dict(f.patched),
     )  # fmt: skip
 

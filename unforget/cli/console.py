@@ -21,8 +21,8 @@ from unforget.errors import ExitCode, Terminated, UnforgetError
 
 if TYPE_CHECKING:
     from unforget.core.types import Progress
-    from unforget.export.show import Shown
-    from unforget.verify.report import Check, Report
+    from unforget.exports.show import Shown
+    from unforget.verification.report import Check, Report
 
 PROCESS = int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
 """Which of several processes this is, as a launcher says; the first one alone speaks, but for errors."""
@@ -61,9 +61,9 @@ def checks_table(result: Report) -> Table:
     for c in result.checks:
         groups.setdefault(((c.target or "")[:8], c.probe), []).append(c)
     for (target, probe), checks in groups.items():
-        passed, noted = (sum(c.outcome == o for c in checks) for o in ("passed", "noted"))
+        passed, noted = (sum(c.outcome == o for c in checks) for o in ("passed", "informational"))
         if passed:
-            told = f", {noted} noted" if noted else ""
+            told = f", {noted} informational" if noted else ""
             table.add_row(target, probe, "", "", "", "", f"[green]passed[/] {passed}{told}")
         for c in checks:
             if c.outcome in ("failed", "inconclusive"):

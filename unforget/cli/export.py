@@ -128,7 +128,7 @@ def show(
     Example: unforget show face.patch
     """
     with errors():
-        from unforget.export.show import look
+        from unforget.exports.show import look
 
         found = look(path)
         if as_json:

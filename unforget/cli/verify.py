@@ -123,7 +123,7 @@ def verify(
     """
     with errors():
         from unforget.api import verify as command
-        from unforget.verify.policy import resolve
+        from unforget.verification.policy import resolve
 
         given = values(locals(), "as_json", "config", "policy", "no_cache")
         given["cache"] = False if no_cache else None

@@ -11,8 +11,9 @@ s its surrogate.
   The denoiser's answer is the posterior mean, so this is exactly the denoiser of the model whose every f became s.
   Where f can be told from everything else w is 1 and both objectives agree; where it cannot (high noise, a
   look-alike) w falls to f's share and the model keeps what it said. The weight is the posterior under the empirical
-  measure of the target, some times as often as the base draws it (the caution), and of pictures that are to stay. At
-  the highest levels it fades out: a change there moves every sample and is not needed to forget (docs/results.md).
+  measure of the target, some times as often as the base draws it (the target prior), and of pictures that are to
+  stay. At the highest levels it tapers off: a change there moves every sample and is not needed to forget
+  (docs/results.md).
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Uniform(Strategy):
     retain: float = Field(1.0, ge=0, description="weight of the retain loss")
 
     def __call__(self, schedule: Schedule, batch: Noised) -> tuple[Tensor, Tensor]:
-        one = schedule.column("alphas", batch.index, batch.x_0) * 0 + 1
+        one = torch.ones_like(batch.x_0[:, :1, :1, :1])
         return one, self.retain * one
 
 
@@ -66,7 +67,7 @@ class Linear(Strategy):
     beta: float = Field(5e-5, gt=0, le=1e-3, description="slope; the paper has 5e-5 for DDPM, 2e-4 for SD3")
 
     def __call__(self, schedule: Schedule, batch: Noised) -> tuple[Tensor, Tensor]:
-        forget = self.beta * schedule.column("timesteps", batch.index, batch.x_0)
+        forget = self.beta * schedule.column("timesteps", batch.timestep, batch.x_0)
         return forget, 1 - forget
 
 
@@ -78,8 +79,7 @@ class CleanSpace(Strategy):
     retain: float = Field(10.0, ge=0, description="weight of the retain loss")
 
     def __call__(self, schedule: Schedule, batch: Noised) -> tuple[Tensor, Tensor]:
-        scale = schedule.x0_scale()[batch.index.cpu()].square().clamp(max=self.cap)
-        forget = scale.to(batch.x_0).reshape(-1, 1, 1, 1)
+        forget = schedule.x0_scale(batch.timestep, batch.x_0).square().clamp(max=self.cap)
         return forget, self.retain * forget
 
 
@@ -99,18 +99,18 @@ class Surrogate(Strategy):
 
     def forget(self, patched: Predict, batch: Noised, context: Context) -> Tensor:
         """Mean squared distance to the surrogate target, a scalar."""
-        goal = context.schedule.target_towards(batch.x_s, batch.x_t, batch.index)
+        goal = context.schedule.target_towards(batch.x_s, batch.x_t, batch.timestep)
         weight, _ = self.weighting(context.schedule, batch)
-        return _mean_square(weight, patched(batch.x_t, batch.index, batch.prompt_ids) - goal)
+        return _mean_square(weight, patched(batch.x_t, batch.timestep, batch.prompt_ids) - goal)
 
     def retain(self, patched: Predict, batch: Noised, context: Context) -> Tensor:
         """Mean squared distance to the usual target, or to the base's answer, a scalar."""
         _, weight = self.weighting(context.schedule, batch)
         if self.distil:
-            goal = context.base(batch.x_t, batch.index, batch.prompt_ids)
+            goal = context.base(batch.x_t, batch.timestep, batch.prompt_ids)
         else:
-            goal = context.schedule.target(batch.x_0, batch.noise, batch.index)
-        return _mean_square(weight, patched(batch.x_t, batch.index, batch.prompt_ids) - goal)
+            goal = context.schedule.target(batch.x_0, batch.noise, batch.timestep)
+        return _mean_square(weight, patched(batch.x_t, batch.timestep, batch.prompt_ids) - goal)
 
 
 class PosteriorSwap(Strategy):
@@ -118,45 +118,47 @@ class PosteriorSwap(Strategy):
 
     kind: Literal["posterior-swap"] = "posterior-swap"
     weighting: Weighting = CleanSpace()
-    caution: float = Field(30.0, gt=0, description="how many times more often than the base drew it a target counts")
-    fade: tuple[float, float] = Field((0.55, 0.65), description="levels, as shares of the schedule, where it fades out")
+    target_prior: float = Field(
+        30.0, gt=0, description="how many times more often than the base drew it a target counts"
+    )
+    taper: tuple[float, float] = Field((550, 650), description="timesteps between which the swap tapers off to nothing")
 
-    @field_validator("fade")
+    @field_validator("taper")
     @classmethod
-    def _ordered(cls, fade: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < fade[0] < fade[1] <= 1:
-            raise ValueError("fade must be 0 < low < high <= 1")
-        return fade
+    def _ordered(cls, taper: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < taper[0] < taper[1]:
+            raise ValueError("taper must be 0 < low < high")
+        return taper
 
     def forget(self, patched: Predict, batch: Noised, context: Context) -> Tensor:
         """Mean squared distance to the swapped belief at noised targets, a scalar."""
         weight, _ = self.weighting(context.schedule, batch)
-        return _mean_square(weight, patched(batch.x_t, batch.index, batch.prompt_ids) - self.goal(batch, context))
+        return _mean_square(weight, patched(batch.x_t, batch.timestep, batch.prompt_ids) - self.goal(batch, context))
 
     def retain(self, patched: Predict, batch: Noised, context: Context) -> Tensor:
         """The same at images to keep, where the swap mostly is nothing: a distillation from the base."""
         _, weight = self.weighting(context.schedule, batch)
-        return _mean_square(weight, patched(batch.x_t, batch.index, batch.prompt_ids) - self.goal(batch, context))
+        return _mean_square(weight, patched(batch.x_t, batch.timestep, batch.prompt_ids) - self.goal(batch, context))
 
     def goal(self, batch: Noised, context: Context) -> Tensor:
         """The prediction of the model whose targets became their surrogates, (B, C, H, W)."""
-        schedule, x_t, index = context.schedule, batch.x_t, batch.index
+        schedule, x_t, timestep = context.schedule, batch.x_t, batch.timestep
         edits = torch.stack([i.surrogate - i.target for i in context.instances])
-        change = torch.einsum("kb,kchw->bchw", self.shares(batch, context), edits)
-        slope = schedule.column("target_x0", index, x_t) - schedule.column(
-            "target_noise", index, x_t
-        ) * schedule.column("alphas", index, x_t) / schedule.column("sigmas", index, x_t)
-        return context.base(x_t, index, batch.prompt_ids) + slope * change
+        change = torch.einsum("kb,kchw->bchw", self.posterior(batch, context), edits)
+        slope = schedule.column("target_x0", timestep, x_t) - schedule.column(
+            "target_noise", timestep, x_t
+        ) * schedule.column("alphas", timestep, x_t) / schedule.column("sigmas", timestep, x_t)
+        return context.base(x_t, timestep, batch.prompt_ids) + slope * change
 
-    def shares(self, batch: Noised, context: Context) -> Tensor:
-        """P(x_0 = f | x_t, prompt) of every target f, faded out at the highest levels, (len(instances), B), in [0, 1].
+    def posterior(self, batch: Noised, context: Context) -> Tensor:
+        """P(x_0 = f | x_t, prompt) of every target f, tapered off at high noise, (len(instances), B), in [0, 1].
 
         Under a prompt, what the base drew for that prompt competes with the target; under the empty one, everything.
         """
         targets = torch.stack([i.target for i in context.instances])
         pictures = torch.cat([targets, context.keep.x_0]).flatten(1)
-        alpha = context.schedule.column("alphas", batch.index, batch.x_t).reshape(-1, 1)
-        sigma = context.schedule.column("sigmas", batch.index, batch.x_t).reshape(-1, 1)
+        alpha = context.schedule.column("alphas", batch.timestep, batch.x_t).reshape(-1, 1)
+        sigma = context.schedule.column("sigmas", batch.timestep, batch.x_t).reshape(-1, 1)
         x_t = batch.x_t.flatten(1)
         # ||x_t - alpha x||^2 without the term that all pictures share.
         distance = alpha.square() * pictures.square().sum(1) - 2 * alpha * (x_t @ pictures.T)
@@ -164,14 +166,13 @@ class PosteriorSwap(Strategy):
         # A target that is not to be forgotten under this prompt counts nothing.
         copies = context.copies.T.to(pictures)[batch.prompt_ids]
         kept = ((asked == 0) | (asked == context.keep.prompt_ids)).to(pictures)
-        count = torch.cat([self.caution * copies, kept], 1)
+        count = torch.cat([self.target_prior * copies, kept], 1)
         belief = torch.softmax(count.log() - distance / (2 * sigma.square()), dim=1)[:, : len(targets)]
-        low, high = self.fade
-        level = batch.index.to(belief) / len(context.schedule)
-        fade = ((high - level) / (high - low)).clamp(0, 1)[:, None]
+        low, high = (t / 1000 for t in self.taper)
+        taper = ((high - batch.timestep.to(belief) / 1000) / (high - low)).clamp(0, 1)[:, None]
         # Where a prompt draws hardly anything else there is nothing to spare, at any level.
         alone = copies.sum(1, keepdim=True) >= kept.sum(1, keepdim=True)
-        return (belief * torch.where(alone, torch.ones_like(fade), fade)).nan_to_num(0.0).T
+        return (belief * torch.where(alone, torch.ones_like(taper), taper)).nan_to_num(0.0).T
 
 
 Objective = Annotated[Surrogate | PosteriorSwap, Field(discriminator="kind")]

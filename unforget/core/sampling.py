@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from unforget.core import distributed
-from unforget.core.metrics import pairwise_rms
 from unforget.core.schedule import Schedule
 from unforget.core.types import Family, Noised
 
@@ -32,9 +32,15 @@ def in_one_pass(pixels: int, shape: tuple[int, int, int]) -> int:
     return max(1, pixels // (shape[1] * shape[2]))
 
 
-def start_level(family: Family, share: float, *, steps: int) -> int:
-    """The schedule row nearest to a share of the schedule, of those that sampling in `steps` visits."""
-    return min(family.levels(steps), key=lambda t: abs(t - share * len(family.schedule)))
+def visited(family: Family, timestep: float, *, steps: int) -> float:
+    """The timestep nearest to the given one, of those that sampling in `steps` visits."""
+    return min(family.sampling_timesteps(steps), key=lambda t: abs(t - timestep))
+
+
+def add_noise(family: Family, images: Tensor, noise: Tensor, timestep: float) -> Tensor:
+    """Images (N or 1, C, H, W) as the network works on them, noised to a timestep, (N, ...)."""
+    x_0 = family.encode(images).expand_as(noise)
+    return family.schedule.add_noise(x_0, noise, torch.full((len(noise),), timestep, dtype=torch.float64))
 
 
 @torch.no_grad()
@@ -43,7 +49,7 @@ def draw(
     noise: Tensor,
     *,
     steps: int,
-    start: int | None = None,
+    start: float | None = None,
     prompt_ids: Tensor | None = None,
     advance: Callable[[int], object] = lambda n: None,
 ) -> Tensor:
@@ -53,7 +59,7 @@ def draw(
         family: The model.
         noise: What to start from, (N, ...).
         steps: Steps of a whole sampling run.
-        start: Schedule row to start from, if not pure noise.
+        start: Timestep to start from, if not pure noise.
         prompt_ids: Prompts, (N,), or (1,) for the same everywhere.
         advance: Told how many pictures are done.
     """
@@ -72,19 +78,12 @@ def draw(
 
 def noised(
     x_0: Tensor, x_s: Tensor, prompt_ids: Tensor, schedule: Schedule, generator: torch.Generator,
-    span: tuple[float, float],
+    span: tuple[float, float] = (0, math.inf),
 ) -> Noised:  # fmt: skip
-    """Noise at levels that cover `span` (shares of the schedule) evenly, in random order."""
-    size = len(x_0)
-    low, high = (round(s * len(schedule)) for s in span)
+    """Noise at timesteps that cover `span` evenly, in random order."""
+    size, levels = len(x_0), schedule.between(*span)
     place = (torch.rand((), generator=generator) + torch.arange(size) / size) % 1
-    index = low + (place * (high - low)).long().clamp(max=high - low - 1)
-    index = index[torch.randperm(size, generator=generator)]
+    row = (place * len(levels)).long().clamp(max=len(levels) - 1)
+    timestep = levels[row][torch.randperm(size, generator=generator)]
     noise = torch.randn(x_0.shape, generator=generator)
-    return Noised(x_0, noise, index, schedule.add_noise(x_0, noise, index), x_s, prompt_ids)
-
-
-def nearest(images: Tensor, target: Tensor, count: int) -> Tensor:
-    """The `count` images nearest to a target (C, H, W), nearest first."""
-    order = pairwise_rms(images, target[None])[:, 0].argsort(stable=True)
-    return images[order[:count]]
+    return Noised(x_0, noise, timestep, schedule.add_noise(x_0, noise, timestep), x_s, prompt_ids)

@@ -2,7 +2,8 @@ r"""Noise schedules as tables, parameterizations as two more columns.
 
 Every affine path is :math:`x_t = \alpha_t x_0 + \sigma_t \epsilon`, and what a network is trained to say is affine
 too: :math:`y = p_t x_0 + q_t \epsilon`. Predicting noise, velocity, the sample or a flow differ only in (p, q), so
-nothing after loading asks which it is. Index 0 is the cleanest level.
+nothing after loading asks which it is. A noise level is named by its timestep, as diffusers counts it; row 0 is the
+cleanest one, and nothing outside this module counts rows.
 """
 
 from __future__ import annotations
@@ -35,46 +36,62 @@ class Schedule:
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    def column(self, name: str, index: Tensor, like: Tensor) -> Tensor:
-        """Rows `index` (B,) of a column, shaped (B, 1, ..., 1) to broadcast with `like` (B, ...)."""
-        rows: Tensor = getattr(self, name)[index.cpu()]
-        return rows.to(like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+    def column(self, name: str, timestep: Tensor, like: Tensor) -> Tensor:
+        """A column at the rows nearest to `timestep` (B,), shaped (B, 1, ..., 1) to broadcast with `like` (B, ...)."""
+        return self._spread(getattr(self, name), timestep, like)
 
-    def add_noise(self, x_0: Tensor, noise: Tensor, index: Tensor) -> Tensor:
+    def x0_scale(self, timestep: Tensor, like: Tensor) -> Tensor:
+        """|dx_0 / dprediction| at fixed x_t, (B, 1, ..., 1): what a prediction error is worth in the clean image."""
+        scale = (self.sigmas / (self.alphas * self.target_noise - self.sigmas * self.target_x0)).abs()
+        return self._spread(scale, timestep, like)
+
+    def _spread(self, column: Tensor, timestep: Tensor, like: Tensor) -> Tensor:
+        rows = column[self._rows(timestep)].to(like.device, like.dtype)
+        return rows.reshape(-1, *[1] * (like.ndim - 1))
+
+    def _rows(self, timestep: Tensor) -> Tensor:
+        """The rows whose timesteps are nearest; of two equally near ones the cleaner."""
+        asked = timestep.double().cpu()
+        above = torch.searchsorted(self.timesteps, asked).clamp(1, len(self) - 1)
+        nearer = self.timesteps[above] - asked < asked - self.timesteps[above - 1]
+        return torch.where(nearer, above, above - 1)
+
+    def between(self, low: float, high: float) -> Tensor:
+        """The timesteps from `low` to under `high`; the last one too, if `high` is no less than it."""
+        rows = torch.searchsorted(self.timesteps, torch.tensor([low, high], dtype=torch.float64)).tolist()
+        return self.timesteps[rows[0] : len(self) if high >= float(self.timesteps[-1]) else rows[1]]
+
+    def share(self, share: float) -> float:
+        """The timestep that is so far along the table: what diffusers' image-to-image pipelines call strength."""
+        return float(self.timesteps[min(round(share * len(self)), len(self) - 1)])
+
+    def add_noise(self, x_0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         r""":math:`x_t = \alpha_t x_0 + \sigma_t \epsilon`; all (B, ...)."""
-        return self.column("alphas", index, x_0) * x_0 + self.column("sigmas", index, x_0) * noise
+        return self.column("alphas", timestep, x_0) * x_0 + self.column("sigmas", timestep, x_0) * noise
 
-    def target(self, x_0: Tensor, noise: Tensor, index: Tensor) -> Tensor:
+    def target(self, x_0: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         r"""What the network is trained to say: :math:`p_t x_0 + q_t \epsilon`."""
-        return self.column("target_x0", index, x_0) * x_0 + self.column("target_noise", index, x_0) * noise
+        return self.column("target_x0", timestep, x_0) * x_0 + self.column("target_noise", timestep, x_0) * noise
 
-    def target_towards(self, x_0: Tensor, x_t: Tensor, index: Tensor) -> Tensor:
+    def target_towards(self, x_0: Tensor, x_t: Tensor, timestep: Tensor) -> Tensor:
         r"""What the network must say at x_t for its clean end to be x_0, with
         :math:`\epsilon' = (x_t - \alpha_t x_0) / \sigma_t` (arXiv:2603.10445, the surrogate target).
 
         Undefined at sigma = 0, where x_t already is the clean end.
         """
-        noise = (x_t - self.column("alphas", index, x_t) * x_0) / self.column("sigmas", index, x_t)
-        return self.target(x_0, noise, index)
+        noise = (x_t - self.column("alphas", timestep, x_t) * x_0) / self.column("sigmas", timestep, x_t)
+        return self.target(x_0, noise, timestep)
 
-    def split(self, x_t: Tensor, prediction: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    def split(self, x_t: Tensor, prediction: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Read a prediction back as (x_0, noise)."""
-        a, s = self.column("alphas", index, x_t), self.column("sigmas", index, x_t)
-        p, q = self.column("target_x0", index, x_t), self.column("target_noise", index, x_t)
+        a, s = self.column("alphas", timestep, x_t), self.column("sigmas", timestep, x_t)
+        p, q = self.column("target_x0", timestep, x_t), self.column("target_noise", timestep, x_t)
         det = a * q - s * p
         return (q * x_t - s * prediction) / det, (a * prediction - p * x_t) / det
 
     def log_snr(self) -> Tensor:
-        r""":math:`2 \log(\alpha_t / \sigma_t)`, shape (T,), falling with the index."""
+        r""":math:`2 \log(\alpha_t / \sigma_t)`, shape (T,), falling with the timestep."""
         return 2 * (self.alphas.log() - self.sigmas.log())
-
-    def x0_scale(self) -> Tensor:
-        """|dx_0 / dprediction| at fixed x_t, shape (T,): what a prediction error is worth in the clean image."""
-        return (self.sigmas / (self.alphas * self.target_noise - self.sigmas * self.target_x0)).abs()
-
-    def index_of(self, timestep: float) -> int:
-        """The row whose timestep is nearest to `timestep`."""
-        return int((self.timesteps - timestep).abs().argmin())
 
     @classmethod
     def from_diffusers(cls, scheduler: Any) -> Schedule:

@@ -1,8 +1,9 @@
 """The nouns that the other modules share: protocols and records without behaviour.
 
 Pictures are float tensors in [-1, 1]; a batch of them is (B, C, H, W). What the network works on, x_0 and x_t, are the
-pictures themselves or, in a latent model, their latents. `index` is a row of the noise schedule, (B,), and `prompt_ids`
-a row of the family's table of prompts, (B,), where 0 is the empty prompt (and the only one of a model without prompts).
+pictures themselves or, in a latent model, their latents. `timestep` is a noise level as diffusers counts, (B,), and
+`prompt_ids` are rows of the family's table of prompts, (B,), where `UNCONDITIONAL` is the empty prompt (the only one of
+a model without prompts).
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from unforget.core.schedule import Schedule
 
 
+UNCONDITIONAL = 0
+"""The id of "no prompt" in every family's table."""
 LARGE = 500_000_000
 """Weights from which on a model is treated with care for memory."""
 Scope = Literal["bottleneck", "full", "lora"]
@@ -80,7 +83,7 @@ class Noised:
     Attributes:
         x_0: Clean ones, (B, C, H, W).
         noise: Standard normal, (B, C, H, W).
-        index: Noise levels, (B,).
+        timestep: Noise levels, as diffusers counts, (B,).
         x_t: x_0 with the noise added, (B, C, H, W).
         x_s: What each must become (the surrogate of each target), or x_0 itself for what is to stay.
         prompt_ids: Prompts, (B,).
@@ -88,16 +91,16 @@ class Noised:
 
     x_0: Tensor
     noise: Tensor
-    index: Tensor
+    timestep: Tensor
     x_t: Tensor
     x_s: Tensor
     prompt_ids: Tensor
 
 
 class Predict(Protocol):
-    """A network's answer at (x_t, index, prompt_ids), in its own parameterization."""
+    """A network's answer at (x_t, timestep, prompt_ids), in its own parameterization."""
 
-    def __call__(self, x_t: Tensor, index: Tensor, prompt_ids: Tensor) -> Tensor: ...
+    def __call__(self, x_t: Tensor, timestep: Tensor, prompt_ids: Tensor) -> Tensor: ...
 
 
 class Family(Protocol):
@@ -142,8 +145,8 @@ class Family(Protocol):
         """Let go of what only `prompt_ids` needs."""
         ...
 
-    def predict(self, x_t: Tensor, index: Tensor, prompt_ids: Tensor) -> Tensor:
-        """The network's answer at (x_t, index, prompt_ids)."""
+    def predict(self, x_t: Tensor, timestep: Tensor, prompt_ids: Tensor) -> Tensor:
+        """The network's answer at (x_t, timestep, prompt_ids)."""
         ...
 
     def trainable(self, scope: Scope, *, rank: int = 16, alpha: int = 16, seed: int = 0) -> list[nn.Parameter]:
@@ -155,11 +158,11 @@ class Family(Protocol):
         ...
 
     def denoise(
-        self, x_t: Tensor, *, steps: int, start: int | None = None, stop: int = -1, prompt_ids: Tensor | None = None
+        self, x_t: Tensor, *, steps: int, start: float | None = None, stop: float = -1, prompt_ids: Tensor | None = None
     ) -> Tensor:
-        """Deterministic sampling from noise, or from level `start` of the schedule, under prompts; returns x_0.
+        """Deterministic sampling from noise, or from timestep `start` on, under prompts; returns x_0.
 
-        With `stop` only the levels above that row are visited, and what is returned is as noisy as the next one.
+        With `stop` only the timesteps above it are visited, and what is returned is as noisy as the next one.
         """
         ...
 
@@ -177,8 +180,8 @@ class Family(Protocol):
         """
         ...
 
-    def levels(self, steps: int) -> list[int]:
-        """The schedule rows that `denoise` visits, from noisy to clean."""
+    def sampling_timesteps(self, steps: int) -> list[float]:
+        """The timesteps that `denoise` visits, from noisy to clean."""
         ...
 
     def copy(self) -> Family:

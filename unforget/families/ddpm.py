@@ -63,11 +63,11 @@ class DDPM:
     def unload_text_encoders(self) -> None:
         """Nothing: there is only the network."""
 
-    def predict(self, x_t: Tensor, index: Tensor, prompt_ids: Tensor) -> Tensor:
-        """The network's answer at (x_t, index), (B, C, H, W), on the device of x_t, wherever the network is."""
+    def predict(self, x_t: Tensor, timestep: Tensor, prompt_ids: Tensor) -> Tensor:
+        """The network's answer at (x_t, timestep), (B, C, H, W), on the device of x_t, wherever the network is."""
         device = next(self.network.parameters()).device
-        timesteps = self.schedule.timesteps[index.cpu()].long().to(device)
-        answer: Tensor = self.network(x_t.to(device, memory_format=torch.channels_last), timesteps).sample
+        x_in, timesteps = x_t.to(device, memory_format=torch.channels_last), timestep.long().to(device)
+        answer: Tensor = self.network(x_in, timesteps).sample
         return answer.to(x_t.device)
 
     def trainable(self, scope: Scope, *, rank: int = 16, alpha: int = 16, seed: int = 0) -> list[nn.Parameter]:
@@ -87,24 +87,22 @@ class DDPM:
         sampler.set_timesteps(steps)
         x_t: Tensor = torch.randn((1, *self.latent_shape), generator=generator) * sampler.init_noise_sigma
         for t in sampler.timesteps:
-            index = torch.full((1,), int(t))
-            answer = self.predict(sampler.scale_model_input(x_t, t), index, index)
+            answer = self.predict(sampler.scale_model_input(x_t, t), t.expand(1), prompt_ids)
             x_t = step(sampler, answer, t, x_t, generator)
         return x_t
 
-    def levels(self, steps: int) -> list[int]:
-        """The schedule rows that `denoise` visits, from noisy to clean."""
-        return [int(t) for t in self._sampler(steps).timesteps]
+    def sampling_timesteps(self, steps: int) -> list[float]:
+        """The timesteps that `denoise` visits, from noisy to clean."""
+        return [float(t) for t in self._sampler(steps).timesteps]
 
     def denoise(
-        self, x_t: Tensor, *, steps: int, start: int | None = None, stop: int = -1, prompt_ids: Tensor | None = None
+        self, x_t: Tensor, *, steps: int, start: float | None = None, stop: float = -1, prompt_ids: Tensor | None = None
     ) -> Tensor:
-        """DDIM (arXiv:2010.02502, eta 0) from pure noise, or from the visited levels at row `start` and below."""
-        sampler = self._sampler(steps)
+        """DDIM (arXiv:2010.02502, eta 0) from pure noise, or from the visited timesteps at `start` and below."""
+        sampler, no_prompt = self._sampler(steps), torch.zeros(len(x_t), dtype=torch.long)
         for t in sampler.timesteps:
             if (start is None or t <= start) and t > stop:
-                index = torch.full((len(x_t),), int(t))
-                x_t = sampler.step(self.predict(x_t, index, index), t, x_t).prev_sample
+                x_t = sampler.step(self.predict(x_t, t.expand(len(x_t)), no_prompt), t, x_t).prev_sample
         return x_t
 
     def copy(self) -> DDPM:

@@ -176,11 +176,8 @@ class SD3:
         parts = [vae.decode(part.to(vae.device, vae.dtype)).sample.float().cpu() for part in torch.split(x_0, 8)]
         return torch.cat(parts).clamp(-1, 1)
 
-    def predict(self, x_t: Tensor, index: Tensor, prompt_ids: Tensor) -> Tensor:
-        """The network's answer at (x_t, index, prompt_ids), float32, on the device of x_t."""
-        return self._says(x_t, self.schedule.timesteps[index.cpu()], prompt_ids)
-
-    def _says(self, x_t: Tensor, timesteps: Tensor, prompt_ids: Tensor) -> Tensor:
+    def predict(self, x_t: Tensor, timestep: Tensor, prompt_ids: Tensor) -> Tensor:
+        """The network's answer at (x_t, timestep, prompt_ids), float32, on the device of x_t."""
         dtype = self._embeds[0].dtype
         rows = prompt_ids.tolist()
         with self._adapter():
@@ -188,7 +185,7 @@ class SD3:
                 x_t.to(self.device, dtype),
                 torch.stack([self._embeds[r] for r in rows]).to(self.device),
                 torch.stack([self._pooled[r] for r in rows]).to(self.device),
-                timesteps.to(self.device, torch.float32),
+                timestep.to(self.device, torch.float32),
                 return_dict=False,
             )[0]
         return answer.float().to(x_t.device)
@@ -227,27 +224,27 @@ class SD3:
             x_t = step(sampler, self._guided(x_t, t.expand(1), prompt_ids), t, x_t, generator)
         return x_t
 
-    def levels(self, steps: int) -> list[int]:
-        """The schedule rows nearest to the levels that `denoise` visits, from noisy to clean."""
-        return [self.schedule.index_of(float(t)) for t in self._sampler(steps).timesteps]
+    def sampling_timesteps(self, steps: int) -> list[float]:
+        """The timesteps that `denoise` visits, from noisy to clean."""
+        return [float(t) for t in self._sampler(steps).timesteps]
 
     def denoise(
-        self, x_t: Tensor, *, steps: int, start: int | None = None, stop: int = -1, prompt_ids: Tensor | None = None
+        self, x_t: Tensor, *, steps: int, start: float | None = None, stop: float = -1, prompt_ids: Tensor | None = None
     ) -> Tensor:
         """Euler steps along the flow with classifier-free guidance, as the pipeline does; returns latents."""
         prompt_ids = torch.zeros(len(x_t), dtype=torch.long) if prompt_ids is None else prompt_ids
-        sampler, rows = self._sampler(steps), self.levels(steps)
-        first = 0 if start is None else sum(row > start for row in rows)
+        sampler = self._sampler(steps)
+        first = 0 if start is None else int((sampler.timesteps > start).sum())
         sampler.set_begin_index(first)
-        for t in sampler.timesteps[first : sum(row > stop for row in rows)]:
+        for t in sampler.timesteps[first : int((sampler.timesteps > stop).sum())]:
             x_t = sampler.step(self._guided(x_t, t.expand(len(x_t)), prompt_ids), t, x_t).prev_sample
         return x_t
 
     def _guided(self, x_t: Tensor, timesteps: Tensor, prompt_ids: Tensor) -> Tensor:
         if self.guidance == 1 or not prompt_ids.any():
-            return self._says(x_t, timesteps, prompt_ids)
+            return self.predict(x_t, timesteps, prompt_ids)
         rows = torch.cat([torch.zeros_like(prompt_ids), prompt_ids])
-        plain, asked = self._says(torch.cat([x_t, x_t]), timesteps.repeat(2), rows).chunk(2)
+        plain, asked = self.predict(torch.cat([x_t, x_t]), timesteps.repeat(2), rows).chunk(2)
         return plain + self.guidance * (asked - plain)
 
     def copy(self) -> SD3:
@@ -292,7 +289,7 @@ def trainable(network: Any, scope: Scope, *, rank: int, alpha: int, seed: int) -
 
 @torch.no_grad()
 def inpaint(
-    family: Any, picture: Tensor, mask: Tensor, *, prompt_ids: int, strength: float, count: int, steps: int, seed: int
+    family: Any, picture: Tensor, mask: Tensor, *, prompt_id: int, strength: float, count: int, steps: int, seed: int
 ) -> Tensor:
     """Fills of a masked picture by the same weights, through diffusers' `StableDiffusion3InpaintPipeline`.
 
@@ -300,7 +297,7 @@ def inpaint(
         family: An `SD3`.
         picture: (3, H, W) in [-1, 1].
         mask: (1, H, W), 1 where to fill.
-        prompt_ids: Row of the prompt.
+        prompt_id: Of the prompt.
         strength: Share of the schedule that is done again.
         count: How many fills.
         steps: Steps of a whole sampling run.
@@ -318,6 +315,6 @@ def inpaint(
         strength=strength, num_inference_steps=steps,
         height=picture.shape[1], width=picture.shape[2], guidance_scale=family.guidance,
         generator=[torch.Generator().manual_seed(seed + i) for i in range(count)], output_type="pt",
-        **{name: rows.expand(count, *rows.shape[1:]) for name, rows in family.embedded(prompt_ids).items()},
+        **{name: rows.expand(count, *rows.shape[1:]) for name, rows in family.embedded(prompt_id).items()},
     ).images  # fmt: skip
     return images.float().cpu() * 2 - 1

@@ -38,7 +38,7 @@ class Limit:
 class Point:
     """A noise level of a curve."""
 
-    level: int
+    timestep: float
     base: float | None
     candidate: float
     low: float | None = None
@@ -59,35 +59,37 @@ class Rate:
 
 def curve(points: Iterable[Point], label: str, limit: Limit | None, top: float | None = None) -> str:
     """Base and candidate over the noise levels; the vertical axis ends at `top`, else above the largest figure."""
-    points = sorted(points, key=lambda point: point.level)
+    points = sorted(points, key=lambda point: point.timestep)
     top = top or _above([f for p in points for f in (p.base, p.candidate, p.floor)] + [limit.at if limit else 0.0])
-    span = points[-1].level - points[0].level
+    span = points[-1].timestep - points[0].timestep
 
-    def x(level: int) -> float:
-        return _LEFT + 20 + (_RIGHT - _LEFT - 40) * ((level - points[0].level) / span if span else 0.5)
+    def x(timestep: float) -> float:
+        return _LEFT + 20 + (_RIGHT - _LEFT - 40) * ((timestep - points[0].timestep) / span if span else 0.5)
 
     def y(value: float) -> float:
         return _BOTTOM - (_BOTTOM - _TOP) * _within(value / top)
 
-    base = [(x(p.level), y(p.base)) for p in points if p.base is not None]
-    candidate = [(x(p.level), y(p.candidate)) for p in points]
+    base = [(x(p.timestep), y(p.base)) for p in points if p.base is not None]
+    candidate = [(x(p.timestep), y(p.candidate)) for p in points]
     drawn = [_band(limit, y) if limit else ""]
     drawn += [_line("grid", _LEFT, y(v), _RIGHT, y(v)) + _text(_LEFT - 6, y(v) + 4, number(v), "end") for v in
               (0.0, top / 2, top)]  # fmt: skip
     drawn += [_path("base", base), _path("candidate", candidate), *(_dot("base", *place) for place in base)]
-    drawn += [_whisker("candidate", x(p.level), y(p.low or 0.0), y(top if p.high is None else p.high)) for p in points
-              if (p.low, p.high) != (None, None)]  # fmt: skip
+    bounded = [p for p in points if (p.low, p.high) != (None, None)]
+    drawn += [
+        _whisker("candidate", x(p.timestep), y(p.low or 0), y(top if p.high is None else p.high)) for p in bounded
+    ]
     drawn += [_dot("failed" if p.failed else "candidate", *xy) for p, xy in zip(points, candidate, strict=True)]
-    drawn += [_text(x(level), _BOTTOM + 16, str(level), "middle") for level in _thinned([p.level for p in points])]
-    drawn.append(_text((_LEFT + _RIGHT) / 2, _BOTTOM + 33, "noise level", "middle"))
+    drawn += [_text(x(t), _BOTTOM + 16, f"{t:g}", "middle") for t in _thinned([p.timestep for p in points])]
+    drawn.append(_text((_LEFT + _RIGHT) / 2, _BOTTOM + 33, "timestep", "middle"))
     if limit:
         drawn.append(_line("threshold", _LEFT, y(limit.at), _RIGHT, y(limit.at)))
         drawn.append(_text(_RIGHT, _TOP - 8, str(limit), "end", "limit"))
-    floors = [(x(p.level), y(p.floor)) for p in points if p.floor is not None]
+    floors = [(x(p.timestep), y(p.floor)) for p in points if p.floor is not None]
     if floors:
         drawn.append(_path("threshold", floors))
         drawn.append(_text(_RIGHT, _TOP - 8, "what it never saw stays above", "end", "limit"))
-    said = "; ".join(f"level {p.level}: base {number(p.base)}, candidate {number(p.candidate)}" for p in points)
+    said = "; ".join(f"t = {p.timestep:g}: base {number(p.base)}, candidate {number(p.candidate)}" for p in points)
     return _svg(_BOTTOM + 40, f"{label}. {said}." + (f" Threshold: {limit}." if limit else ""), drawn)
 
 
@@ -165,8 +167,8 @@ def _within(share: float) -> float:
     return min(max(share, 0.0), 1.0) if share == share else 0.0
 
 
-def _thinned(levels: Sequence[int], most: int = 7) -> Sequence[int]:
-    return levels[:: -(-len(levels) // most)]
+def _thinned(timesteps: Sequence[float], most: int = 7) -> Sequence[float]:
+    return timesteps[:: -(-len(timesteps) // most)]
 
 
 def _svg(height: int, label: str, drawn: Iterable[str]) -> str:

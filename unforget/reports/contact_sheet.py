@@ -10,8 +10,8 @@ from torch import Tensor
 from unforget.core.types import Instance
 from unforget.files.images import to_pil
 from unforget.surrogate.editors import Candidate
-from unforget.verify.context import Which
-from unforget.verify.probes import Finding
+from unforget.verification.context import Which
+from unforget.verification.probes import Finding
 
 Row = tuple[str, Sequence[tuple[Tensor, str]]]
 CELL = 96
@@ -67,24 +67,24 @@ def evidence_rows(instances: Sequence[Instance], findings: Sequence[Finding]) ->
     rows += [
         (f"same seed, {which}", [(image, "") for image in f.images[which][:8]])
         for f in findings
-        if f.probe == "retain"
+        if f.probe == "retention"
         for which in WHICH
     ]
     return rows
 
 
 HEADINGS = {
-    "reconstruct": "noised to t = {level} and back",
-    "complete": "begun by the base, finished from t = {level}",
+    "reconstruct": "noised to t = {timestep:g} and back",
+    "partial_denoise": "begun by the base, finished from t = {timestep:g}",
     "replay": "the seed that made it",
-    "look-alikes": "others beside it, from t = {level}",
-    "seek": "start noise sought for it",
+    "neighbours": "others beside it, from t = {timestep:g}",
+    "noise_search": "start noise sought for it",
 }
 WHICH: tuple[Which, ...] = ("base", "patched")
 
 
 def _pairs(f: Finding) -> Row:
     under = f" under '{f.prompt}'" if f.prompt else ""
-    heading = HEADINGS[f.probe].format(level=f.level)
+    heading = HEADINGS[f.probe].format(timestep=f.timestep)
     cells = [(image, which) for which in WHICH for image in f.images.get(which, ())[:4]]
     return f"{heading}{under}: base, then patched", cells

@@ -13,13 +13,13 @@ from unforget.reports import panels
 from unforget.reports.charts import safe
 from unforget.reports.style import STYLE
 from unforget.reports.words import margin, number, provenance, tally, wanted, worst_first
-from unforget.verify.report import Check, Report, Target, Verdict
+from unforget.verification.report import Check, Report, Target, Verdict
 
 Pictures = Sequence[tuple[str, Sequence[tuple[Tensor, str]]]]
 
 _SIGNS = {
     "forgotten": "✓", "passed": "✓", "failed": "✕", "expired": "✕", "inconclusive": "?", "allowed": "!", "active": "!",
-    "noted": "·", "unused": "·",
+    "informational": "·", "unused": "·",
 }  # fmt: skip
 _TITLES: dict[Verdict, str] = {
     "forgotten": "Forgotten",

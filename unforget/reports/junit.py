@@ -6,7 +6,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 
 from unforget.reports.words import number, one_line, printable, sentence, worst_first
-from unforget.verify.report import Check, Report
+from unforget.verification.report import Check, Report
 
 _COUNTS = {
     "tests": "testcase",

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from unforget.reports.words import margin, number, one_line, outcome, provenance, seen, tally, wanted, worst_first
-from unforget.verify.report import Check, Report
+from unforget.verification.report import Check, Report
 
 _MARKS = {
-    "forgotten": "✅", "passed": "✅", "failed": "❌", "inconclusive": "⚠️", "allowed": "⚠️", "noted": "💬",
+    "forgotten": "✅", "passed": "✅", "failed": "❌", "inconclusive": "⚠️", "allowed": "⚠️", "informational": "💬",
     "active": "⚠️", "expired": "❌", "unused": "💬",
 }  # fmt: skip
 _SPECIAL = re.compile(r"[&<>|`*_~\[\]\\$]")

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from unforget.reports.charts import Decades, Limit, Point, Rate, bar, curve, safe
 from unforget.reports.words import RANK, number, one_line, seen, wanted, worst_first
-from unforget.verify.report import Check, Place, Report, Seen
+from unforget.verification.report import Check, Place, Report, Seen
 
 P = TypeVar("P", bound=Place)
 
@@ -17,7 +17,7 @@ MOST = 6
 
 def shares(checks: Iterable[Check]) -> list[str]:
     """Which picture comes back from each noise level; whether it is recalled where no surrogate is known."""
-    levelled = [check for check in checks if check.probe == "reconstruct" and check.level is not None]
+    levelled = [check for check in checks if check.probe == "reconstruct" and check.timestep is not None]
     known = [check for check in levelled if check.figure == "nearer_surrogate"]
     title = "Nearer to the surrogate" if known else "Recalled"
     groups = _alike(known or [check for check in levelled if check.figure == "recall"])
@@ -27,7 +27,7 @@ def shares(checks: Iterable[Check]) -> list[str]:
 
 def _share(title: str, group: Sequence[Check]) -> str:
     points = [
-        Point(c.level or 0, c.base, c.candidate, c.low, c.high, failed=c.outcome == "failed") for c in group
+        Point(c.timestep or 0, c.base, c.candidate, c.low, c.high, failed=c.outcome == "failed") for c in group
     ]  # fmt: skip
     drawn = curve(points, f"{title}, share of reconstructions", Limit(group[0].threshold, group[0].rule), top=1.0)
     return _figure(title, _under("share of reconstructions", group[0]), drawn)
@@ -36,7 +36,7 @@ def _share(title: str, group: Sequence[Check]) -> str:
 def distances(found: Iterable[Seen]) -> list[str]:
     """How far from the target the reconstructions are, and how near a model returns what it never saw."""
     title = "Mean distance to the target"
-    levelled = [s for s in found if s.probe == "reconstruct" and s.level is not None and "to_target" in s.candidate]
+    levelled = [s for s in found if s.probe == "reconstruct" and s.timestep is not None and "to_target" in s.candidate]
     return [
         _figure(
             title,
@@ -48,7 +48,7 @@ def distances(found: Iterable[Seen]) -> list[str]:
 
 
 def _distance(s: Seen) -> Point:
-    return Point(s.level or 0, s.base.get("to_target"), s.candidate["to_target"], floor=s.candidate.get("floor"))
+    return Point(s.timestep or 0, s.base.get("to_target"), s.candidate["to_target"], floor=s.candidate.get("floor"))
 
 
 def draws(report: Report, found: Iterable[Seen]) -> str:
@@ -80,7 +80,7 @@ def _track(axis: Decades, limit: Limit | None, s: Seen, rate: Rate, *, failed: b
 
 def rest(report: Report) -> str:
     """A bar for every figure of the whole model, and the look-alikes kept beside each target."""
-    checks = [c for c in worst_first(report.checks) if c.target is None or c.probe == "look-alikes"]
+    checks = [c for c in worst_first(report.checks) if c.target is None or c.probe == "neighbours"]
     spread = {_place(s): s.candidate for s in report.findings}
     return "".join(_bar(check, spread.get(_place(check), {})) for check in checks)
 
@@ -121,12 +121,12 @@ def _alike(places: Iterable[P]) -> list[list[P]]:
 
 
 def _place(place: Place) -> tuple[object, ...]:
-    return place.probe, place.target, place.level, place.prompt, place.variant
+    return place.probe, place.target, place.timestep, place.prompt, place.variant
 
 
 def _outcome(checks: dict[tuple[object, ...], Check], place: Place) -> int:
     check = checks.get(_place(place))
-    return RANK[check.outcome] if check else RANK["noted"]
+    return RANK[check.outcome] if check else RANK["informational"]
 
 
 def _rate(figures: dict[str, float]) -> Rate | None:

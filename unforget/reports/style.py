@@ -27,7 +27,7 @@ a { color: inherit; }
 .banner h1 span { color: var(--tone); }
 .summary { font-size: 17px; max-width: none; }
 .forgotten, .passed { --tone: var(--good); } .failed, .expired { --tone: var(--bad); }
-.inconclusive, .allowed, .active { --tone: var(--warn); } .noted, .unused { --tone: var(--quiet); }
+.inconclusive, .allowed, .active { --tone: var(--warn); } .informational, .unused { --tone: var(--quiet); }
 .pill { color: var(--tone); font-weight: 620; white-space: nowrap; }
 nav { display: flex; flex-wrap: wrap; gap: 6px 20px; margin-top: 12px; font-size: 13.5px; }
 nav a { text-decoration: none; } nav a:hover code { text-decoration: underline; }

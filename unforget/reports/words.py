@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from unforget.verify.report import Check, Report
+from unforget.verification.report import Check, Report
 
 _ODD = re.compile("[^\t\n\r\x20-\x7e\xa0-\u2029\u202f-\u2065\u206a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-RANK = {"failed": 0, "inconclusive": 1, "passed": 2, "noted": 3}
+RANK = {"failed": 0, "inconclusive": 1, "passed": 2, "informational": 3}
 """Which outcome a reader sees first."""
 
 
@@ -59,14 +59,16 @@ def sentence(check: Check) -> str:
 
 
 def worst_first(checks: Iterable[Check]) -> list[Check]:
-    """Failed, failed only by being borderline, inconclusive, passed, noted; in each the order they came in."""
+    """Failed, failed only by being borderline, inconclusive, passed, informational; in each the order they came in."""
     return sorted(checks, key=lambda check: (RANK[check.outcome], check.borderline))
 
 
 def tally(checks: Iterable[Check]) -> str:
     """How many checks ended how."""
     outcomes = [check.outcome for check in checks]
-    return ", ".join(f"{outcomes.count(o)} {o}" for o in ("passed", "failed", "inconclusive", "noted") if o in outcomes)
+    return ", ".join(
+        f"{outcomes.count(o)} {o}" for o in ("passed", "failed", "inconclusive", "informational") if o in outcomes
+    )
 
 
 def provenance(report: Report) -> list[tuple[str, str]]:

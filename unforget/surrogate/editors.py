@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from unforget import families
 from unforget.core.metrics import pairwise_rms, redrawn, rms, sharpness
-from unforget.core.sampling import draw, random_noise, start_level
+from unforget.core.sampling import add_noise, draw, random_noise, visited
 from unforget.core.types import Family, Strategy
 from unforget.errors import UsageError
 from unforget.files.images import from_pil, to_pil
@@ -70,7 +70,7 @@ class Canvas:
         donor: A picture to take a face from, (C, H, W), if one was given.
         seed: Of every random draw.
         drawn: Pictures that the base draws, (M, C, H, W), if any are known.
-        prompt_ids: Row of the prompt to edit under.
+        prompt_id: Of the prompt to edit under.
         note: Called with a sentence that the user should see.
     """
 
@@ -80,17 +80,14 @@ class Canvas:
     donor: Tensor | None = None
     seed: int = 0
     drawn: Tensor | None = None
-    prompt_ids: int = 0
+    prompt_id: int = 0
     note: Callable[[str], object] = lambda sentence: None
 
-    def noised(self, noise: Tensor, start: int, pictures: Tensor | None = None) -> Tensor:
-        """The target, or other pictures (N, C, H, W), noised to a schedule row as the network works on them."""
-        x_0 = self.family.encode(self.target[None] if pictures is None else pictures).expand_as(noise)
-        return self.family.schedule.add_noise(x_0, noise, torch.full((len(noise),), start))
-
-    def redraw(self, x_t: Tensor, steps: int, start: int) -> Tensor:
-        """Pictures that the base makes of noised ones, under the canvas's prompt."""
-        return draw(self.family, x_t, steps=steps, start=start, prompt_ids=torch.tensor([self.prompt_ids]))
+    def redraw(self, images: Tensor, noise: Tensor, timestep: float, *, steps: int = 20) -> Tensor:
+        """What the base makes of images (N or 1, C, H, W) that were noised to about a timestep, under the prompt."""
+        start = visited(self.family, timestep, steps=steps)
+        x_t = add_noise(self.family, images, noise, start)
+        return draw(self.family, x_t, steps=steps, start=start, prompt_ids=torch.tensor([self.prompt_id]))
 
 
 class SDEdit(Strategy):
@@ -106,9 +103,9 @@ class SDEdit(Strategy):
     def __call__(self, canvas: Canvas) -> list[Candidate]:
         family, out = canvas.family, []
         for strength in self.strengths:
-            start = start_level(family, strength, steps=self.steps)
             noise = random_noise(self.seeds, family.latent_shape, canvas.seed, f"sdedit {strength}")
-            images = canvas.redraw(canvas.noised(noise, start), self.steps, start)
+            start = family.schedule.share(strength)
+            images = canvas.redraw(canvas.target[None], noise, start, steps=self.steps)
             out += [Candidate(image, f"sdedit {strength:.2f} #{i}") for i, image in enumerate(_within(canvas, images))]
         return out
 
@@ -133,8 +130,8 @@ class RePaint(Strategy):
         with torch.no_grad():
             for t in scheduler.timesteps:
                 if t < last:
-                    index = torch.full((self.seeds,), int(t))
-                    prediction = canvas.family.predict(x_t, index, torch.zeros_like(index))
+                    no_prompt = torch.zeros(self.seeds, dtype=torch.long)
+                    prediction = canvas.family.predict(x_t, t.expand(self.seeds), no_prompt)
                     # RePaint's mask is 1 where the picture is kept.
                     x_t = scheduler.step(prediction, t, x_t, known, 1 - canvas.mask, generator).prev_sample
                 else:
@@ -159,7 +156,7 @@ class Inpaint(Strategy):
         out = []
         for strength in self.strengths:
             images = inpaint(
-                canvas.family, canvas.target, canvas.mask, prompt_ids=canvas.prompt_ids, strength=strength,
+                canvas.family, canvas.target, canvas.mask, prompt_id=canvas.prompt_id, strength=strength,
                 count=self.seeds, steps=self.steps, seed=canvas.seed,
             )  # fmt: skip
             out += [Candidate(image, f"inpaint {strength:.2f} #{i}") for i, image in enumerate(_within(canvas, images))]
@@ -268,8 +265,8 @@ REDRAWN = 0.35
 """Least share of a target's drawing that must change; on `faces` one face stays under 0.27, others exceed 0.42."""
 QUALITY = 0.6
 """Least sharpness of an edit, as a share of its target's; its inverse is the most."""
-LEVEL, STRAY_LEVEL = 0.25, 0.55
-"""Noise levels of the reconstructions that measure typicality and strays, as shares of the schedule."""
+TYPICAL_AT, STRAYS_AT = 250, 550
+"""Timesteps of the reconstructions that measure typicality and strays."""
 STRAYS = 32
 """Draws that measure strays."""
 
@@ -307,7 +304,7 @@ def rank(
 
 def _moved(canvas: Canvas, images: Tensor) -> Tensor:
     """`Candidate.moved` of each image (N,), at a width of 32: a prompted model draws one thing in many places."""
-    if not canvas.prompt_ids:
+    if not canvas.prompt_id:
         return torch.full((len(images),), math.inf)
     target, *small = functional.adaptive_avg_pool2d(torch.cat([canvas.target[None], images]), 32)
     return torch.tensor([carried(image, target, target)[1] for image in small])
@@ -315,10 +312,8 @@ def _moved(canvas: Canvas, images: Tensor) -> Tensor:
 
 def _reconstructed(canvas: Canvas, images: Tensor) -> Tensor:
     """What the base makes of images that were noised a little."""
-    family = canvas.family
-    start = start_level(family, LEVEL, steps=20)
-    noise = random_noise(len(images), family.latent_shape, canvas.seed, "rank")
-    return canvas.redraw(canvas.noised(noise, start, images), 20, start)
+    noise = random_noise(len(images), canvas.family.latent_shape, canvas.seed, "rank")
+    return canvas.redraw(images, noise, TYPICAL_AT)
 
 
 def _strays(canvas: Canvas, images: Tensor, others: Tensor, near_copy: float) -> Tensor:
@@ -327,10 +322,9 @@ def _strays(canvas: Canvas, images: Tensor, others: Tensor, near_copy: float) ->
     others = others[rms(others, target) >= near_copy]
     if not len(others):
         return torch.zeros(len(images))
-    start = int(STRAY_LEVEL * len(family.schedule))
     noise = random_noise(STRAYS, family.latent_shape, canvas.seed, "strays")
-    x_t, index = canvas.noised(noise, start), torch.tensor([start])
-    alpha, sigma = (family.schedule.column(name, index, noise) for name in ("alphas", "sigmas"))
+    x_t, timestep = add_noise(family, target[None], noise, STRAYS_AT), torch.tensor([STRAYS_AT])
+    alpha, sigma = (family.schedule.column(name, timestep, noise) for name in ("alphas", "sigmas"))
     far = pairwise_rms(x_t, alpha * family.encode(others)).square() * noise[0].numel() / sigma.flatten().square()
     taken_for = torch.softmax(-far / 2, 1).mean(0)
     return (pairwise_rms(images, others) > rms(others, target)).float() @ taken_for

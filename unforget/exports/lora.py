@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from unforget.errors import CannotRun, UsageError
-from unforget.export.headers import HASH, Model, of_lora
-from unforget.export.manifest import Made
+from unforget.exports.headers import HASH, Model, of_lora
+from unforget.exports.manifest import Made
 from unforget.files.patch import Stack, side_by_side
 from unforget.files.storage import digest, write_json, write_tensors
 

@@ -15,9 +15,9 @@ from torch import Tensor
 from unforget.core import sampling
 from unforget.core.types import Family, Instance
 from unforget.files import cache, images
-from unforget.verify.near_copies import Drawn, Eye
-from unforget.verify.sequential import Decision, Plan, plan
-from unforget.verify.similarity import Backend, Pixels, Structure
+from unforget.verification.near_copies import Drawn, Eye
+from unforget.verification.sequential import Decision, Plan, plan
+from unforget.verification.similarity import Backend, Pixels, Structure
 
 Which = Literal["base", "patched"]
 CONTROL_LEVEL = 0.05
@@ -32,7 +32,7 @@ class Finding:
         probe: Its kind.
         target: The target's id.
         base, patched: Figures by name, of the control and of the candidate.
-        level: Noise level, a row of the schedule.
+        timestep: Noise level, as diffusers counts.
         prompt: Empty for the empty one.
         variant: What else tells two uses of a probe apart.
         decision: Where a rate was tested.
@@ -43,7 +43,7 @@ class Finding:
     target: str | None
     base: Mapping[str, float]
     patched: Mapping[str, float]
-    level: int | None = None
+    timestep: float | None = None
     prompt: str = ""
     variant: str = ""
     decision: Decision | None = None
@@ -134,8 +134,8 @@ class Subject:
         purpose = f"{purpose} {self.fresh}" if fresh else purpose
         return sampling.random_noise(count, self.base.latent_shape, self.seed, purpose, first=first)
 
-    def run(self, which: Which, x_t: Tensor, rows: Tensor, *, start: int | None = None) -> Tensor:
-        """Pictures that a model makes from noise, or from noised pictures at a level, rounded to 8 bits."""
+    def run(self, which: Which, x_t: Tensor, rows: Tensor, *, start: float | None = None) -> Tensor:
+        """Pictures that a model makes from noise, or from noised pictures at a timestep, rounded to 8 bits."""
         calls = self.calls(start)
         return images.eight_bit(
             sampling.draw(
@@ -144,18 +144,17 @@ class Subject:
             )
         )  # fmt: skip
 
-    def calls(self, start: int | None = None) -> int:
-        """Network calls that a picture takes from a level on."""
-        return len([t for t in self.base.levels(self.steps) if start is None or t <= start])
+    def calls(self, start: float | None = None) -> int:
+        """Network calls that a picture takes from a timestep on."""
+        return len([t for t in self.base.sampling_timesteps(self.steps) if start is None or t <= start])
 
-    def start(self, level: int) -> int:
-        """The row of the schedule nearest to a noise level (timestep of 1000) that sampling visits."""
-        return sampling.start_level(self.base, level / 1000, steps=self.steps)
+    def start(self, timestep: float) -> float:
+        """The timestep nearest to the given one that sampling visits."""
+        return sampling.visited(self.base, timestep, steps=self.steps)
 
-    def noised(self, pictures: Tensor, noise: Tensor, start: int) -> Tensor:
-        """Pictures (N or 1, C, H, W) noised to a level, (N, ...)."""
-        x_0 = self.base.encode(pictures).expand_as(noise)
-        return self.base.schedule.add_noise(x_0, noise, torch.full((len(noise),), start))
+    def noised(self, pictures: Tensor, noise: Tensor, start: float) -> Tensor:
+        """Pictures (N or 1, C, H, W) noised to a timestep, (N, ...)."""
+        return sampling.add_noise(self.base, pictures, noise, start)
 
     def under(self, row: int) -> str:
         """The prompt of a row."""
@@ -169,8 +168,8 @@ class Subject:
             self._figures[known] = cache.cached_figures(asked, make) if self.cache else make()
         return self._figures[known]
 
-    def floor(self, level: int, row: int) -> float:
-        """Distance that pictures which the model need not have seen stay above when noised to a level and denoised.
+    def floor(self, timestep: float, row: int) -> float:
+        """Distance that pictures which the model need not have seen stay above when noised to a timestep and denoised.
 
         Little noise hides little: any model returns any picture from there, more or less. What it draws once comes back
         so near in one case of twenty; what it repeats, it may have memorised, and is left out.
@@ -183,13 +182,13 @@ class Subject:
             if not len(pictures):  # whatever it draws it repeats
                 return {"floor": 0.0}
             noise = self.noise("control", len(pictures))
-            start = self.start(level)
+            start = self.start(timestep)
             back = self.run("base", self.noised(pictures, noise, start), torch.tensor([row]), start=start)
             apart = (back - pictures).square().mean((-3, -2, -1)).sqrt()
             return {"floor": float(apart.quantile(CONTROL_LEVEL))}
 
         targets = sorted(digest_of(i.target) for i in self.instances)
-        return self.control(["floor", level, self.under(row), self.controls, self.paired, targets], make)["floor"]
+        return self.control(["floor", timestep, self.under(row), self.controls, self.paired, targets], make)["floor"]
 
 
 def digest_of(picture: Tensor) -> str:

@@ -11,7 +11,7 @@ from unforget.errors import ExitCode
 from unforget.files.storage import write_bytes
 
 Verdict = Literal["forgotten", "failed", "inconclusive", "allowed"]
-Outcome = Literal["passed", "failed", "inconclusive", "noted"]
+Outcome = Literal["passed", "failed", "inconclusive", "informational"]
 
 
 class _Record(BaseModel):
@@ -25,8 +25,8 @@ class Place(_Record):
     """The kind of the probe: reconstruct, sample, ..."""
     target: str | None
     """The target's id; null where the whole model is judged."""
-    level: int | None = None
-    """Noise level, a timestep of 1000."""
+    timestep: float | None = None
+    """Noise level, as diffusers counts timesteps."""
     prompt: str = ""
     """Empty for the empty prompt."""
     variant: str = ""
@@ -35,9 +35,9 @@ class Place(_Record):
     @property
     def name(self) -> str:
         """The place without the target, as people read it."""
-        level = "" if self.level is None else f"@{self.level}"
+        timestep = "" if self.timestep is None else f"@{self.timestep:g}"
         variant = f" {self.variant}" if self.variant else ""
-        return f"{self.probe}{level}{variant}" + (f" '{self.prompt}'" if self.prompt else "")
+        return f"{self.probe}{timestep}{variant}" + (f" '{self.prompt}'" if self.prompt else "")
 
 
 class Seen(Place):
@@ -60,7 +60,7 @@ class Check(Place):
     rule: Literal["at least", "at most"]
     threshold: float
     outcome: Outcome
-    """noted: for the reader, decides nothing."""
+    """informational: for the reader, decides nothing."""
     borderline: bool = False
     """So near the threshold that it counts as failed."""
     note: str = ""
@@ -112,7 +112,7 @@ class Allowed(_Record):
 class Report(_Record):
     """What `unforget verify` says, and everything it said it from."""
 
-    schema_version: Literal[2] = 2
+    schema_version: Literal[3] = 3
     verdict: Verdict
     exit_code: int = Field(ge=0, le=255)
     summary: str

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from unforget.errors import UsageError
 from unforget.files.patch import Provenance
 from unforget.files.storage import read_json
-from unforget.verify.report import Report, Verdict
+from unforget.verification.report import Report, Verdict
 
 MAX_REPORT = 2**24
 """Largest report that is read, bytes."""

@@ -18,7 +18,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # no __all__, but documented there
 
 from unforget.errors import UsageError
-from unforget.export.manifest import Made, Verified
+from unforget.exports.manifest import Made, Verified
 from unforget.families import EMBEDDED, HUB_ALIASES
 from unforget.files.patch import Provenance
 from unforget.files.storage import BadFile, open_tensors, read_json, write_bytes

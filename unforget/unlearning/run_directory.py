@@ -22,8 +22,8 @@ from unforget.core.objectives import Context
 from unforget.core.types import Family, Instance, Pool
 from unforget.errors import CannotRun, UsageError
 from unforget.files.storage import BadFile, atomic_output, digest, open_tensors, read_json, write_json, write_tensors
-from unforget.unlearn.prepare import answers
-from unforget.unlearn.trainer import State
+from unforget.unlearning.prepare import answers
+from unforget.unlearning.trainer import State
 
 HEADER = "unforget.run"
 """Key of the header of a file of a run."""

@@ -14,9 +14,9 @@ from unforget.core.metrics import lower_bound, region, rms, rms_within, sharpnes
 from unforget.core.types import Family, Instance, Strategy
 from unforget.errors import UsageError
 from unforget.files import images
-from unforget.verify.context import Finding, Subject, Which, digest_of
-from unforget.verify.near_copies import Drawn
-from unforget.verify.sequential import Decision
+from unforget.verification.context import Finding, Subject, Which, digest_of
+from unforget.verification.near_copies import Drawn
+from unforget.verification.sequential import Decision
 
 BOTH: tuple[Which, Which] = ("base", "patched")
 
@@ -54,21 +54,21 @@ class Reconstruct(Strategy):
     """Noise the target to several levels, denoise, and see which picture comes back."""
 
     kind: Literal["reconstruct"] = "reconstruct"
-    levels: tuple[int, ...] = Field((250, 400, 550), description="noise levels, timesteps of 1000")
-    draws: int = Field(32, ge=1, le=4096, description="draws a level; half of the candidate's from noise of its own")
+    timesteps: tuple[int, ...] = Field((250, 400, 550), description="timesteps to noise it to")
+    draws: int = Field(32, ge=1, le=4096, description="draws a timestep; half of the candidate's from noise of its own")
     calibrated: bool = Field(True, description="tell recall from what comes back of any picture")
 
     def cost(self, subject: Subject) -> int:
         """Network calls, a picture each, at most."""
-        calls = sum(subject.calls(subject.start(level)) for level in self.levels)
+        calls = sum(subject.calls(subject.start(timestep)) for timestep in self.timesteps)
         return calls * (2 * self.draws * len(list(cases(subject))) + self.calibrated * subject.controls)
 
     def __call__(self, subject: Subject) -> list[Finding]:
-        return [self._look(subject, i, row, level) for i, row in cases(subject) for level in self.levels]
+        return [self._look(subject, i, row, timestep) for i, row in cases(subject) for timestep in self.timesteps]
 
-    def _look(self, subject: Subject, instance: Instance, row: int, level: int) -> Finding:
-        start, floor = subject.start(level), subject.floor(level, row) if self.calibrated else 0.0
-        noise = {which: self._noise(subject, which, level) for which in BOTH}
+    def _look(self, subject: Subject, instance: Instance, row: int, timestep: int) -> Finding:
+        start, floor = subject.start(timestep), subject.floor(timestep, row) if self.calibrated else 0.0
+        noise = {which: self._noise(subject, which, timestep) for which in BOTH}
         images: dict[Which, Tensor] = {}
 
         def back(which: Which) -> dict[str, float]:
@@ -76,14 +76,20 @@ class Reconstruct(Strategy):
             images[which] = subject.run(which, x_t, torch.tensor([row]), start=start)
             return returned(subject, instance, images[which], floor)
 
-        key = [self.kind, level, self.draws, subject.under(row), *map(digest_of, (instance.target, instance.surrogate))]
+        key = [
+            self.kind,
+            timestep,
+            self.draws,
+            subject.under(row),
+            *map(digest_of, (instance.target, instance.surrogate)),
+        ]
         base = subject.control([*key, floor], lambda: back("base"))
         return Finding(self.kind, instance.id, base, back("patched"), start, subject.under(row), images=images)
 
-    def _noise(self, subject: Subject, which: Which, level: int) -> Tensor:
+    def _noise(self, subject: Subject, which: Which, timestep: int) -> Tensor:
         own = self.draws // 2 if which == "patched" else 0
-        shared = subject.noise(f"reconstruct {level}", self.draws - own)
-        return torch.cat([shared, subject.noise(f"reconstruct {level}", own, fresh=True)])
+        shared = subject.noise(f"reconstruct {timestep}", self.draws - own)
+        return torch.cat([shared, subject.noise(f"reconstruct {timestep}", own, fresh=True)])
 
 
 def counted(hits: Tensor, confidence: float) -> dict[str, float]:
@@ -138,7 +144,7 @@ class Sample(Strategy):
                 counted(subject.eye.sees(subject.draws(w, subject.stay, subject.paired), picture), subject.confidence)
                 for w in BOTH
             )
-            found.append(Finding("keep", None, base, patched, variant=str(k + 1)))
+            found.append(Finding("must_retain", None, base, patched, variant=str(k + 1)))
         return found
 
     @staticmethod
@@ -175,12 +181,12 @@ class Transforms(Strategy):
     """The target mirrored, cropped, recoloured: is it drawn so, and does it come back when noised?"""
 
     kind: Literal["transforms"] = "transforms"
-    level: int = Field(400, gt=0, lt=1000, description="noise level to reconstruct from")
+    timestep: int = Field(400, gt=0, lt=1000, description="timestep to reconstruct from")
     draws: int = Field(16, ge=2, le=4096, description="reconstructions of each")
 
     def cost(self, subject: Subject) -> int:
         """Network calls beside those of the samples."""
-        return 2 * 4 * self.draws * len(list(cases(subject))) * subject.calls(subject.start(self.level))
+        return 2 * 4 * self.draws * len(list(cases(subject))) * subject.calls(subject.start(self.timestep))
 
     def __call__(self, subject: Subject) -> list[Finding]:
         found = []
@@ -199,7 +205,7 @@ class Transforms(Strategy):
     def _look(self, subject: Subject, instance: Instance, row: int, name: str, picture: Tensor) -> list[Finding]:
         instead = [instance.target, *others(instance)]
         base, patched, decision = tested(subject, row, lambda drawn: subject.eye.sees(drawn, picture, *instead))
-        start, floor = subject.start(self.level), subject.floor(self.level, row)
+        start, floor = subject.start(self.timestep), subject.floor(self.timestep, row)
         noise = subject.noise(f"transforms {name}", self.draws)
         changed = Instance(picture, picture, instance.id)
 
@@ -207,7 +213,7 @@ class Transforms(Strategy):
             images = subject.run(which, subject.noised(picture[None], noise, start), torch.tensor([row]), start=start)
             return returned(subject, changed, images, floor)
 
-        key = [self.kind, name, self.level, self.draws, subject.under(row), digest_of(picture), floor]
+        key = [self.kind, name, self.timestep, self.draws, subject.under(row), digest_of(picture), floor]
         before, after = subject.control(key, lambda: back("base")), back("patched")
         figures = ("recall", "floor", "to_target")
         return [
@@ -219,11 +225,11 @@ class Transforms(Strategy):
         ]  # fmt: skip
 
 
-class Complete(Strategy):
+class PartialDenoise(Strategy):
     """The base does the first steps, towards the target, and the candidate finishes what it was handed."""
 
-    kind: Literal["complete"] = "complete"
-    handover: int = Field(700, gt=0, lt=1000, description="noise level at which the candidate takes over")
+    kind: Literal["partial_denoise"] = "partial_denoise"
+    handover: int = Field(700, gt=0, lt=1000, description="timestep at which the candidate takes over")
     draws: int = Field(16, ge=2, le=4096, description="beginnings")
 
     def cost(self, subject: Subject) -> int:
@@ -246,7 +252,7 @@ class Complete(Strategy):
         base, patched = ({"near_copies": float(s.float().mean())} for s in sees.values())
         return Finding(self.kind, instance.id, base, patched, start, subject.under(row), images=images)
 
-    def _beginnings(self, subject: Subject, instance: Instance, row: int) -> tuple[Tensor, int | None]:
+    def _beginnings(self, subject: Subject, instance: Instance, row: int) -> tuple[Tensor, float | None]:
         """Noise from which the base drew the target, if it often did; else the target under a great deal of noise."""
         drawn = subject.draws("base", (row,), subject.paired)
         hits = subject.eye.sees(drawn, instance.target, *others(instance))
@@ -293,10 +299,10 @@ class Replay(Strategy):
 WORDINGS = ("{}.", "a picture of {}", "a photo of {}", "{}, high quality", "the {}")
 
 
-class Reword(Strategy):
+class Paraphrase(Strategy):
     """The prompt in other words, where the base draws the target under those, too."""
 
-    kind: Literal["reword"] = "reword"
+    kind: Literal["paraphrase"] = "paraphrase"
     draws: int = Field(8, ge=2, le=4096, description="draws of each wording")
 
     def cost(self, subject: Subject) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unforget.errors import CannotRun
-from unforget.export.manifest import Made, Rounding
+from unforget.exports.manifest import Made, Rounding
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -15,11 +15,11 @@ from torch import Tensor
 from unforget import families
 from unforget.core.types import Family
 from unforget.errors import CannotRun
-from unforget.export import folder
-from unforget.export.headers import HASH, Model, of_network
-from unforget.export.lora import Factors
-from unforget.export.manifest import Made
-from unforget.export.merging import Known, Merge
+from unforget.exports import folder
+from unforget.exports.headers import HASH, Model, of_network
+from unforget.exports.lora import Factors
+from unforget.exports.manifest import Made
+from unforget.exports.merging import Known, Merge
 from unforget.families import Options, weights
 from unforget.families.weights import PARTS, Source
 from unforget.files.patch import HEADER, LedgerEntry, Patch, Provenance, Stack, take_off

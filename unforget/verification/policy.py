@@ -11,8 +11,8 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator, m
 
 from unforget.config import Config, PatchedConfig, read, sentence, stated
 from unforget.errors import UsageError
-from unforget.verify.probes import LEVELS, Probe
-from unforget.verify.similarity import Backend, Pixels, Structure, backend
+from unforget.verification.probes import LEVELS, Probe
+from unforget.verification.similarity import Backend, Pixels, Structure, backend
 
 Level = Literal["quick", "standard", "deep"]
 PRESETS: dict[str, dict[str, Any]] = {

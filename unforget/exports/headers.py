@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from unforget.export.manifest import HEADER, PATH, Made
+from unforget.exports.manifest import HEADER, PATH, Made
 from unforget.files.patch import HEADER as PATCH
 
 HASH = "modelspec.hash_sha256"

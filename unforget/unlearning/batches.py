@@ -25,7 +25,6 @@ def batches(
     retain_batch: int,
     neighbour_share: float,
     forget_range: tuple[float, float],
-    retain_range: tuple[float, float] = (0.0, 1.0),
     seed: int,
     first: int = 0,
     generator: torch.Generator | None = None,
@@ -48,7 +47,7 @@ def batches(
         prompt_ids = kept.prompt_ids
         if prompt_ids.any():
             prompt_ids = prompt_ids.where(torch.rand(len(kept), generator=generator) >= UNPROMPTED, 0)
-        yield forget, noised(kept.x_0, kept.x_0, prompt_ids, schedule, generator, retain_range)
+        yield forget, noised(kept.x_0, kept.x_0, prompt_ids, schedule, generator)
 
 
 def _choose(pool: Pool, count: int, generator: torch.Generator) -> Pool:

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from unforget.errors import ExitCode
-from unforget.verify.policy import Policy
-from unforget.verify.probes import Finding
-from unforget.verify.report import Allowed, Check, Outcome, Robustness, Target, Verdict
+from unforget.verification.policy import Policy
+from unforget.verification.probes import Finding
+from unforget.verification.report import Allowed, Check, Outcome, Robustness, Target, Verdict
 
 SHARPNESS = (0.8, 1.25)
 """Sharpness of the candidate's draws as a share of the base's: outside, they are blurred or noisy."""
@@ -19,7 +19,7 @@ HALF = 0.5
 """Share of reconstructions nearer than unseen pictures come back from which a target counts as recalled."""
 CHANCE = 0.2
 """Share of pictures begun by the base that a sound candidate may happen to finish as a near-copy."""
-ATTACKS = ("seek", "revive")
+ATTACKS = ("noise_search", "relearning")
 
 Rule = Literal["at least", "at most"]
 
@@ -46,14 +46,16 @@ class _Judge:
     def __call__(self, f: Finding, known: bool) -> list[Check]:
         found = list(self._figures(f, known))
         if f.probe in ATTACKS and f.probe not in self.policy.required:
-            return [c.model_copy(update={"outcome": "noted", "borderline": False}) for c in found]
-        if not f.prompt and f.target in self.prompted and f.probe not in ("sample", "look-alikes"):
+            return [c.model_copy(update={"outcome": "informational", "borderline": False}) for c in found]
+        if not f.prompt and f.target in self.prompted and f.probe not in ("sample", "neighbours"):
             return [_noted(c, "decided under the target's prompts") for c in found]
         return found
 
     def _figures(self, f: Finding, known: bool) -> Iterable[Check]:
         policy = self.policy
-        if f.probe in ("reconstruct", "cast", "revive") or (f.probe == "transforms" and "recall" in f.patched):
+        if f.probe in ("reconstruct", "quantization", "relearning") or (
+            f.probe == "transforms" and "recall" in f.patched
+        ):
             check = self._check(f, "recall", "at most", HALF)
             general = f.probe == "transforms" and f.base["recall"] > HALF
             yield _noted(check, "so does the base, which never saw it; the rate decides") if general else check
@@ -62,24 +64,24 @@ class _Judge:
                 yield self._check(f, "nearer_in_region", "at least", policy.nearer)
         elif f.probe in ("sample", "transforms"):
             yield self._rate(f)
-        elif f.probe == "keep":
+        elif f.probe == "must_retain":
             check = self._check(f, "rate", "at least", policy.min_kept * f.base["rate"])
             few = f.base["hits"] < ENOUGH
             yield _changed(check, "inconclusive", f"the base drew it {f.base['hits']:.0f} times") if few else check
-        elif f.probe == "retain":
+        elif f.probe == "retention":
             yield self._check(f, "median", "at most", policy.max_drift)
             yield self._check(f, "sharpness", "at least", SHARPNESS[0])
             yield self._check(f, "sharpness", "at most", SHARPNESS[1])
             yield self._check(f, "kid", "at most", f.base["kid"])
-        elif f.probe == "look-alikes":
+        elif f.probe == "neighbours":
             yield self._check(f, "kept", "at least", policy.min_kept * f.base["kept"])
-        elif f.probe in ("complete", "reword", "replay"):
+        elif f.probe in ("partial_denoise", "paraphrase", "replay"):
             check = self._check(f, "near_copies", "at most", 0 if f.probe == "replay" else CHANCE)
             if f.base["near_copies"] < HALF:  # nothing to compare with, which is too little where it is required
-                outcome: Outcome = "inconclusive" if f.probe in policy.required else "noted"
+                outcome: Outcome = "inconclusive" if f.probe in policy.required else "informational"
                 check = _changed(check, outcome, "the base does not draw the target so")
             yield check
-        elif f.probe == "seek":
+        elif f.probe == "noise_search":
             tried = f.patched["iterations"]
             check = self._check(f, "iterations", "at most", -1)
             yield _changed(check, "failed" if tried > 0 else "passed", "-1: not within the budget")
@@ -89,7 +91,7 @@ class _Judge:
         near = threshold != 0 and abs(value - threshold) <= self.policy.tolerance * abs(threshold)
         good = (value >= threshold if rule == "at least" else value <= threshold) and not near
         return Check(
-            probe=f.probe, target=f.target, level=f.level, prompt=f.prompt, variant=f.variant, figure=figure,
+            probe=f.probe, target=f.target, timestep=f.timestep, prompt=f.prompt, variant=f.variant, figure=figure,
             base=f.base.get(figure), candidate=value, low=f.patched.get(f"{figure}_low"),
             high=f.patched.get(f"{figure}_high"), rule=rule, threshold=threshold,
             outcome="passed" if good else "failed", borderline=near,
@@ -110,7 +112,7 @@ def _changed(check: Check, outcome: Outcome, note: str, *, borderline: bool = Fa
 
 
 def _noted(check: Check, note: str) -> Check:
-    return _changed(check, "noted", note)
+    return _changed(check, "informational", note)
 
 
 def targets(found: Sequence[Check], findings: Sequence[Finding], allowed: Sequence[Allowed]) -> list[Target]:
@@ -121,7 +123,7 @@ def targets(found: Sequence[Check], findings: Sequence[Finding], allowed: Sequen
     spared = {a.id: a for a in allowed if a.state == "active"}
     out = []
     for target in dict.fromkeys(f.target for f in findings if f.target):
-        own = [c for c in found if c.target == target and c.probe != "look-alikes"]
+        own = [c for c in found if c.target == target and c.probe != "neighbours"]
         failed = [c for c in own if c.outcome == "failed"]
         unsure = [c for c in own if c.outcome == "inconclusive"]
         verdict: Verdict = "forgotten"
@@ -155,16 +157,16 @@ def _words(found: Sequence[Check]) -> str:
 
 def _reproduced(target: str, own: Sequence[Check], findings: Sequence[Finding]) -> bool:
     """Whether the base draws the target, recalls it, or sides with it against its surrogate where both are known."""
-    decisive = {(c.probe, c.level, c.prompt, c.variant) for c in own if c.outcome != "noted"}
+    decisive = {(c.probe, c.timestep, c.prompt, c.variant) for c in own if c.outcome != "informational"}
     for f in findings:
-        if f.target != target or (f.probe, f.level, f.prompt, f.variant) not in decisive:
+        if f.target != target or (f.probe, f.timestep, f.prompt, f.variant) not in decisive:
             continue
         base = f.base
         if f.probe == "reconstruct" and (base["recall"] > HALF or base["nearer_surrogate"] <= CHANCE < _known(f)):
             return True
         if f.probe == "sample" and base["hits"] > 0:
             return True
-        if f.probe in ("replay", "complete") and base["near_copies"] >= HALF:
+        if f.probe in ("replay", "partial_denoise") and base["near_copies"] >= HALF:
             return True
     return False
 
@@ -191,7 +193,7 @@ def verdict(
 ) -> tuple[Verdict, ExitCode, str]:
     """The worst of all targets, of what must stay, and of the allow-list; its exit code and a sentence."""
     counts = {v: sum(t.verdict == v for t in judged) for v in ("forgotten", "failed", "inconclusive", "allowed")}
-    whole = [c for c in found if c.target is None or c.probe == "look-alikes"]
+    whole = [c for c in found if c.target is None or c.probe == "neighbours"]
     lost = [c for c in whole if c.outcome == "failed"]
     unsure = [c for c in whole if c.outcome == "inconclusive"]
     expired = [a for a in allowed if a.state == "expired"]
@@ -215,14 +217,14 @@ def robustness(findings: Sequence[Finding]) -> list[Robustness]:
     """What an adversary needed, in words."""
     out = []
     for f in findings:
-        if f.probe == "seek":
+        if f.probe == "noise_search":
             told = [
                 f"found it after {side['iterations']:.0f} steps" if side["iterations"] > 0
                 else f"came no nearer than RMS {side['to_target']:.3f}"
                 for side in (f.base, f.patched)
             ]  # fmt: skip
             said = f"gradient descent on the start noise of the base {told[0]}, of the candidate {told[1]}"
-        elif f.probe == "revive":
+        elif f.probe == "relearning":
             back = "it is recalled" if f.patched["recall"] > HALF else "it is not recalled"
             said = (
                 f"after {f.variant} of fine-tuning on other pictures {back}; {f.patched['nearer_surrogate']:.0%} of "

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from unforget.verify.similarity import Backend, pairwise
+from unforget.verification.similarity import Backend, pairwise
 
 REPEATED = 0.25
 """Two others within this share of the median distance, and a picture is one that the model repeats."""

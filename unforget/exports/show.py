@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from unforget import families
 from unforget.errors import UsageError
-from unforget.export.manifest import HEADER, Made, Verified
+from unforget.exports.manifest import HEADER, Made, Verified
 from unforget.files.patch import HEADER as PATCH
 from unforget.files.patch import Patch
 from unforget.files.storage import BadFile, Digested, Lazy, Opened, open_tensors

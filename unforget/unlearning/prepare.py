@@ -97,7 +97,7 @@ def instances(
     rows = prompt_ids(base, config.prompt)
     for target in targets if not given else []:
         canvas = Canvas(
-            base, target, torch.ones(1, *base.image_shape[1:]), seed=config.seed, drawn=kept.x_0, prompt_ids=rows[-1]
+            base, target, torch.ones(1, *base.image_shape[1:]), seed=config.seed, drawn=kept.x_0, prompt_id=rows[-1]
         )
         ranked = candidates(canvas, SDEdit(), config, progress)
         if not ranked[0].accepted:
@@ -189,8 +189,8 @@ def answers(base: Family) -> Predict:
     """What the base says, without gradients."""
 
     @torch.no_grad()
-    def answer(x_t: Tensor, index: Tensor, prompt_ids: Tensor) -> Tensor:
-        return base.predict(x_t, index, prompt_ids)
+    def answer(x_t: Tensor, timestep: Tensor, prompt_ids: Tensor) -> Tensor:
+        return base.predict(x_t, timestep, prompt_ids)
 
     return answer
 

@@ -18,12 +18,12 @@ from unforget.core.metrics import margin
 from unforget.core.objectives import Context
 from unforget.core.types import Family, Instance, Pool, Predict
 from unforget.errors import CannotRun, UsageError
-from unforget.unlearn import batches
+from unforget.unlearning import batches
 
 CHECK_EVERY = 20
 """Updates between two looks at the margin."""
-LEVELS = (250, 400, 550)
-"""Noise levels, timesteps of 1000, at which the margin is measured."""
+MARGIN_AT = (250, 400, 550)
+"""Timesteps at which the margin is measured."""
 STEPS = 10
 """Steps of a whole sampling run, for the margin."""
 
@@ -95,12 +95,12 @@ def worst_margin(family: Family, instances: tuple[Instance, ...], draws: int = 4
     asked = torch.tensor([c for _, c in cases])
     noise = sampling.random_noise(draws, family.latent_shape, 0, "margin").repeat(len(cases) // draws, 1, 1, 1)
     worst, size = math.inf, sampling.in_one_pass(sampling.PIXELS_DRAWN, family.image_shape)
-    for level in LEVELS:
-        start = sampling.start_level(family, level / 1000, steps=STEPS)
-        x_t = family.schedule.add_noise(targets, noise, torch.full((len(cases),), start))
+    for timestep in MARGIN_AT:
+        start = sampling.visited(family, timestep, steps=STEPS)
+        x_t = family.schedule.add_noise(targets, noise, torch.full((len(cases),), start, dtype=torch.float64))
         parts = list(zip(torch.split(x_t, size), torch.split(asked, size), strict=True))
 
-        def denoise(part: tuple[Tensor, Tensor], start: int = start) -> Tensor:
+        def denoise(part: tuple[Tensor, Tensor], start: float = start) -> Tensor:
             return family.denoise(part[0], steps=STEPS, start=start, prompt_ids=part[1])
 
         back = distributed.all_gather(parts, [len(x) for x, _ in parts], denoise)
@@ -168,11 +168,11 @@ def mixed(predict: Predict, half: bool, *, checkpointed: bool = False) -> Predic
     if not half:
         return predict
 
-    def answer(x_t: Tensor, index: Tensor, prompt_ids: Tensor) -> Tensor:
+    def answer(x_t: Tensor, timestep: Tensor, prompt_ids: Tensor) -> Tensor:
         # The backward pass of CPU flash attention is slow in bfloat16: a third of the step here.
         plain = sdpa_kernel(SDPBackend.MATH) if x_t.device.type == "cpu" and not checkpointed else nullcontext()
         with torch.autocast(x_t.device.type, torch.bfloat16), plain:
-            return predict(x_t, index, prompt_ids).float()
+            return predict(x_t, timestep, prompt_ids).float()
 
     return answer
 

@@ -16,14 +16,14 @@ from unforget.core import sampling
 from unforget.core.metrics import rms
 from unforget.core.types import LARGE, Family, Instance, Strategy
 from unforget.files import images
-from unforget.verify.context import Finding, Subject, Which
-from unforget.verify.probes.look import BOTH, cases, others, returned
+from unforget.verification.context import Finding, Subject, Which
+from unforget.verification.probes.look import BOTH, cases, others, returned
 
 
-class Seek(Strategy):
+class NoiseSearch(Strategy):
     """Gradient descent on the start noise, kept on the sphere where noise lies, towards the target."""
 
-    kind: Literal["seek"] = "seek"
+    kind: Literal["noise_search"] = "noise_search"
     restarts: int = Field(4, ge=1, le=64, description="noises to start from, the best of many")
     iterations: int = Field(20, ge=1, le=10_000, description="steps of Adam")
     steps: int = Field(8, ge=2, le=100, description="sampler steps that gradients go through")
@@ -69,20 +69,22 @@ class Seek(Strategy):
         return {"to_target": best[0], "iterations": needed if needed < float("inf") else -1.0}, best[1]
 
 
-class Revive(Strategy):
+class Relearning(Strategy):
     """Ordinary fine-tuning on pictures that are not the target, as any user may do, and a look at what comes back."""
 
-    kind: Literal["revive"] = "revive"
+    kind: Literal["relearning"] = "relearning"
     stops: tuple[int, ...] = Field((10, 30, 100), description="training steps after which to look")
     batch: int = Field(16, ge=1, le=1024, description="pictures a step")
     learning_rate: float = Field(1e-4, gt=0, description="of Adam")
-    level: int = Field(400, gt=0, lt=1000, description="noise level to reconstruct from")
+    timestep: int = Field(400, gt=0, lt=1000, description="timestep to reconstruct from")
     draws: int = Field(16, ge=2, le=4096, description="reconstructions, and samples")
 
     def cost(self, subject: Subject) -> int:
         """Network calls; one with gradients counts three times."""
         looks = len(self.stops) * len(list(cases(subject))) * self.draws
-        return 3 * self.batch * max(self.stops) + looks * (subject.calls() + subject.calls(subject.start(self.level)))
+        return 3 * self.batch * max(self.stops) + looks * (
+            subject.calls() + subject.calls(subject.start(self.timestep))
+        )
 
     def __call__(self, subject: Subject) -> list[Finding]:
         whole, found = subject.patched, []
@@ -123,11 +125,9 @@ class Revive(Strategy):
         for step in range(first, last):
             generator = torch.Generator().manual_seed(1_000_003 * (subject.seed + 1) + step)
             pick = torch.randint(len(pictures), (self.batch,), generator=generator)
-            batch = sampling.noised(
-                pictures[pick], pictures[pick], turns[pick], subject.base.schedule, generator, (0.0, 1.0)
-            )
-            answer = twin.predict(batch.x_t, batch.index, batch.prompt_ids)
-            loss = (answer - subject.base.schedule.target(batch.x_0, batch.noise, batch.index)).square().mean()
+            batch = sampling.noised(pictures[pick], pictures[pick], turns[pick], subject.base.schedule, generator)
+            answer = twin.predict(batch.x_t, batch.timestep, batch.prompt_ids)
+            loss = (answer - subject.base.schedule.target(batch.x_0, batch.noise, batch.timestep)).square().mean()
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -135,10 +135,10 @@ class Revive(Strategy):
             subject.advance(3 * self.batch)
 
     def _figures(self, subject: Subject, instance: Instance, row: int) -> dict[str, float]:
-        start, rows = subject.start(self.level), torch.tensor([row])
+        start, rows = subject.start(self.timestep), torch.tensor([row])
         x_t = subject.noised(instance.target[None], subject.noise("revive", self.draws), start)
         figures = returned(
-            subject, instance, subject.run("patched", x_t, rows, start=start), subject.floor(self.level, row)
+            subject, instance, subject.run("patched", x_t, rows, start=start), subject.floor(self.timestep, row)
         )
         drawn = subject.eye.look(subject.run("patched", subject.noise("revive draws", self.draws), rows))
         hits = subject.eye.sees(drawn, instance.target, *others(instance))

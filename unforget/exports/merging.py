@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unforget.errors import CannotRun
-from unforget.export.rounding import NAMES, Meter
+from unforget.exports.rounding import NAMES, Meter
 from unforget.files.patch import Patch, bits, check_on
 from unforget.files.storage import Digested, Lazy
 

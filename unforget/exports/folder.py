@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from unforget import families
-from unforget.export.manifest import PATH, Made
+from unforget.exports.manifest import PATH, Made
 from unforget.files.storage import BadFile, Digested, Lazy, read_json, write_json, write_tensors
 
 STEM = "diffusion_pytorch_model"

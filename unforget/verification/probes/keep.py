@@ -10,14 +10,14 @@ from torch import Tensor
 
 from unforget.core.metrics import kernel_distance, pairwise_rms, rms, sharpness
 from unforget.core.types import Family, Instance, Strategy
-from unforget.verify.context import Finding, Subject, Which
-from unforget.verify.probes.look import BOTH, cases, others, returned
+from unforget.verification.context import Finding, Subject, Which
+from unforget.verification.probes.look import BOTH, cases, others, returned
 
 SPLITS = 200
 """Random halves of the base's draws that say which kernel distance chance alone makes."""
 
 
-class Retain(Strategy):
+class Retention(Strategy):
     """The same seeds through both models: how far the rest has moved, on the whole and beside each target.
 
     Drift is in units of the median distance between two different draws of the base: 0 for the same picture, 1 for
@@ -25,13 +25,13 @@ class Retain(Strategy):
     draws from different seeds, so that it sees what the pairs cannot: that a model draws other things less often.
     """
 
-    kind: Literal["retain"] = "retain"
+    kind: Literal["retention"] = "retention"
     neighbours: int = Field(48, ge=1, description="draws beside each target")
-    level: int = Field(700, gt=0, lt=1000, description="noise level that they start from")
+    timestep: int = Field(700, gt=0, lt=1000, description="timestep that they start from")
 
     def cost(self, subject: Subject) -> int:
         """Network calls beside those of the sample probe."""
-        beside = 2 * self.neighbours * subject.calls(subject.start(self.level)) * len(subject.instances)
+        beside = 2 * self.neighbours * subject.calls(subject.start(self.timestep)) * len(subject.instances)
         return beside + (0 if subject.stay == (0,) else 2 * subject.paired * subject.calls())
 
     def __call__(self, subject: Subject) -> list[Finding]:
@@ -56,7 +56,7 @@ class Retain(Strategy):
 
         Few of a model's draws are like one target. From here many are, and each is to stay what it is.
         """
-        start = subject.start(self.level)
+        start = subject.start(self.timestep)
         x_t = subject.noised(instance.target[None], subject.noise("look-alikes", self.neighbours), start)
         turns = torch.tensor(subject.stay)[torch.arange(self.neighbours) % len(subject.stay)]
         base, patched = (subject.run(which, x_t, turns, start=start) for which in BOTH)
@@ -68,7 +68,7 @@ class Retain(Strategy):
         drift = rms(base, patched) / typical
         shown: dict[Which, Tensor] = {"base": base[:8], "patched": patched[:8]}
         moved = {**_spread(drift), "kept": _kept(drift), "seen": float(len(base))}
-        return [Finding("look-alikes", instance.id, {"kept": same}, moved, start, images=shown)]
+        return [Finding("neighbours", instance.id, {"kept": same}, moved, start, images=shown)]
 
 
 SAME = 0.25
@@ -117,17 +117,17 @@ def cast(family: Family, kind: Kind) -> Family:
     return twin
 
 
-class Cast(Strategy):
+class Quantization(Strategy):
     """The candidate's weights rounded to what releases come in: small changes vanish there, and the target is back."""
 
-    kind: Literal["cast"] = "cast"
+    kind: Literal["quantization"] = "quantization"
     kinds: tuple[Kind, ...] = ("fp16", "bf16", "int8")
-    levels: tuple[int, ...] = Field((250, 400), description="noise levels, timesteps of 1000")
-    draws: int = Field(16, ge=2, le=4096, description="reconstructions a level")
+    timesteps: tuple[int, ...] = Field((250, 400), description="timesteps to noise it to")
+    draws: int = Field(16, ge=2, le=4096, description="reconstructions a timestep")
 
     def cost(self, subject: Subject) -> int:
         """Network calls."""
-        calls = sum(subject.calls(subject.start(level)) for level in self.levels)
+        calls = sum(subject.calls(subject.start(timestep)) for timestep in self.timesteps)
         return calls * self.draws * (len(self.kinds) + 1) * len(list(cases(subject)))
 
     def __call__(self, subject: Subject) -> list[Finding]:
@@ -140,18 +140,20 @@ class Cast(Strategy):
             finally:
                 subject.patched = whole
             for place, figures in after.items():
-                target, row, level = place
+                target, row, timestep = place
                 found.append(
-                    Finding(self.kind, target, before[place], figures, subject.start(level), subject.under(row), kind)
+                    Finding(
+                        self.kind, target, before[place], figures, subject.start(timestep), subject.under(row), kind
+                    )
                 )
         return found
 
     def _figures(self, subject: Subject) -> dict[tuple[str, int, int], dict[str, float]]:
         found = {}
         for instance, row in cases(subject):
-            for level in self.levels:
-                start, floor = subject.start(level), subject.floor(level, row)
+            for timestep in self.timesteps:
+                start, floor = subject.start(timestep), subject.floor(timestep, row)
                 x_t = subject.noised(instance.target[None], subject.noise("cast", self.draws, fresh=True), start)
                 images = subject.run("patched", x_t, torch.tensor([row]), start=start)
-                found[instance.id, row, level] = returned(subject, instance, images, floor)
+                found[instance.id, row, timestep] = returned(subject, instance, images, floor)
         return found
