@@ -6,7 +6,8 @@ import pytest
 from conftest import PLANTED
 
 from unforget.api import export, unlearn
-from unforget.config import ExportConfig, Recipe, UnlearnConfig
+from unforget.config import ExportConfig, UnlearnConfig
+from unforget.core.recipe import Recipe
 from unforget.files.patch import Patch
 
 SHORT = {

@@ -47,7 +47,8 @@ def whole(here):
 def command(*more, output="a.patch", steps="60"):
     return [
         "unlearn", "--model", "model", "-t", "target.png", "-s", "surrogate.png", "-o", output, "--retain-count", "8",
-        "--max-train-steps", steps, "--stop-margin", "1", "--checkpointing-steps", "1", "--preview", "1", *more,
+        "--max-train-steps", steps, "--stop-margin", "1", "--checkpointing-steps", "1", "--num-validation-images", "1",
+        *more,
     ]  # fmt: skip
 
 

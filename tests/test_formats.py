@@ -125,7 +125,7 @@ def rich() -> Report:
             Robustness(probe="relearning", target=GOOD, sentence="Fine-tuning on it brought it back after 180 steps."),
         ],
         calibrations=[
-            Calibration(target=t, backend="pixels 1", threshold=n, false_alarm=0.0001, pairs=32640, capped=c)
+            Calibration(target=t, backend="pixels 1", threshold=n, false_positive_rate=0.0001, pairs=32640, capped=c)
             for t, n, c in ((GOOD, 0.16, False), (BAD, 0.11, True), (EXCUSED, 0.16, False))
         ],
         allowed=[
@@ -134,8 +134,8 @@ def rich() -> Report:
         ],
         findings=findings,
         settings={
-            "max_rate": 0.005, "confidence": 0.95, "false_alarm": 0.0001, "max_drift": 0.08, "min_kept": 0.6,
-            "required": ["quantization", "transforms"],
+            "max_rate": 0.005, "confidence": 0.95, "false_positive_rate": 0.0001, "max_drift": 0.08, "min_kept": 0.6,
+            "require": ["quantization", "transforms"],
         },
         backends=["pixels 1"],
         base_digest="sha256:9f2c4a7e1b3d5f60718293a4b5c6d7e8f90a1b2c3d4e5f60718293a4b5c6d7e8",
@@ -346,7 +346,7 @@ def test_ci_examples_are_yaml_that_keeps_the_reports(name):
 
 def test_the_example_policy_is_what_its_comments_say():
     policy = tomllib.loads((CI / "unforget.toml").read_text())["verify"]
-    assert policy["required"] == ["quantization", "transforms"]
+    assert policy["require"] == ["quantization", "transforms"]
     assert policy["allow"][0]["expires"].isoformat() == "2027-01-31"
 
 

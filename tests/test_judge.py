@@ -149,7 +149,7 @@ def test_what_the_base_does_not_do_decides_nothing():
 def test_a_required_probe_without_a_control_is_inconclusive():
     findings = with_(near("partial_denoise", base=0.2, patched=0.0))
     assert said(*findings)[0] == "forgotten"
-    assert said(*findings, policy=Policy(required=("partial_denoise",)))[0] == "inconclusive"
+    assert said(*findings, policy=Policy(require=("partial_denoise",)))[0] == "inconclusive"
 
 
 def test_a_variant_that_the_base_returns_as_well_is_left_to_its_rate():
@@ -203,9 +203,9 @@ def test_attacks_are_told_and_decide_only_where_required():
     sentences = [r.sentence for r in verdict.robustness(findings)]
     assert "20% of reconstructions side with the surrogate" in sentences[0]
     assert "of the candidate found it after 3 steps" in sentences[1]
-    assert said(*findings, policy=Policy(required=("relearning",)))[0] == "failed"
-    assert said(*GOOD, sought(), policy=Policy(required=("noise_search",)))[0] == "failed"
-    assert said(*GOOD, sought(-1.0), policy=Policy(required=("noise_search",)))[0] == "forgotten"
+    assert said(*findings, policy=Policy(require=("relearning",)))[0] == "failed"
+    assert said(*GOOD, sought(), policy=Policy(require=("noise_search",)))[0] == "failed"
+    assert said(*GOOD, sought(-1.0), policy=Policy(require=("noise_search",)))[0] == "forgotten"
 
 
 def allowing(expires, target=T):

@@ -39,7 +39,7 @@ def test_the_threshold_is_the_quantile_of_pairs_of_different_pictures():
     pairs = pairwise_rms(shown, shown)[torch.triu(torch.ones(40, 40, dtype=torch.bool), 1)]
     assert radius.pairs == len(pairs) == 780
     assert float((pairs < radius.distance).float().mean()) <= 0.01
-    assert radius.false_alarm == pytest.approx(8 / 780)
+    assert radius.false_positive_rate == pytest.approx(8 / 780)
 
 
 def test_a_picture_that_the_model_repeats_does_not_teach_that_different_pictures_are_alike():
@@ -54,7 +54,7 @@ def test_a_picture_that_the_model_repeats_does_not_teach_that_different_pictures
 def test_no_more_than_one_pair_can_be_told():
     shown = pictures(10)
     radius = probes.calibrate(pairwise_rms(shown, shown), 1e-6)
-    assert radius.false_alarm == 1 / 45
+    assert radius.false_positive_rate == 1 / 45
 
 
 def test_a_backend_that_sees_nothing_says_nothing():

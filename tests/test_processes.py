@@ -18,7 +18,7 @@ max_rate = 0.2
 paired = 40
 controls = 8
 draws = 2
-noise_levels = [400]
+timestep = [400]
 sampler_steps = 3
 similarity = ["pixels"]
 """

@@ -10,7 +10,8 @@ import torch
 from conftest import rewrite
 
 from unforget.api import unlearn
-from unforget.config import Recipe, UnlearnConfig
+from unforget.config import UnlearnConfig
+from unforget.core.recipe import Recipe
 from unforget.errors import Interrupted, Terminated, UsageError
 from unforget.files import images
 from unforget.files.patch import Patch
@@ -34,7 +35,8 @@ def config(tiny_folder, tmp_path):
     def make(name="a", **changes):
         options = {
             "model": str(tiny_folder), "target": (tmp_path / "target.png",), "surrogate": (tmp_path / "surrogate.png",),
-            "output": tmp_path / f"{name}.patch", "recipe": how, "retain_count": 8, "sampler_steps": 2, "preview": 1,
+            "output": tmp_path / f"{name}.patch", "recipe": how, "retain_count": 8, "sampler_steps": 2,
+            "num_validation_images": 1,
             "checkpointing_steps": 1,
         }  # fmt: skip
         return UnlearnConfig(**{**options, **changes})

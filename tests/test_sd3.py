@@ -225,7 +225,8 @@ def unlearned(folder, home, *, prompts=(RED,), **changes):
     how = recipe("default", "sd3", **{**SHORT, **changes})
     return unlearn(UnlearnConfig(
         model=str(folder), target=(home / "target.png",), surrogate=(home / "surrogate.png",), prompt=prompts,
-        output=home / "x.patch", recipe=how, retain_count=12, sampler_steps=3, preview=1, min_distance=0.01,
+        output=home / "x.patch", recipe=how, retain_count=12, sampler_steps=3, num_validation_images=1,
+        min_distance=0.01,
     ))  # fmt: skip
 
 

@@ -209,7 +209,7 @@ def test_nothing_that_is_shared_says_where_it_was_made(cli, tiny_folder, picture
     common = ["--model", home / "base"]
     made = cli(
         "unlearn", *common, "-t", home / "private-name.png", "-s", picture_of(home), "-o", "a.patch",
-        "--retain-count", 8, "--max-train-steps", 2, "--preview", 1,
+        "--retain-count", 8, "--max-train-steps", 2, "--num-validation-images", 1,
     )  # fmt: skip
     assert made.exit_code in (0, 1), made.output
     judged = cli(

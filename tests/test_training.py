@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from unforget.config import Recipe
 from unforget.core.objectives import CleanSpace, Context, PosteriorSwap
+from unforget.core.recipe import Recipe
 from unforget.core.types import Instance, Pool
 from unforget.errors import CannotRun
 from unforget.unlearning.prepare import context as prepared

@@ -20,7 +20,7 @@ max_rate = 0.2
 paired = 16
 controls = 8
 draws = 2
-noise_levels = [400]
+timestep = [400]
 sampler_steps = 3
 similarity = ["pixels"]
 """

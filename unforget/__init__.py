@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unforget.api import edit_surrogate, export, unlearn, verify
-    from unforget.config import EditConfig, ExportConfig, Recipe, UnlearnConfig, recipe
+    from unforget.config import EditConfig, ExportConfig, UnlearnConfig, recipe
+    from unforget.core.recipe import Recipe
     from unforget.errors import UnforgetError
     from unforget.verification.policy import VerifyConfig
 
@@ -32,8 +33,9 @@ __all__ = [
 
 _HOME = {
     **dict.fromkeys(("edit_surrogate", "unlearn", "verify", "export"), "api"),
-    **dict.fromkeys(("EditConfig", "UnlearnConfig", "ExportConfig", "Recipe", "recipe"), "config"),
+    **dict.fromkeys(("EditConfig", "UnlearnConfig", "ExportConfig", "recipe"), "config"),
     "VerifyConfig": "verification.policy",
+    "Recipe": "core.recipe",
     "UnforgetError": "errors",
 }
 

@@ -8,10 +8,9 @@ from typing import Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from unforget.core.objectives import CleanSpace, Linear, Objective, PosteriorSwap, Surrogate
-from unforget.core.surgery import Project, Surgery
-from unforget.core.types import Scope
+from unforget.core.recipe import Recipe
 from unforget.errors import UsageError
+from unforget.families.spec import FAMILIES
 from unforget.files.storage import MAX_JSON
 from unforget.surrogate.editors import Editor, SDEdit
 
@@ -22,76 +21,8 @@ class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Recipe(Config):
-    """How the weights are changed. Recorded in the patch."""
-
-    objective: Objective = PosteriorSwap(weighting=CleanSpace(cap=20.0, retain=12.0))
-    surgery: Surgery = Project()
-    train: Scope = "bottleneck"
-    learning_rate: float = Field(1e-4, gt=0, le=1)
-    max_train_steps: int = Field(240, ge=1, le=100_000)
-    warmup_steps: int = Field(5, ge=0)
-    cooldown_steps: int = Field(80, ge=0)
-    forget_batch_size: int = Field(8, ge=1, le=1024)
-    retain_batch_size: int = Field(24, ge=1, le=1024)
-    neighbour_share: float = Field(0.5, ge=0, le=1)
-    forget_range: tuple[float, float] = (50, 650)
-    """Timesteps at which targets are noised, from the first to under the second."""
-    max_grad_norm: float = Field(1.0, gt=0)
-    rank: int = Field(16, ge=1, le=1024)
-    lora_alpha: int = Field(16, ge=1)
-    stop_margin: float | None = Field(0.4, ge=-1, le=1)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        low, high = self.forget_range
-        if not 0 < low < high:
-            raise ValueError("forget_range must be 0 < low < high")
-        return self
-
-
-DDPM: dict[str, Recipe] = {
-    "default": Recipe(),
-    # arXiv:2603.10445 on google/ddpm-celebahq-256: all weights, batch 8, 240 steps. Its learning rate of 5e-6 belongs
-    # to a model of 114 M parameters.
-    "paper": Recipe(
-        objective=Surrogate(),
-        train="full",
-        learning_rate=5e-6,
-        max_train_steps=240,
-        warmup_steps=0,
-        cooldown_steps=0,
-        forget_batch_size=8,
-        retain_batch_size=8,
-        neighbour_share=0,
-        forget_range=(1, 1000),
-        stop_margin=None,
-    ),
-}
-SD3: dict[str, Recipe] = {
-    # A prompt says at pure noise what will be drawn, so forgetting reaches up to there.
-    "default": Recipe(
-        objective=PosteriorSwap(weighting=CleanSpace(cap=1.0, retain=32.0), taper=(710, 790)),
-        train="lora",
-        learning_rate=2e-3,
-        max_train_steps=360,
-        cooldown_steps=140,
-        forget_range=(97, 1000),
-        neighbour_share=0.5,
-        stop_margin=None,
-    ),
-    # arXiv:2603.10445 on Stable Diffusion 3: LoRA, 100 steps, batch 8; the rate belongs to 2 B parameters.
-    "paper": DDPM["paper"].model_copy(
-        update={
-            "objective": Surrogate(weighting=Linear(beta=2e-4)),
-            "train": "lora",
-            "learning_rate": 1e-5,
-            "max_train_steps": 100,
-        }
-    ),
-}
-RECIPES = {"ddpm": DDPM, "sd3": SD3}
-"""Named recipes by kind of family."""
+RECIPES = {spec.name: spec.recipes for spec in FAMILIES}
+"""Named recipes by family."""
 
 
 class RecipeOverride(Config):
@@ -171,7 +102,9 @@ class UnlearnConfig(DrawConfig, PatchedConfig):
     retain: Path | None = Field(None, description="folder of pictures to keep; drawn from the base when not given")
     micro_batch: int | None = Field(None, ge=1, description="pictures in one pass; by their size if not given")
     mixed_precision: Literal["auto", "no", "bf16"] = Field("auto", description="auto: bf16 where the machine has it")
-    preview: int = Field(8, ge=1, le=256, description="reconstructions a level, and seeds, to show at the end")
+    num_validation_images: int = Field(
+        8, ge=1, le=256, description="reconstructions a level, and seeds, to show at the end"
+    )
     gradient_checkpointing: bool | None = Field(None, description="less memory, more time; on for large models")
     use_8bit_adam: bool = Field(False, description="optimiser state in 8 bits (needs bitsandbytes)")
     resume: bool = Field(False, description="go on with the run beside the patch from its last checkpoint")

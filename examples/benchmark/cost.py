@@ -121,7 +121,7 @@ def memory() -> None:
             coarse = torch.rand(1, 3, 8, 8) * 2 - 1
             images.write_image(torch.nn.functional.interpolate(coarse, 256)[0], work / f"{name}.png")
         command = ["unlearn", "--model", "model", "--target", "target.png", "--surrogate", "surrogate.png",
-                   "--retain", "keep", "-o", "out.patch", "--max-train-steps", "2", "--preview", "1",
+                   "--retain", "keep", "-o", "out.patch", "--max-train-steps", "2", "--num-validation-images", "1",
                    "--recipe", "paper"]  # fmt: skip
         took = seconds(lambda: subprocess.run([sys.executable, "-m", "unforget", *command], cwd=work))
         assert (work / "out.patch").is_file()
@@ -135,7 +135,7 @@ def plan() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             command = [sys.executable, "-m", "unforget", "unlearn", "--model", model, "--target", str(picture), *how,
                        "--surrogate", str(SURROGATE[model]), "-o", f"{scratch}/x.patch", "--max-train-steps", "3",
-                       "--preview", "1", "--retain-count", "64"]  # fmt: skip
+                       "--num-validation-images", "1", "--retain-count", "64"]  # fmt: skip
             said = subprocess.run([*command, "--dry-run"], check=True, capture_output=True, text=True).stdout
             foretold = json.loads(said)["memory_gib"]["peak"]
             run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

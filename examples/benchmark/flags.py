@@ -25,9 +25,9 @@ from flags import Judge, countries  # noqa: E402
 from tables import row, table  # noqa: E402
 
 from unforget import UnlearnConfig, families, recipe, unlearn  # noqa: E402
-from unforget.config import Recipe  # noqa: E402
 from unforget.core import sampling  # noqa: E402
 from unforget.core.metrics import pairwise_rms, rms  # noqa: E402
+from unforget.core.recipe import Recipe  # noqa: E402
 from unforget.core.types import Family  # noqa: E402
 from unforget.files import images  # noqa: E402
 from unforget.files.patch import Stack  # noqa: E402

@@ -155,7 +155,9 @@ def recall(work: Path, seeds: int) -> None:
     drawn = eyes.draws("base", (0,), eyes.paired)
     for k, (backend, radius) in enumerate(zip(eyes.backends, eyes.eye.radii, strict=True)):
         under = int((pairwise(drawn.embeds[k], eyes.eye.look(unseen).embeds[k]) < radius.distance).sum())
-        row(backend.name, radius.distance, f"{radius.false_alarm:.1e}", f"{under} of {len(drawn) * len(unseen)}")
+        row(
+            backend.name, radius.distance, f"{radius.false_positive_rate:.1e}", f"{under} of {len(drawn) * len(unseen)}"
+        )
 
 
 def oracle(work: Path, seeds: int) -> None:

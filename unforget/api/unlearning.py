@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from unforget import families
 from unforget.api.common import load, options, patience, read, salted, versions, writable
-from unforget.config import Recipe, UnlearnConfig, recipe
+from unforget.config import UnlearnConfig, recipe
 from unforget.core import distributed, sampling
 from unforget.core.metrics import rms
+from unforget.core.recipe import Recipe
 from unforget.core.types import LARGE, Family, Instance, Pool, Progress
 from unforget.errors import CannotRun, ExitCode, NothingChanged, UsageError
 from unforget.files import images, storage
@@ -37,7 +38,7 @@ class Unlearned:
         folder: Everything else: metrics.jsonl, sheet.png, the targets and surrogates.
         steps, stopped, margin: How the run ended, as in `trainer.Outcome`.
         table: Before and after, a row a target and noise level.
-        drift: Same-seed drift over a few seeds (`preview`), RMS.
+        drift: Same-seed drift over a few seeds (`num_validation_images`), RMS.
         forgotten: Whether every row returns the surrogate.
     """
 
@@ -98,7 +99,7 @@ def unlearn(config: UnlearnConfig, progress: Progress | None = None) -> Unlearne
     Patch(final.tensors, final.provenance.model_copy(update={"patched_digest": made})).save(config.output)
     stay = tuple(dict.fromkeys(prepared.context.keep.prompt_ids.tolist()))
     empty = torch.empty(0, *base.image_shape)
-    subject = probes.Subject(base, patched, prepared.instances, empty, paired=config.preview, stay=stay)
+    subject = probes.Subject(base, patched, prepared.instances, empty, paired=config.num_validation_images, stay=stay)
     result = _finish(config, folder, outcome, subject, progress)
     run.finish({**{k: v for k, v in vars(result).items() if k not in ("output", "folder")}, "digest": made})
     return result
@@ -155,7 +156,7 @@ def _earlier(
 def _asked(config: UnlearnConfig, how: Recipe, inputs: _Inputs, base_digest: str) -> dict[str, Any]:
     """All that the result of a run depends on."""
     pictures = {"target": inputs.targets, "surrogate": inputs.surrogates}
-    fields = {"seed", "prompt", "near_copy", "min_distance", "sampler_steps", "retain_count", "preview"}
+    fields = {"seed", "prompt", "near_copy", "min_distance", "sampler_steps", "retain_count", "num_validation_images"}
     return {
         **config.model_dump(mode="json", include={*fields, "guidance", "resolution", "t5", "scale"}),
         "base": base_digest,
@@ -281,8 +282,8 @@ def _finish(
 ) -> Unlearned:
     """The before/after table, the contact sheet, and the pictures that `verify` will look for."""
     subject.advance = progress.advance
-    probe = probes.Reconstruct(draws=config.preview, calibrated=False)
-    progress.stage("before and after", probe.cost(subject) + 2 * config.preview * subject.calls())
+    probe = probes.Reconstruct(draws=config.num_validation_images, calibrated=False)
+    progress.stage("before and after", probe.cost(subject) + 2 * config.num_validation_images * subject.calls())
     findings = probe(subject)
     table: list[dict[str, Any]] = [
         {
@@ -294,8 +295,8 @@ def _finish(
     for k, instance in enumerate(subject.instances):
         images.write_image(instance.target, folder / f"target-{k}.png")
         images.write_image(instance.surrogate, folder / f"surrogate-{k}.png")
-    noise = subject.noise("sample", config.preview)
-    turns = torch.tensor(subject.stay)[torch.arange(config.preview) % len(subject.stay)]
+    noise = subject.noise("sample", config.num_validation_images)
+    turns = torch.tensor(subject.stay)[torch.arange(config.num_validation_images) % len(subject.stay)]
     base, patched = subject.run("base", noise, turns), subject.run("patched", noise, turns)
     moved = rms(base, patched)
     drift = {"median": float(moved.median()), "mean": float(moved.mean())}

@@ -27,7 +27,7 @@ from unforget.verification import probes, verdict
 from unforget.verification.policy import Policy, VerifyConfig
 from unforget.verification.report import Calibration, Report, Seen
 
-PRIVATE = {"target", "surrogate", "keep", "prompt", "retain_prompts", "allow", "similarity"}
+PRIVATE = {"target", "surrogate", "must_retain", "prompt", "retain_prompts", "allow", "similarity"}
 """Settings that name files, prompts or targets: they stay out of the report."""
 
 
@@ -59,7 +59,7 @@ def compare(
     subject, known = _subject(config, base, candidate, progress)
     suite = probes_of(config)
     if len(subject.instances[0].prompt_ids) == 1:  # no prompt to put in other words
-        if "paraphrase" in config.required:
+        if "paraphrase" in config.require:
             raise UsageError("the policy requires the probe reword, and there is no prompt", "Give --prompt.")
         suite = tuple(p for p in suite if p.kind != "paraphrase")
     progress.note(_estimate(suite, subject, config.level))
@@ -83,7 +83,7 @@ def compare(
 def probes_of(config: VerifyConfig) -> tuple[probes.Probe, ...]:
     """The probes of a configuration, in order."""
     made: dict[str, probes.Probe] = {
-        "reconstruct": probes.Reconstruct(timesteps=config.noise_levels, draws=config.draws),
+        "reconstruct": probes.Reconstruct(timesteps=config.timestep, draws=config.draws),
         "sample": probes.Sample(),
         "retention": probes.Retention(neighbours=min(48, config.paired // 2)),
         "partial_denoise": probes.PartialDenoise(),
@@ -106,14 +106,14 @@ def _subject(
     """Everything that probes share, and the ids of the targets whose surrogate is known."""
     base_digest = digest(base.network.state_dict())
     instances, known = _read_instances(config, base, base_digest, progress)
-    keep = [read(p, base, config, progress) for p in config.keep]
+    keep = [read(p, base, config, progress) for p in config.must_retain]
     listed = storage.read_lines(config.retain_prompts) if config.retain_prompts else base.retain_prompts
     gone = set(instances[0].prompt_ids[1:])
     stay = tuple(r for r in dict.fromkeys(base.prompt_ids(listed).tolist()) if r not in gone)
     candidate.prompt_ids(base.prompts)  # the same rows in both tables
     subject = probes.Subject(
         base, candidate, instances, torch.stack(keep) if keep else torch.empty(0, *base.image_shape),
-        backends=config.similarity, false_alarm=config.false_alarm, max_rate=config.max_rate,
+        backends=config.similarity, false_positive_rate=config.false_positive_rate, max_rate=config.max_rate,
         confidence=config.confidence, most=config.samples, paired=config.paired, controls=config.controls,
         steps=config.sampler_steps, seed=config.seed, fresh=digest(candidate.network.state_dict()), stay=stay,
         # Pictures to look at are not stored with the figures.
@@ -144,7 +144,8 @@ def _calibrations(subject: probes.Subject) -> list[Calibration]:
     others = {i.id: [] if torch.equal(i.target, i.surrogate) else [i.surrogate] for i in subject.instances}
     return [
         Calibration(
-            target=i.id, backend=backend.name, threshold=limit, false_alarm=radius.false_alarm, pairs=radius.pairs,
+            target=i.id, backend=backend.name, threshold=limit, false_positive_rate=radius.false_positive_rate,
+            pairs=radius.pairs,
             capped=capped,
         )
         for i in subject.instances

@@ -91,7 +91,7 @@ def unlearn(
     ] = None,
     retain_batch_size: Annotated[int | None, typer.Option(help="Pictures to keep in a batch.")] = None,
     stop_margin: Annotated[float | None, typer.Option(help="Stop once the margin is held, in [-1, 1].")] = None,
-    preview: Annotated[
+    num_validation_images: Annotated[
         int | None, typer.Option(help="Reconstructions a level, and seeds, to show at the end. [default: 8]")
     ] = None,
     near_copy: NearCopy = None,

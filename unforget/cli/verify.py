@@ -50,7 +50,7 @@ def verify(
     level: Annotated[
         str | None, typer.Option(help="quick, standard or deep: which probes run. [default: standard]")
     ] = None,
-    required: Annotated[
+    require: Annotated[
         list[str] | None, typer.Option("--require", help="Probe to run and to decide by, whatever the level; repeats.")
     ] = None,
     max_rate: Annotated[
@@ -60,18 +60,18 @@ def verify(
         float | None, typer.Option(help="Of that; both say how many to draw. [default: 0.95]")
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Most draws. [default: as many as decide]")] = None,
-    false_alarm: Annotated[
+    false_positive_rate: Annotated[
         float | None, typer.Option(help="Share of different pictures that may pass for near-copies. [default: 0.0001]")
     ] = None,
     similarity: Annotated[
         list[str] | None,
         typer.Option(help="What sees near-copies: pixels, structure, sscd, lpips, face, or KIND=FILE; repeats."),
     ] = None,
-    keep: Annotated[list[Path] | None, typer.Option(help="Picture that must still be drawn; repeats.")] = None,
+    must_retain: Annotated[list[Path] | None, typer.Option(help="Picture that must still be drawn; repeats.")] = None,
     draws: Annotated[int | None, typer.Option(help="Reconstructions a noise level. [default: 32]")] = None,
-    noise_levels: Annotated[
+    timestep: Annotated[
         list[int] | None,
-        typer.Option("--noise-level", help="To reconstruct from, timestep of 1000; repeats. [default: 250 400 550]"),
+        typer.Option("--timestep", help="To reconstruct from, a timestep; repeats. [default: 250 400 550]"),
     ] = None,
     sampler_steps: Annotated[int | None, typer.Option(help="Sampler steps of the draws. [default: 20]")] = None,
     max_drift: Annotated[

@@ -110,7 +110,9 @@ class Family(Protocol):
     network: nn.Module
     """The network whose weights are trained."""
     kind: str
-    """Its own name, a key of `config.RECIPES`."""
+    """Its own name."""
+    spec: Any
+    """What is particular of it: a `families.spec.FamilySpec`."""
     latent_shape: tuple[int, int, int]
     """(C, H, W) of what the network works on."""
     image_shape: tuple[int, int, int]

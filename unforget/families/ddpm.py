@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from unforget.core.schedule import Schedule
 from unforget.core.types import Scope
 from unforget.errors import UsageError
+from unforget.families import spec
 from unforget.families.samplers import named, step
 
 
@@ -25,6 +26,7 @@ class DDPM:
     """
 
     kind = "ddpm"
+    spec = spec.DDPM
     guidance = None
     retain_prompts = ("",)
     prompts: ClassVar[list[str]] = [""]

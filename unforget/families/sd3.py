@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from unforget.core.schedule import Schedule
 from unforget.core.types import Scope
 from unforget.errors import CannotRun, UsageError
+from unforget.families import spec
 from unforget.families.pipelines import ENCODERS
 from unforget.families.samplers import named, step
 
@@ -70,6 +71,7 @@ class SD3:
     """
 
     kind = "sd3"
+    spec = spec.SD3
 
     def __init__(
         self, pipeline: StableDiffusion3Pipeline, name: str = "model", *, guidance: float = 7.0,

@@ -179,7 +179,7 @@ def _calibrations(report: Report) -> str:
             f"<code>{safe(c.target)}</code>",
             safe(c.backend),
             number(c.threshold) + _small("capped half way to the surrogate" * c.capped),
-            number(c.false_alarm),
+            number(c.false_positive_rate),
             str(c.pairs),
         )
         for c in report.calibrations

@@ -81,7 +81,7 @@ def _parts(report: Report) -> list[_Part]:
             ("target", "backend", "near-copy below", "false alarms", "pairs"),
             (
                 (_code(c.target), _safe(c.backend), number(c.threshold) + ", capped" * c.capped,
-                 number(c.false_alarm), str(c.pairs))
+                 number(c.false_positive_rate), str(c.pairs))
                 for c in report.calibrations
             ),
         ),

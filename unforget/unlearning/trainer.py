@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from unforget.config import Recipe
 from unforget.core import distributed, engine, sampling
 from unforget.core.metrics import margin
 from unforget.core.objectives import Context
+from unforget.core.recipe import Recipe
 from unforget.core.types import Family, Instance, Pool, Predict
 from unforget.errors import CannotRun, UsageError
 from unforget.unlearning import batches

@@ -60,7 +60,7 @@ class Subject:
         instances: What it must have forgotten; a surrogate equal to its target means none is known.
         keep: Pictures that must stay, (K, C, H, W); may be empty.
         backends: What sees near-copies.
-        false_alarm: Share of pairs of different pictures that may count as near-copies.
+        false_positive_rate: Share of pairs of different pictures that may count as near-copies.
         max_rate, confidence: Of the test of a rate.
         most: Draws after which a test stops undecided; None for as many as it takes.
         paired: Same-seed pairs of draws.
@@ -78,7 +78,7 @@ class Subject:
     instances: tuple[Instance, ...]
     keep: Tensor
     backends: tuple[Backend, ...] = (Pixels(), Structure())
-    false_alarm: float = 1e-4
+    false_positive_rate: float = 1e-4
     max_rate: float = 0.005
     confidence: float = 0.95
     most: int | None = None
@@ -96,7 +96,7 @@ class Subject:
     @cached_property
     def eye(self) -> Eye:
         """Calibrated on what the base draws where the rest must stay."""
-        return Eye(self.backends, self._images("base", self.stay, 0, self.paired), self.false_alarm)
+        return Eye(self.backends, self._images("base", self.stay, 0, self.paired), self.false_positive_rate)
 
     @cached_property
     def plan(self) -> Plan:

@@ -39,7 +39,7 @@ class Radius:
     """Distance under which two pictures of one backend are the same, and what it rests on."""
 
     distance: float
-    false_alarm: float
+    false_positive_rate: float
     """Share of the pairs that lie nearer."""
     pairs: int
     """Pairs of different pictures that it was read off."""
@@ -53,13 +53,13 @@ class Eye:
     Args:
         backends: Each with a threshold of its own.
         references: What the base draws, (N, C, H, W): pictures known to differ, but for those that it repeats.
-        false_alarm: Share of pairs of different pictures that may count as copies.
+        false_positive_rate: Share of pairs of different pictures that may count as copies.
     """
 
-    def __init__(self, backends: Sequence[Backend], references: Tensor, false_alarm: float) -> None:
+    def __init__(self, backends: Sequence[Backend], references: Tensor, false_positive_rate: float) -> None:
         self.backends = tuple(backends)
         apart = [pairwise(e, e) for e in self.look(references).embeds]
-        self.radii = tuple(calibrate(distances, false_alarm) for distances in apart)
+        self.radii = tuple(calibrate(distances, false_positive_rate) for distances in apart)
         self.single = torch.stack([~repeated(distances) for distances in apart]).all(0)
 
     def look(self, images: Tensor) -> Drawn:
@@ -85,15 +85,15 @@ class Eye:
         return torch.stack(near).any(0)
 
 
-def calibrate(distances: Tensor, false_alarm: float) -> Radius:
-    """The distance that a share of `false_alarm` of all pairs of different pictures lies under.
+def calibrate(distances: Tensor, false_positive_rate: float) -> Radius:
+    """The distance that a share of `false_positive_rate` of all pairs of different pictures lies under.
 
     Pictures that come up again and again are left out with all that is near them: a model that repeats a picture
     would teach that different pictures are alike.
 
     Args:
         distances: Between what the base draws, (N, N).
-        false_alarm: In (0, 1); no less than one pair can be told.
+        false_positive_rate: In (0, 1); no less than one pair can be told.
     """
     above = torch.triu(torch.ones_like(distances, dtype=torch.bool), 1)
     single = ~repeated(distances)
@@ -101,7 +101,7 @@ def calibrate(distances: Tensor, false_alarm: float) -> Radius:
     pairs = pairs[~pairs.isnan()].sort().values
     if not len(pairs):
         return Radius(_apart(distances), 1.0, 0)
-    rank = min(int(false_alarm * len(pairs)), len(pairs) - 1)
+    rank = min(int(false_positive_rate * len(pairs)), len(pairs) - 1)
     return Radius(float(pairs[rank]), (rank + 1) / len(pairs), len(pairs))
 
 

@@ -36,16 +36,18 @@ class Policy(Config):
     """What a team agrees on once. Every key can be given on the command line too, but for `allow`."""
 
     level: Level = Field("standard", description="which probes run")
-    required: tuple[str, ...] = Field((), description="probes to run and to decide by, whatever the level")
+    require: tuple[str, ...] = Field((), description="probes to run and to decide by, whatever the level")
     max_rate: float = Field(0.005, gt=0, lt=1, description="largest share of draws that may be near-copies")
     confidence: float = Field(0.95, gt=0.5, lt=1, description="of that")
     samples: int | None = Field(None, ge=1, le=10_000_000, description="most draws a test may take")
-    false_alarm: float = Field(1e-4, gt=0, le=0.01, description="share of different pictures that may pass for copies")
+    false_positive_rate: float = Field(
+        1e-4, gt=0, le=0.01, description="share of different pictures that may pass for copies"
+    )
     similarity: tuple[Annotated[Backend, BeforeValidator(lambda v: backend(v) if isinstance(v, str) else v)], ...] = (
         Field((Pixels(), Structure()), min_length=1, description="backends that see near-copies")
     )
     draws: int = Field(32, ge=2, le=4096, description="reconstructions a noise level")
-    noise_levels: tuple[int, ...] = Field((250, 400, 550), min_length=1, description="to reconstruct from, of 1000")
+    timestep: tuple[int, ...] = Field((250, 400, 550), min_length=1, description="timesteps to reconstruct from")
     paired: int = Field(256, ge=16, le=100_000, description="same-seed pairs of draws")
     controls: int = Field(48, ge=8, le=4096, description="pictures that show what any model returns")
     sampler_steps: int = Field(20, ge=2, le=1000, description="sampler steps of the draws")
@@ -53,11 +55,13 @@ class Policy(Config):
     max_drift: float = Field(
         0.5, gt=0, description="largest median same-seed drift, in distances between draws; 0.15 for a patch"
     )
-    min_kept: float = Field(0.6, ge=0, le=1, description="least share of look-alikes and --keep pictures still drawn")
+    min_kept: float = Field(
+        0.6, ge=0, le=1, description="least share of look-alikes and --must-retain pictures still drawn"
+    )
     tolerance: float = Field(0.02, ge=0, lt=1, description="a figure so near its threshold counts as failed")
     target: tuple[Path, ...] = Field((), description="picture that must be gone; found beside the patch if not given")
     surrogate: tuple[Path, ...] = Field((), description="its surrogate, in the same order")
-    keep: tuple[Path, ...] = Field((), description="picture that must still be drawn; repeats")
+    must_retain: tuple[Path, ...] = Field((), description="picture that must still be drawn; repeats")
     prompt: tuple[str, ...] = Field((), description="prompts to look under; the patch's own if not given")
     retain_prompts: Path | None = Field(None, description="text file, one prompt a line, for what must stay")
     allow: tuple[Allow, ...] = Field((), description="targets that may still be drawn")
@@ -68,7 +72,7 @@ class Policy(Config):
         """What the level sets, unless it is said otherwise."""
         return {**PRESETS.get(str(values.get("level")), {}), **values} if isinstance(values, dict) else values
 
-    @field_validator("required")
+    @field_validator("require")
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for kind in value:
@@ -80,14 +84,14 @@ class Policy(Config):
     def _sound(self) -> Self:
         if self.surrogate and len(self.surrogate) != len(self.target):
             raise ValueError(f"{len(self.target)} target(s) but {len(self.surrogate)} surrogate(s)")
-        if any(not 0 < level < 1000 for level in self.noise_levels):
-            raise ValueError("noise levels lie between 1 and 999")
+        if any(not 0 < t < 1000 for t in self.timestep):
+            raise ValueError("timesteps lie between 1 and 999")
         return self
 
     @property
     def probes(self) -> tuple[str, ...]:
         """Kinds of the probes that run, in order."""
-        wanted = {*LEVELS[self.level], *self.required}
+        wanted = {*LEVELS[self.level], *self.require}
         return tuple(kind for kind in LEVELS["deep"] if kind in wanted)
 
 
@@ -117,12 +121,12 @@ class VerifyConfig(PatchedConfig, Policy):
     def _one(self) -> Self:
         if bool(self.patch) == bool(self.candidate):
             raise ValueError("give either --patch or --candidate")
-        if "replay" in self.required and self.replay_seed is None:
+        if "replay" in self.require and self.replay_seed is None:
             raise ValueError("the policy requires the probe replay: give --replay-seed")
         return self
 
 
-PATHS = ("target", "surrogate", "keep", "retain_prompts")
+PATHS = ("target", "surrogate", "must_retain", "retain_prompts")
 
 
 def resolve(given: Mapping[str, Any], file: Path | None = None, policy: Path | None = None) -> VerifyConfig:

@@ -74,7 +74,7 @@ class Calibration(_Record):
     """The similarity backend, by name and version."""
     threshold: float
     """Distance under which a picture counts as the target."""
-    false_alarm: float
+    false_positive_rate: float
     """Share of pairs of different pictures that lie under the uncapped threshold."""
     pairs: int
     """How many pairs of pictures known to differ it comes from."""

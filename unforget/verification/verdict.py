@@ -45,7 +45,7 @@ class _Judge:
 
     def __call__(self, f: Finding, known: bool) -> list[Check]:
         found = list(self._figures(f, known))
-        if f.probe in ATTACKS and f.probe not in self.policy.required:
+        if f.probe in ATTACKS and f.probe not in self.policy.require:
             return [c.model_copy(update={"outcome": "informational", "borderline": False}) for c in found]
         if not f.prompt and f.target in self.prompted and f.probe not in ("sample", "neighbours"):
             return [_noted(c, "decided under the target's prompts") for c in found]
@@ -78,7 +78,7 @@ class _Judge:
         elif f.probe in ("partial_denoise", "paraphrase", "replay"):
             check = self._check(f, "near_copies", "at most", 0 if f.probe == "replay" else CHANCE)
             if f.base["near_copies"] < HALF:  # nothing to compare with, which is too little where it is required
-                outcome: Outcome = "inconclusive" if f.probe in policy.required else "informational"
+                outcome: Outcome = "inconclusive" if f.probe in policy.require else "informational"
                 check = _changed(check, outcome, "the base does not draw the target so")
             yield check
         elif f.probe == "noise_search":
