@@ -71,7 +71,7 @@ def test_paths_are_relative_to_the_policy(here, tmp_path):
 
 
 def test_required_probes_run_whatever_the_level(here):
-    here('[verify]\nlevel = "quick"\nrequired = ["quantization", "relearning"]\n')
+    here('[verify]\nlevel = "quick"\nrequire = ["quantization", "relearning"]\n')
     assert {"quantization", "relearning"} <= set(resolve(GIVEN).probes)
     assert "noise_search" not in resolve(GIVEN).probes
 
@@ -96,7 +96,7 @@ def test_an_allow_list_entry_has_an_id_a_reason_and_a_day(here):
         ("[verify]\nmax_rat = 1\n", "max_rat"),
         ("[verify]\nmax_rate = 2\n", "less than 1"),
         ('[verify]\nlevel = "thorough"\n', "'quick', 'standard' or 'deep'"),
-        ('[verify]\nrequired = ["magic"]\n', "no probe 'magic'"),
+        ('[verify]\nrequire = ["magic"]\n', "no probe 'magic'"),
         ('[verify]\nsimilarity = ["magic"]\n', "no similarity backend 'magic'"),
         ("[verify]\nsimilarity = []\n", "at least 1"),
         ("[verfy]\n", "no use for 'verfy'"),
@@ -122,7 +122,7 @@ def test_a_policy_that_was_named_must_exist(here, tmp_path):
 
 
 def test_what_a_policy_requires_must_be_given(here):
-    here('[verify]\nrequired = ["replay"]\n')
+    here('[verify]\nrequire = ["replay"]\n')
     with pytest.raises(UsageError, match="--replay-seed"):
         resolve(GIVEN)
     assert "replay" in resolve({**GIVEN, "replay_seed": 3}).probes
