@@ -106,7 +106,7 @@ def test_an_allow_list_entry_has_an_id_a_reason_and_a_day(here):
         (ENTRY.format(id="0" * 16, reason="", expires="2027-01-31"), "allow.0.reason"),
         (ENTRY.format(id="0" * 16, reason="x", expires='"soon"'), "allow.0.expires"),
         ("[verify]\nsurrogate = ['a.png']\n", "0 target(s) but 1 surrogate(s)"),
-        ("[verify]\nnoise_levels = [0]\n", "between 1 and 999"),
+        ("[verify]\ntimestep = [0]\n", "between 1 and 999"),
     ],
 )
 def test_a_wrong_policy_is_refused_in_one_sentence(here, text, sentence):

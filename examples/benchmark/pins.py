@@ -57,7 +57,7 @@ def exported(path: Path) -> dict[str, str]:
 def judged(path: Path) -> dict[str, object]:
     """Verdict, figures and outcomes of a report, by place."""
     report, found = json.loads(path.read_text()), {}
-    for row in report["checks"] + report["findings"]:
+    for row in report["checks"] + report["findings"]:  # levels are called timesteps since schema version 3
         probe = RENAMED.get(row["probe"], row["probe"])
         level = row.get("level", row.get("timestep"))
         level = "" if level is None else f"{level:g}"

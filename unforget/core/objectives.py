@@ -79,7 +79,8 @@ class CleanSpace(Strategy):
     retain: float = Field(10.0, ge=0, description="weight of the retain loss")
 
     def __call__(self, schedule: Schedule, batch: Noised) -> tuple[Tensor, Tensor]:
-        forget = schedule.x0_scale(batch.timestep, batch.x_0).square().clamp(max=self.cap)
+        scale = schedule.x0_scale(batch.timestep).square().clamp(max=self.cap)
+        forget = scale.to(batch.x_0).reshape(-1, 1, 1, 1)
         return forget, self.retain * forget
 
 

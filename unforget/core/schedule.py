@@ -38,16 +38,13 @@ class Schedule:
 
     def column(self, name: str, timestep: Tensor, like: Tensor) -> Tensor:
         """A column at the rows nearest to `timestep` (B,), shaped (B, 1, ..., 1) to broadcast with `like` (B, ...)."""
-        return self._spread(getattr(self, name), timestep, like)
+        rows: Tensor = getattr(self, name)[self._rows(timestep)]
+        return rows.to(like.device, like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
-    def x0_scale(self, timestep: Tensor, like: Tensor) -> Tensor:
-        """|dx_0 / dprediction| at fixed x_t, (B, 1, ..., 1): what a prediction error is worth in the clean image."""
+    def x0_scale(self, timestep: Tensor) -> Tensor:
+        """|dx_0 / dprediction| at fixed x_t, (B,), float64: what a prediction error is worth in the clean image."""
         scale = (self.sigmas / (self.alphas * self.target_noise - self.sigmas * self.target_x0)).abs()
-        return self._spread(scale, timestep, like)
-
-    def _spread(self, column: Tensor, timestep: Tensor, like: Tensor) -> Tensor:
-        rows = column[self._rows(timestep)].to(like.device, like.dtype)
-        return rows.reshape(-1, *[1] * (like.ndim - 1))
+        return scale[self._rows(timestep)]
 
     def _rows(self, timestep: Tensor) -> Tensor:
         """The rows whose timesteps are nearest; of two equally near ones the cleaner."""
