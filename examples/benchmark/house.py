@@ -60,7 +60,7 @@ def parameters(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 def touched(subject: str) -> None:
     """Files outside tests and docs that a commit changed."""
     commit = git("log", "--format=%H", f"--grep=^{subject}", "-1").strip()
-    files = [f for f in git("show", "--name-only", "--format=", commit).split() if commit]
+    files = git("show", "--name-only", "--format=", commit).split() if commit else []
     kept = [f for f in files if not f.startswith(("tests/", "docs/")) and not f.endswith(".md")]
     print(f"files that '{subject}' touches: {len(kept)} ({', '.join(kept)})")
 
