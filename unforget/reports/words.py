@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 
-from unforget.verification.report import Check, Report
+from unforget.verification.report import Check
 
 _ODD = re.compile("[^\t\n\r\x20-\x7e\xa0-\u2029\u202f-\u2065\u206a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 RANK = {"failed": 0, "inconclusive": 1, "passed": 2, "informational": 3}
@@ -28,34 +29,17 @@ def number(value: float | None) -> str:
     return "—" if value is None else f"{value:.4g}"
 
 
-def margin(check: Check) -> str:
-    """How far the candidate is on the right side of the threshold; negative on the wrong one."""
-    room = check.candidate - check.threshold
-    room = room if check.rule == "at least" else -room
-    return f"{room or 0.0:+.3g}"
-
-
-def outcome(check: Check) -> str:
-    """The outcome in words, a borderline one said."""
-    return f"{check.outcome}, borderline" if check.borderline else check.outcome
-
-
-def wanted(check: Check) -> str:
-    """The rule and its threshold."""
-    return f"{check.rule} {number(check.threshold)}"
-
-
-def seen(check: Check) -> str:
-    """The candidate's figure, with its exact bounds where it is a rate."""
-    bounds = check.low is not None or check.high is not None
-    return number(check.candidate) + (f" ({number(check.low)} to {number(check.high)})" if bounds else "")
+def interval(check: Check) -> str:
+    """The exact bounds of the candidate's figure; empty where it is not a rate."""
+    return "" if check.low is None and check.high is None else f"{number(check.low)} to {number(check.high)}"
 
 
 def sentence(check: Check) -> str:
     """A check in one line."""
-    borderline = ", borderline" if check.borderline else ""
-    note = f" ({check.note})" if check.note else ""
-    return one_line(f"{check.name}: {check.figure} {seen(check)}, wanted {wanted(check)}{borderline}{note}", 1000)
+    bounds = f" ({interval(check)})" if interval(check) else ""
+    end = ", borderline" * check.borderline + (f" ({check.note})" if check.note else "")
+    figure = f"{check.figure} {number(check.candidate)}{bounds}, wanted {check.rule} {number(check.threshold)}"
+    return one_line(f"{check.name}: {figure}{end}", 1000)
 
 
 def worst_first(checks: Iterable[Check]) -> list[Check]:
@@ -65,24 +49,5 @@ def worst_first(checks: Iterable[Check]) -> list[Check]:
 
 def tally(checks: Iterable[Check]) -> str:
     """How many checks ended how."""
-    outcomes = [check.outcome for check in checks]
-    return ", ".join(
-        f"{outcomes.count(o)} {o}" for o in ("passed", "failed", "inconclusive", "informational") if o in outcomes
-    )
-
-
-def provenance(report: Report) -> list[tuple[str, str]]:
-    """Digests, backends, versions, settings and times, by name."""
-    return [
-        ("base", report.base_digest),
-        ("candidate", report.candidate_digest),
-        ("schema version", str(report.schema_version)),
-        *(("similarity backend", backend) for backend in report.backends),
-        *((f"version of {name}", version) for name, version in report.versions.items()),
-        *((name, _plain(value)) for name, value in report.settings.items()),
-        *((f"seconds, {name}", f"{seconds:.1f}") for name, seconds in report.seconds.items()),
-    ]
-
-
-def _plain(value: object) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    count = Counter(check.outcome for check in checks)
+    return ", ".join(f"{count[o]} {o}" for o in ("passed", "failed", "inconclusive", "informational") if count[o])

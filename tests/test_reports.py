@@ -48,7 +48,7 @@ def reconstructed(target: str, nearer: tuple[float, ...], distance: tuple[float,
             check("reconstruct", target, "near_copies", 0.97, 1 - share if share < 0.7 else 0.0, "at most", 0.05,
                   "failed" if share < 0.7 else "passed", **place),
         ]  # fmt: skip
-        figures = {"to_target": far, "to_surrogate": 0.4 - far, "nearer_surrogate": share}
+        figures = {"to_target": far, "to_surrogate": 0.4 - far, "nearer_surrogate": share, "floor": 0.12}
         findings.append(Seen(
             probe="reconstruct", target=target, base={"to_target": 0.02 + level / 8000, "nearer_surrogate": 0.016},
             candidate=figures, **place,
@@ -90,13 +90,13 @@ def seen() -> tuple[list[Check], list[Seen]]:
         check("quantization", BAD, "near_copies", 0.97, 0.0525, "at most", 0.05, "failed", variant="int8", timestep=250,
               borderline=True, note="one draw of 64 decides"),
         check("relearning", GOOD, "steps", None, 180.0, "at least", 100.0, "informational"),
-        check("retain", None, "median", None, 0.0214, "at most", 0.08),
-        check("retain", None, "sharpness", 1.0, 0.981, "at least", 0.75),
-        check("retain", None, "sharpness", 1.0, 0.981, "at most", 1.33),
-        check("retain", None, "kid", None, 0.0047, "at most", 0.01),
+        check("retention", None, "median", None, 0.0214, "at most", 0.08),
+        check("retention", None, "sharpness", 1.0, 0.981, "at least", 0.75),
+        check("retention", None, "sharpness", 1.0, 0.981, "at most", 1.33),
+        check("retention", None, "kid", None, 0.0047, "at most", 0.01),
         check("neighbours", GOOD, "kept", None, 0.875, "at least", 0.6),
         check("neighbours", BAD, "kept", None, 0.5625, "at least", 0.6, "failed", borderline=True),
-        check("keep-0", None, "rate", 0.021, 0.019, "at least", 0.0126, low=0.0126, high=0.027),
+        check("must_retain", None, "rate", 0.021, 0.019, "at least", 0.0126, low=0.0126, high=0.027),
     ]  # fmt: skip
     spread = {"median": 0.0214, "mean": 0.0347, "p90": 0.0713}
     findings.append(
@@ -111,7 +111,7 @@ def rich() -> Report:
     return Report(
         verdict="failed",
         exit_code=1,
-        summary="1 of 4 targets is still reproduced: at noise level 700 the candidate returns it in 61 % of the tries.",
+        summary="1 of 4 targets is still reproduced: at timestep 700 the candidate returns it in 61 % of the tries.",
         level="standard",
         targets=[
             Target(id=GOOD, verdict="forgotten", reason="No probe found it; the worst is 1 near-copy in 1024 draws."),
@@ -190,10 +190,13 @@ def test_junit_says_why(report):
     )
     assert case(root, UNSURE, "sample").find("skipped").get("message").startswith("inconclusive: sample: rate 0")
     assert "expired on 2025-01-01" in case(root, "model", "allow-list").find("failure").get("message")
-    properties = {p.get("name"): p.get("value") for p in case(root, "model", "retain").find("properties")}
-    assert (properties["retain median candidate"], properties["retain median threshold at most"]) == ("0.0214", "0.08")
-    assert "retain median base" not in properties
-    assert [properties[f"retain sharpness threshold {rule}"] for rule in ("at least", "at most")] == ["0.75", "1.33"]
+    properties = {p.get("name"): p.get("value") for p in case(root, "model", "retention").find("properties")}
+    assert (properties["retention median candidate"], properties["retention median threshold at most"]) == (
+        "0.0214",
+        "0.08",
+    )
+    assert "retention median base" not in properties
+    assert [properties[f"retention sharpness threshold {rule}"] for rule in ("at least", "at most")] == ["0.75", "1.33"]
 
 
 def test_junit_of_nothing_wrong_fails_nothing(report):
@@ -315,15 +318,59 @@ def test_page_shows_pictures_only_where_they_are_given(report):
     assert "--save-images" not in html
 
 
-def test_charts_mark_what_failed(report):
+def test_charts_show_every_level_and_mark_what_failed(report):
     read = Reader(page(report))
-    curves = [s["aria-label"] for s in read.all("svg") if "Nearer to the surrogate" in s.get("aria-label", "")]
-    assert len(curves) == 4  # one a prompt
-    assert "t = 700: base 0.016, candidate 0.39. Threshold: at least 0.8." in "".join(curves)
-    points = [p for p in read.all("path") if p["class"] == "dot failed"]
-    keys = sum(d.get("class") == "key" for d in read.all("div"))
-    failed = [c for c in report.checks if c.outcome == "failed" and c.figure in ("nearer_surrogate", "rate")]
-    assert len(points) - keys == len(failed)
+    labels = [s["aria-label"] for s in read.all("svg") if s.get("role") == "img"]
+    levels = [c for c in report.checks if c.probe == "reconstruct"]
+    assert len(labels) == len(report.checks) + len(levels)  # each check in its table; levels in a curve too
+    worst = "reconstruct@700: nearer_surrogate 0.39 (0.2881 to 0.501), wanted at least 0.8; base 0.016"
+    assert labels.count(worst) == 2
+    marks = [p for p in read.all("path") if p["class"] == "dot failed"]
+    assert len(marks) == sum(c.outcome == "failed" for c in [*report.checks, *levels])
+
+
+def test_charts_stay_inside_their_box(report):
+    odd = [
+        check("sample", GOOD, "rate", None, 2.0, "at most", 0.0, "failed", low=-1.0),
+        check("relearning", GOOD, "steps", 0.0, float("nan"), "at least", 0.0),
+        *(check("reconstruct", GOOD, "recall", None, 7.0, "at most", 0.5, timestep=t) for t in (999.0, 1.5)),
+    ]
+    for checks in (report.checks, odd):
+        html = page(report.model_copy(update={"checks": checks}))
+        places = [float(n) for n in re.findall(r'"(-?[\d.]+|nan|inf)%"', html)]
+        assert len(places) > 20
+        assert all(0 <= place <= 100 for place in places)
+
+
+def test_page_says_all_that_was_measured(report):
+    text = "".join(Reader(page(report)).text)
+    for found in report.findings:
+        assert all(name in text and number(value) in text for name, value in (found.base | found.candidate).items())
+        assert all(number(value) in text for value in found.base.values())
+
+
+@pytest.mark.parametrize("show", [page, markdown, junit])
+def test_no_text_of_a_report_is_markup(report, show):
+    text = "x <i>y</i> \u202e {{ 7 * 7 }} {% endif %} | `z` ]]> \x0b"
+
+    def spoil(value, key=""):
+        if isinstance(value, dict):
+            odd = key in ("versions", "seconds", "settings")
+            return {k + text if odd else k: spoil(v, k) for k, v in value.items()}
+        if isinstance(value, list):
+            return [spoil(v, key) for v in value]
+        fixed = ("verdict", "outcome", "rule", "state", "schema_version")
+        return value + text if isinstance(value, str) and key not in fixed else value
+
+    said = show(Report.model_validate(spoil(report.model_dump())))
+    assert "<i>" not in said and "\u202e" not in said and "\x0b" not in said and "{{ 7" in said
+    if show is junit:
+        assert len(ET.fromstring(said).findall(".//testcase")) > 10
+    elif show is page:
+        assert Reader(said).open == []
+    else:
+        assert "`" not in said
+        assert {line.count("|") for line in said.splitlines() if line.startswith("|")} == {3, 4, 5, 6, 9}
 
 
 def test_an_empty_report_has_every_format():
