@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
+from unforget.verification.probes.keep import cast, rounded
+from unforget.verification.probes.look import others, variants
 
 from unforget import families
 from unforget.core.metrics import pairwise_rms, rms
@@ -12,8 +14,6 @@ from unforget.core.types import Instance
 from unforget.errors import UsageError
 from unforget.files import images
 from unforget.verification import probes
-from unforget.verification.probes.keep import cast, rounded
-from unforget.verification.probes.look import others, variants
 from unforget.verification.similarity import Pixels, Structure
 
 
