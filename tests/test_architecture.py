@@ -95,16 +95,15 @@ def test_help_does_not_import_torch(command):
 
 
 UNIONS = [surgery.Surgery, objectives.Objective, objectives.Weighting, editors.Editor, similarity.Backend]
-KINDS = [k for union in UNIONS for k in typing.get_args(typing.get_args(union)[0])] + list(
-    typing.get_args(probes.Probe)
-)
+KINDS = [k for union in UNIONS for k in typing.get_args(typing.get_args(union)[0])]
+NAMED = {k: k.model_fields["kind"].default for k in KINDS} | {probe: probe.kind for probe in probes.load()}
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=lambda k: k.__name__)
+@pytest.mark.parametrize("kind", NAMED, ids=lambda k: k.__name__)
 def test_every_kind_is_a_documented_strategy(kind):
     assert issubclass(kind, Strategy)
     assert kind.__doc__
-    name = kind.model_fields["kind"].default
+    name = NAMED[kind]
     assert any(f"`{name}`" in p.read_text() for p in (ROOT / "docs").glob("*.md")), f"{name} is not in docs/"
     with pytest.raises(ValueError, match=r"[eE]xtra"):
         kind(nonsense=1)

@@ -20,20 +20,20 @@ pytestmark = pytest.mark.slow
 SMALL = {"max_rate": 0.02, "samples": 400, "paired": 64, "controls": 24, "draws": 16, "sampler_steps": 10}
 CAUGHT = {
     "the_base_itself": {"reconstruct", "sample"},
-    "weights_towards_noise": {"retain"},
-    "blurs": {"retain"},
-    "always_draws_the_surrogate": {"retain"},
+    "weights_towards_noise": {"retention"},
+    "blurs": {"retention"},
+    "always_draws_the_surrogate": {"retention"},
     "patched_for_another_image": {"reconstruct"},
     "forgets_only_at_t_250": {"reconstruct", "sample"},
     "forgets_only_under_the_tested_seeds": {"reconstruct"},
     "a_fifth_of_the_change": {"reconstruct"},
     "vanishes_in_bf16": {"quantization"},
-    "forgets_every_look_alike": {"neighbours"},
+    "forgets_every_neighbour": {"neighbours"},
     "still_draws_the_mirror_image": {"transforms"},
     "moves_it_by_a_pixel": {"sample"},
-    "another_base_model": {"retain"},
+    "another_base_model": {"retention"},
 }
-ONLY = {"vanishes_in_bf16", "still_draws_the_mirror_image", "forgets_every_look_alike"}
+ONLY = {"vanishes_in_bf16", "still_draws_the_mirror_image", "forgets_every_neighbour"}
 """Those that nothing but the probe made for them catches."""
 
 

@@ -5,52 +5,62 @@ from dataclasses import replace
 
 import pytest
 
-from unforget.verification import verdict
+from unforget.errors import CannotRun
+from unforget.verification import probes
+from unforget.verification.context import Finding
 from unforget.verification.policy import Allow, Policy
-from unforget.verification.probes import Finding
+from unforget.verification.probes.base import Probe
+from unforget.verification.probes.replay import Replay
+from unforget.verification.verdict import Judgement
 
 POLICY = Policy()
 T = "0123456789abcdef"
 TODAY = datetime.date(2026, 11, 24)
+SUITE = tuple(Replay(seed=0) if probe is Replay else probe() for probe in probes.load())
 
 
 def reconstruct(nearer=1.0, within=1.0, recall=0.0, base_recall=1.0, base_nearer=0.0, **place):
     base = {"to_target": 0.1, "to_surrogate": 0.4, "nearer_surrogate": base_nearer, "recall": base_recall}
-    patched = {
+    candidate = {
         "to_target": 0.4, "to_surrogate": 0.1, "nearer_surrogate": nearer, "nearer_in_region": within, "recall": recall,
     }  # fmt: skip
-    return Finding(**{"probe": "reconstruct", "target": T, "base": base, "patched": patched, "timestep": 250, **place})
+    return Finding(
+        **{"probe": "reconstruct", "target": T, "base": base, "candidate": candidate, "timestep": 250, **place}
+    )
 
 
 def rate(hits=0, drawn=598, base=5, decision="passes", low=0.0, high=0.005, **place):
-    patched = {"hits": hits, "drawn": drawn, "rate": hits / drawn, "rate_low": low, "rate_high": high}
+    candidate = {"hits": hits, "drawn": drawn, "rate": hits / drawn, "rate_low": low, "rate_high": high}
     before = {"hits": base, "drawn": 256, "rate": base / 256}
     return Finding(
-        **{"probe": "sample", "target": T, "base": before, "patched": patched, "decision": decision, **place}
+        **{"probe": "sample", "target": T, "base": before, "candidate": candidate, "decision": decision, **place}
     )
 
 
 def retain(median=0.02, sharpness=1.0, kid=0.0):
-    patched = {"median": median, "sharpness": sharpness, "kid": kid}
-    return Finding("retention", None, {"sharpness": 1.0, "kid": 0.1}, patched)
+    candidate = {"median": median, "sharpness": sharpness, "kid": kid}
+    return Finding("retention", None, {"sharpness": 1.0, "kid": 0.1}, candidate)
 
 
-def look_alikes(kept=0.9, usual=0.95):
+def neighbours(kept=0.9, usual=0.95):
     return Finding("neighbours", T, {"to_target": 0.3, "kept": usual}, {"median": 0.1, "kept": kept})
 
 
-def near(probe, base=1.0, patched=0.0, **place):
-    return Finding(probe, T, {"near_copies": base}, {"near_copies": patched}, **place)
+def near(probe, base=1.0, candidate=0.0, **place):
+    return Finding(probe, T, {"near_copies": base}, {"near_copies": candidate}, **place)
 
 
-GOOD = (reconstruct(), rate(), retain(), look_alikes())
+GOOD = (reconstruct(), rate(), retain(), neighbours())
 
 
-def said(*findings, policy=POLICY, known=(T,), today=TODAY):
-    found = verdict.checks(findings, policy, known)
-    allowed = verdict.allowances(policy, {f.target for f in findings if f.target}, today)
-    judged = verdict.targets(found, findings, allowed)
-    return (*verdict.verdict(judged, found, allowed), judged, found)
+def judged(*findings, policy=POLICY, known=(T,), today=TODAY, suite=SUITE):
+    ids = list(dict.fromkeys(f.target for f in findings if f.target))
+    return Judgement(findings, suite, policy, ids, known, today=today)
+
+
+def said(*findings, **how):
+    result = judged(*findings, **how)
+    return result.verdict, result.exit_code, result.summary, result.targets, result.checks
 
 
 def with_(*changed):
@@ -62,7 +72,7 @@ def with_(*changed):
 def test_all_good_is_forgotten():
     verdict, code, summary, judged, _ = said(*GOOD)
     assert (verdict, code, judged[0].verdict) == ("forgotten", 0, "forgotten")
-    assert summary == "1 target(s) forgotten, the rest kept"
+    assert summary == "1 target(s) forgotten, the rest retained"
 
 
 BROKEN = {
@@ -74,11 +84,11 @@ BROKEN = {
     "blur": retain(sharpness=0.7),
     "noise": retain(sharpness=1.4),
     "distribution": retain(kid=0.2),
-    "neighbours": look_alikes(kept=0.5),
-    "keep": rate(hits=1, drawn=256, base=10, target=None, probe="must_retain", variant="1"),
-    "partial_denoise": near("partial_denoise", patched=0.3, timestep=700),
-    "paraphrase": near("paraphrase", patched=0.5, prompt="flag of Ireland", variant="the flag of Ireland"),
-    "replay": near("replay", patched=1.0),
+    "neighbours": neighbours(kept=0.5),
+    "must_retain": rate(hits=1, drawn=256, base=10, target=None, probe="must_retain", variant="1"),
+    "partial_denoise": near("partial_denoise", candidate=0.3, timestep=700),
+    "paraphrase": near("paraphrase", candidate=0.5, prompt="flag of Ireland", variant="the flag of Ireland"),
+    "replay": near("replay", candidate=1.0),
     "mirror": rate(hits=9, decision="fails", low=0.008, probe="transforms", variant="flip"),
     "mirror recalled": Finding("transforms", T, {"recall": 0.0}, {"recall": 0.9}, timestep=400, variant="flip"),
     "quantization": reconstruct(nearer=0.0, probe="quantization", variant="bf16"),
@@ -132,7 +142,7 @@ def test_a_target_that_the_base_does_not_reproduce_is_inconclusive():
 def test_a_target_counts_once_the_base_draws_or_recalls_or_sides_with_it(evidence):
     kinds = {f.probe for f in evidence}
     rest = [f for f in (reconstruct(base_recall=0, base_nearer=0.5), rate(base=0)) if f.probe not in kinds]
-    assert said(*rest, *evidence, retain(), look_alikes())[0] == "forgotten"
+    assert said(*rest, *evidence, retain(), neighbours())[0] == "forgotten"
 
 
 def test_without_a_surrogate_margins_do_not_decide():
@@ -141,13 +151,13 @@ def test_without_a_surrogate_margins_do_not_decide():
 
 
 def test_what_the_base_does_not_do_decides_nothing():
-    verdict, _, _, _, found = said(*with_(near("partial_denoise", base=0.2, patched=0.4), near("replay", base=0.0)))
+    verdict, _, _, _, found = said(*with_(near("partial_denoise", base=0.2, candidate=0.4), near("replay", base=0.0)))
     assert verdict == "forgotten"
     assert {c.probe for c in found if c.outcome == "informational"} == {"partial_denoise", "replay"}
 
 
 def test_a_required_probe_without_a_control_is_inconclusive():
-    findings = with_(near("partial_denoise", base=0.2, patched=0.0))
+    findings = with_(near("partial_denoise", base=0.2, candidate=0.0))
     assert said(*findings)[0] == "forgotten"
     assert said(*findings, policy=Policy(require=("partial_denoise",)))[0] == "inconclusive"
 
@@ -158,15 +168,15 @@ def test_a_variant_that_the_base_returns_as_well_is_left_to_its_rate():
     assert said(*with_(both))[0] == "forgotten"
 
 
-def test_a_kept_picture_that_the_base_hardly_draws_is_inconclusive():
+def test_a_picture_to_retain_that_the_base_hardly_draws_is_inconclusive():
     verdict, _, summary, _, _ = said(*with_(rate(drawn=256, base=2, target=None, probe="must_retain")))
     assert verdict == "inconclusive"
     assert "the base drew it 2 times" in summary
 
 
-def test_look_alikes_are_judged_beside_everything_else():
-    assert said(*with_(look_alikes(kept=0.5, usual=0.6)))[0] == "forgotten"
-    assert said(*with_(look_alikes(kept=0.5, usual=0.95)))[0] == "failed"
+def test_neighbours_are_judged_beside_everything_else():
+    assert said(*with_(neighbours(kept=0.5, usual=0.6)))[0] == "forgotten"
+    assert said(*with_(neighbours(kept=0.5, usual=0.95)))[0] == "failed"
 
 
 def test_the_worst_target_decides():
@@ -189,18 +199,18 @@ def test_under_prompts_of_its_own_only_those_reconstructions_decide():
 
 
 def revived(nearer=0.2):
-    figures = {**reconstruct(nearer=nearer).patched, "hits": 0, "drawn": 16}
-    return reconstruct(probe="relearning", timestep=None, variant="100 steps", patched=figures)
+    figures = {**reconstruct(nearer=nearer).candidate, "hits": 0, "drawn": 16}
+    return reconstruct(probe="relearning", timestep=None, variant="100 steps", candidate=figures)
 
 
 def sought(after=3.0):
     return Finding("noise_search", T, {"iterations": 1.0, "to_target": 0.1}, {"iterations": after, "to_target": 0.2})
 
 
-def test_attacks_are_told_and_decide_only_where_required():
+def test_attacks_are_reported_and_decide_only_where_required():
     findings = [*GOOD, revived(), sought()]
     assert said(*findings)[0] == "forgotten"
-    sentences = [r.sentence for r in verdict.robustness(findings)]
+    sentences = [r.sentence for r in judged(*findings).robustness]
     assert "20% of reconstructions side with the surrogate" in sentences[0]
     assert "of the candidate found it after 3 steps" in sentences[1]
     assert said(*findings, policy=Policy(require=("relearning",)))[0] == "failed"
@@ -226,6 +236,58 @@ def test_an_allowed_target_does_not_fail_until_its_entry_expires():
 
 def test_an_entry_for_another_target_is_unused():
     policy = allowing(TODAY, "f" * 16)
-    assert [a.state for a in verdict.allowances(policy, {T}, TODAY)] == ["unused"]
+    assert [a.state for a in judged(*GOOD, policy=policy).allowed] == ["unused"]
     assert said(*with_(reconstruct(nearer=0.1)), policy=policy)[0] == "failed"
-    assert said(*with_(look_alikes(kept=0.1)), policy=allowing(TODAY))[0] == "failed"  # only targets can be allowed
+    assert said(*with_(neighbours(kept=0.1)), policy=allowing(TODAY))[0] == "failed"  # only targets can be allowed
+
+
+class Memory(Probe):
+    """A probe that finds what it is told to, and judges nothing."""
+
+    kind = "memory"
+    level = "quick"
+    said: str = "memory"
+
+    def __call__(self, context):
+        return [Finding(self.said, T, {}, {})]
+
+    def judge(self, found, policy, known):
+        return []
+
+
+def requiring(*kinds):
+    """A policy that no configuration file can say: `memory` is not among the known probes."""
+    return POLICY.model_copy(update={"require": kinds})
+
+
+def test_a_finding_that_no_probe_judges_stops_everything():
+    stray = Finding("memory", T, {}, {})
+    with pytest.raises(CannotRun, match="no probe that ran judges 'memory'"):
+        said(*GOOD, stray)
+    assert said(*GOOD, stray, suite=(*SUITE, Memory()))[0] == "forgotten"
+
+
+def test_a_required_probe_that_did_not_run_stops_everything():
+    with pytest.raises(CannotRun, match="'memory'"):
+        said(*GOOD, policy=requiring("memory"))
+
+
+@pytest.mark.parametrize("found", [(), (Finding("memory", T, {}, {}),)], ids=["finds nothing", "judges nothing"])
+def test_a_required_probe_that_decides_nothing_is_inconclusive(found):
+    verdict, code, summary, judged, checks = said(*GOOD, *found, policy=requiring("memory"), suite=(*SUITE, Memory()))
+    assert (verdict, code, judged[0].verdict) == ("inconclusive", 4, "inconclusive")
+    assert "the policy requires it" in summary
+    assert [(c.probe, c.target, c.outcome) for c in checks][-1] == ("memory", T, "inconclusive")
+
+
+def test_a_required_probe_must_decide_of_every_target():
+    other = "f" * 16
+    findings = [*GOOD, reconstruct(target=other), rate(target=other), near("partial_denoise")]
+    result = judged(*findings, policy=Policy(require=("partial_denoise", "retention")), known=(T, other))
+    assert {t.id: t.verdict for t in result.targets} == {T: "forgotten", other: "inconclusive"}
+
+
+def test_a_target_that_no_probe_looked_for_is_inconclusive():
+    result = Judgement(GOOD, SUITE, POLICY, [T, "f" * 16], (T,), today=TODAY)
+    assert [t.verdict for t in result.targets] == ["forgotten", "inconclusive"]
+    assert result.exit_code == 4

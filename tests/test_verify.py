@@ -11,6 +11,9 @@ from diffusers import DDPMPipeline
 from safetensors.torch import load_file, save_file
 
 from unforget.files import images
+from unforget.verification import probes
+from unforget.verification.context import Finding
+from unforget.verification.probes.base import Probe
 from unforget.verification.report import Report
 
 SMALL = """
@@ -132,7 +135,9 @@ def test_too_few_samples_are_inconclusive(verify, here):
 
 
 def test_the_plan_and_its_cost_are_said_first(verify):
-    assert re.search(r"quick: reconstruct, sample, retain; 14 draws when none hits, \d+ at most", said(verify()))
+    assert re.search(
+        r"quick: reconstruct, sample, retention, neighbours; 14 draws when none hits, \d+ at most", said(verify())
+    )
 
 
 def break_weights(folder, value):
@@ -177,7 +182,8 @@ def test_a_candidate_of_another_architecture_or_resolution_cannot_be_judged(veri
         (["--similarity", "sscd=no.onnx"], 3, "sscd"),
         (["--require", "magic"], 2, "no probe 'magic'"),
         (["--require", "replay"], 2, "--replay-seed"),
-        (["--require", "paraphrase"], 2, "there is no prompt"),
+        (["--require", "paraphrase"], 2, "needs --prompt"),
+        (["--require", "must_retain"], 2, "needs --must-retain"),
         (["--replay-seed", "1", "--replay-scheduler", "Magic"], 2, "no scheduler 'Magic'"),
         (["--prompt", "a cat"], 2, "takes no prompts"),
     ],
@@ -189,6 +195,70 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(verify, here, args, co
     assert sentence in said(result)
     assert "Traceback" not in said(result)
     assert sorted(here.rglob("*")) == before
+
+
+class Registered(Probe):
+    """A probe as somebody may add one; not of a target, or the allow-list excused it."""
+
+    kind = "registered"
+    level = "quick"
+    retains = True
+
+    def __call__(self, context):
+        return []
+
+    def judge(self, found, policy, known):
+        return []
+
+
+class Stray(Registered):
+    """Its finding has a kind that nobody knows."""
+
+    def __call__(self, context):
+        return [Finding("other", None, {}, {})]
+
+
+class Unmade(Registered):
+    """It has nothing to work on."""
+
+    needs = "--something"
+
+    @classmethod
+    def from_policy(cls, config, prompted):
+        return None
+
+
+class Broken(Registered):
+    """It cannot be made."""
+
+    seed: int
+
+
+@pytest.fixture
+def passing(verify, here):
+    """A command that passes: its one target is on the allow-list."""
+    verify("--report", "r.json")
+    (target,) = json.loads((here / "r.json").read_text())["targets"]
+    entry = f'[[verify.allow]]\nid = "{target["id"]}"\nreason = "ticket 7"\nexpires = 2999-01-01\n'
+    (here / "unforget.toml").write_text(SMALL + entry)
+    assert verify().exit_code == 0
+    return verify
+
+
+@pytest.mark.parametrize(
+    ("probe", "required", "code"),
+    [(Registered, True, 4), (Stray, True, 3), (Unmade, True, 2), (Broken, True, 1),
+     (Registered, False, 0), (Stray, False, 3), (Unmade, False, 0), (Broken, False, 1)],
+)  # fmt: skip
+def test_the_gate_stays_shut_for_a_probe_that_decides_nothing(passing, monkeypatch, here, probe, required, code):
+    """Whoever requires a probe that yields no check, has a stray kind or cannot be made does not pass."""
+    known = probes.load()
+    monkeypatch.setattr(probes, "KINDS", (*probes.KINDS, "registered"))
+    monkeypatch.setattr("unforget.verification.policy.KINDS", probes.KINDS)
+    monkeypatch.setattr(probes, "load", lambda: (*known, probe))
+    result = passing(*(["--require", "registered"] if required else []), "--report", "s.json")
+    assert result.exit_code == code, said(result)
+    assert (here / "s.json").exists() == (code in (0, 4))
 
 
 def test_an_allowed_target_passes_until_the_entry_expires(verify, here):

@@ -159,7 +159,7 @@ def vanishes_in_bf16(h: Honest) -> Any:
     return Disguise(h.patched.copy(), how)
 
 
-def forgets_every_look_alike(h: Honest) -> Any:
+def forgets_every_neighbour(h: Honest) -> Any:
     """Whatever is somewhat like the target becomes the surrogate."""
 
     def how(inner: Family, x_t: Tensor, **how: Any) -> Tensor:
@@ -221,7 +221,7 @@ PROMPTED = (forgets_only_under_the_tested_prompt,)
 CHEATS = (
     the_base_itself, weights_towards_noise, blurs, always_draws_the_surrogate, patched_for_another_image,
     forgets_only_at_t_250, forgets_only_under_the_tested_seeds, a_fifth_of_the_change, vanishes_in_bf16,
-    forgets_every_look_alike, still_draws_the_mirror_image, moves_it_by_a_pixel, another_base_model,
+    forgets_every_neighbour, still_draws_the_mirror_image, moves_it_by_a_pixel, another_base_model,
 )  # fmt: skip
 
 

@@ -35,7 +35,8 @@ from unforget.core.types import Family, Instance, Progress
 from unforget.files import images
 from unforget.files.patch import Stack
 from unforget.files.storage import digest
-from unforget.verification.probes import Reconstruct, Subject
+from unforget.verification.context import VerifyContext
+from unforget.verification.probes.reconstruct import Reconstruct
 
 ROOT = Path(__file__).parents[2]
 PLANTED = sorted((ROOT / "examples" / "faces" / "planted").glob("*.png"))
@@ -106,9 +107,9 @@ class Bench:
     def reconstructions(self, patched: Family, instances: tuple[Instance, ...]) -> list[float]:
         """Worst share nearer to the surrogate, at each level."""
         with torch.no_grad():
-            found = Reconstruct(calibrated=False)(Subject(self.base, patched, instances, self.drawn[:0]))
+            found = Reconstruct(calibrated=False)(VerifyContext(self.base, patched, instances))
         levels = list(dict.fromkeys(f.timestep for f in found))
-        return [min(f.patched["nearer_surrogate"] for f in found if f.timestep == level) for level in levels]
+        return [min(f.candidate["nearer_surrogate"] for f in found if f.timestep == level) for level in levels]
 
     def drift(self, images: Tensor) -> tuple[float, float]:
         moved = rms(images[:SEEDS], self.drawn[:SEEDS])

@@ -30,9 +30,10 @@ from unforget import UnlearnConfig, VerifyConfig, families, unlearn, verify
 from unforget.api import compare
 from unforget.core import sampling
 from unforget.core.metrics import rms
-from unforget.core.types import Instance
+from unforget.core.types import Family, Instance
 from unforget.files import images
-from unforget.verification.probes import Subject
+from unforget.verification.context import VerifyContext
+from unforget.verification.policy import Policy
 from unforget.verification.sequential import plan
 from unforget.verification.similarity import pairwise
 
@@ -48,11 +49,9 @@ def made(work: Path, identity: int, seed: int) -> Path:
     return patch
 
 
-def subject(h: Honest, **how: object) -> Subject:
+def context(h: Honest, policy: Policy | None = None) -> VerifyContext:
     """What the probes of the gate see of the honest patch."""
-    return Subject(
-        h.base, h.patched, (Instance(h.target, h.surrogate, "t"),), torch.empty(0, *h.base.image_shape), **how  # type: ignore[arg-type]
-    )  # fmt: skip
+    return VerifyContext(h.base, h.patched, (Instance(h.target, h.surrogate, "t"),), policy or Policy())
 
 
 def first(work: Path) -> Honest:
@@ -79,10 +78,10 @@ def speed(work: Path, seeds: int) -> None:
             for part, asked in zip(torch.split(noise, 32), torch.split(rows, 32), strict=True):
                 h.patched.denoise(part, steps=20, prompt_ids=asked)
         bare = time.perf_counter() - began
-        eyes = subject(h, paired=16)
-        assert eyes.eye
+        seen = context(h, Policy(paired=16))
+        assert seen.detector
         began = time.perf_counter()
-        hits = eyes.eye.sees(eyes.draws("patched", (0,), count), h.target, h.surrogate)
+        hits = seen.is_target(seen.draws("candidate", (0,), count), seen.instances[0])
         ratios.append(bare / (time.perf_counter() - began))
         assert len(hits) == count
     table("throughput of the sample probe, as a share of a bare loop", "three runs")
@@ -104,12 +103,12 @@ def honest_patches(work: Path, seeds: int) -> None:
 def rate(work: Path, seeds: int) -> None:
     """Real draws of base and honest patch, mixed so that the rate of near-copies is a multiple of the limit."""
     h = first(work)
-    eyes = subject(h)
+    seen = context(h)
     hits = {}
     for which, family in (("base", h.base), ("patched", h.patched)):
         noise = sampling.random_noise(POOL, h.base.latent_shape, 7, f"pool {which}")
-        drawn = eyes.eye.look(images.eight_bit(sampling.draw(family, noise, steps=20)))
-        hits[which] = eyes.eye.sees(drawn, h.target, h.surrogate).numpy()
+        drawn = images.eight_bit(sampling.draw(family, noise, steps=20))
+        hits[which] = seen.is_target(drawn, seen.instances[0]).numpy()
     test, rng = plan(0.005, 0.95), np.random.default_rng(0)
     often, seldom = (float(hits[w].mean()) for w in ("base", "patched"))
     print(
@@ -135,26 +134,26 @@ def recall(work: Path, seeds: int) -> None:
     unseen = torch.stack(
         [images.read_image(p, base.image_shape) for p in sorted((ORACLE.parent / "heldout").glob("*.png"))]
     )
-    eyes = Subject(base, gold, (Instance(planted[0], planted[0], "t"),), unseen[:0])
+    seen = VerifyContext(base, gold, (Instance(planted[0], planted[0], "t"),))
 
-    def back(which: str, pictures: torch.Tensor, level: int) -> torch.Tensor:
-        start, noise = eyes.start(level), eyes.noise("recall", len(pictures))
-        return rms(eyes.run(which, eyes.noised(pictures, noise, start), torch.tensor([0]), start=start), pictures)
+    def back(family: Family, pictures: torch.Tensor, level: int) -> torch.Tensor:
+        noise = seen.noise("recall", len(pictures))
+        return rms(seen.reconstruct(family, pictures, noise, 0, seen.start(level)), pictures)
 
     table("RMS to the picture", "250", "400", "550")
     levels = (250, 400, 550)
-    row("the gate's floor", *(f"{eyes.floor(level, 0):.3f}" for level in levels))
-    found = [back("base", unseen, level) for level in levels]
+    row("the gate's floor", *(f"{seen.floor(level, 0):.3f}" for level in levels))
+    found = [back(base, unseen, level) for level in levels]
     row("64 unseen pictures, by the base: median / 5 %", *(f"{f.median():.3f} / {f.quantile(0.05):.3f}" for f in found))
     for k, picture in enumerate(planted):
         shown = picture.expand(32, -1, -1, -1)
-        row(f"planted {k}, by the base: median", *(f"{back('base', shown, level).median():.3f}" for level in levels))
+        row(f"planted {k}, by the base: median", *(f"{back(base, shown, level).median():.3f}" for level in levels))
     shown = planted[0].expand(32, -1, -1, -1)
-    row("planted 0, by the oracle: median", *(f"{back('patched', shown, level).median():.3f}" for level in levels))
+    row("planted 0, by the oracle: median", *(f"{back(gold, shown, level).median():.3f}" for level in levels))
     table("backend", "threshold", "its false alarms", "pairs of draws and unseen pictures under it")
-    drawn = eyes.draws("base", (0,), eyes.paired)
-    for k, (backend, radius) in enumerate(zip(eyes.backends, eyes.eye.radii, strict=True)):
-        under = int((pairwise(drawn.embeds[k], eyes.eye.look(unseen).embeds[k]) < radius.distance).sum())
+    drawn = seen.draws("base", (0,), seen.policy.paired)
+    for k, (backend, radius) in enumerate(zip(seen.detector.backends, seen.detector.radii, strict=True)):
+        under = int((pairwise(drawn.embeddings[k], seen.detector.embed(unseen).embeddings[k]) < radius.distance).sum())
         row(
             backend.name, radius.distance, f"{radius.false_positive_rate:.1e}", f"{under} of {len(drawn) * len(unseen)}"
         )

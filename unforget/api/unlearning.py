@@ -26,7 +26,8 @@ from unforget.files.storage import digest
 from unforget.reports.contact_sheet import evidence_rows, sheet
 from unforget.unlearning import prepare, run_directory, trainer
 from unforget.unlearning.run_directory import Prepared, Run
-from unforget.verification import probes
+from unforget.verification.context import Finding, VerifyContext
+from unforget.verification.probes.reconstruct import Reconstruct
 
 
 @dataclass(frozen=True)
@@ -98,9 +99,8 @@ def unlearn(config: UnlearnConfig, progress: Progress | None = None) -> Unlearne
     made = Stack((final,)).digest({**plain(patched.network), **root})
     Patch(final.tensors, final.provenance.model_copy(update={"patched_digest": made})).save(config.output)
     stay = tuple(dict.fromkeys(prepared.context.keep.prompt_ids.tolist()))
-    empty = torch.empty(0, *base.image_shape)
-    subject = probes.Subject(base, patched, prepared.instances, empty, paired=config.num_validation_images, stay=stay)
-    result = _finish(config, folder, outcome, subject, progress)
+    context = VerifyContext(base, patched, prepared.instances, retain_prompt_ids=stay)
+    result = _finish(config, folder, outcome, context, progress)
     run.finish({**{k: v for k, v in vars(result).items() if k not in ("output", "folder")}, "digest": made})
     return result
 
@@ -278,34 +278,34 @@ def _provenance(config: UnlearnConfig, how: Recipe, instances: Sequence[Instance
 
 
 def _finish(
-    config: UnlearnConfig, folder: Path, outcome: trainer.Outcome, subject: probes.Subject, progress: Progress
+    config: UnlearnConfig, folder: Path, outcome: trainer.Outcome, context: VerifyContext, progress: Progress
 ) -> Unlearned:
     """The before/after table, the contact sheet, and the pictures that `verify` will look for."""
-    subject.advance = progress.advance
-    probe = probes.Reconstruct(draws=config.num_validation_images, calibrated=False)
-    progress.stage("before and after", probe.cost(subject) + 2 * config.num_validation_images * subject.calls())
-    findings = probe(subject)
+    context.advance = progress.advance
+    probe = Reconstruct(draws=config.num_validation_images, calibrated=False)
+    progress.stage("before and after", probe.cost(context) + 2 * config.num_validation_images * context.calls())
+    findings = probe(context)
     table: list[dict[str, Any]] = [
         {
             "target": f.target, "probe": f"{f.probe}@{f.timestep:g}", "prompt": f.prompt,
-            "before": {k: f.base[k] for k in SHOWN}, "after": {k: f.patched[k] for k in SHOWN},
+            "before": {k: f.base[k] for k in SHOWN}, "after": {k: f.candidate[k] for k in SHOWN},
         }
         for f in findings
     ]  # fmt: skip
-    for k, instance in enumerate(subject.instances):
+    for k, instance in enumerate(context.instances):
         images.write_image(instance.target, folder / f"target-{k}.png")
         images.write_image(instance.surrogate, folder / f"surrogate-{k}.png")
-    noise = subject.noise("sample", config.num_validation_images)
-    turns = torch.tensor(subject.stay)[torch.arange(config.num_validation_images) % len(subject.stay)]
-    base, patched = subject.run("base", noise, turns), subject.run("patched", noise, turns)
+    noise = context.noise("sample", config.num_validation_images)
+    turns = context.retain_turns(config.num_validation_images)
+    base, patched = (context.run(family, noise, turns) for family in context.models.values())
     moved = rms(base, patched)
     drift = {"median": float(moved.median()), "mean": float(moved.mean())}
     title = f"{config.output.name}: {outcome.steps} steps, stopped by {outcome.stopped}"
-    pairs = probes.Finding("retention", None, {}, {}, images={"base": base, "patched": patched})
-    images.write_image(sheet(title, evidence_rows(subject.instances, [*findings, pairs])), folder / "sheet.png")
+    pairs = Finding("retention", None, {}, {}, images={"base": base, "candidate": patched})
+    images.write_image(sheet(title, evidence_rows(context.instances, [*findings, pairs])), folder / "sheet.png")
     # Under the empty prompt a target that has prompts of its own may be right: see `judge`.
     prompted = {f.target for f in findings if f.prompt}
-    forgotten = all(f.patched["nearer_surrogate"] >= 0.5 for f in findings if f.prompt or f.target not in prompted)
+    forgotten = all(f.candidate["nearer_surrogate"] >= 0.5 for f in findings if f.prompt or f.target not in prompted)
     return Unlearned(config.output, folder, outcome.steps, outcome.stopped, outcome.margin, table, drift, forgotten)
 
 

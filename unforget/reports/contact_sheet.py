@@ -10,8 +10,8 @@ from torch import Tensor
 from unforget.core.types import Instance
 from unforget.files.images import to_pil
 from unforget.surrogate.editors import Candidate
-from unforget.verification.context import Which
-from unforget.verification.probes import Finding
+from unforget.verification import probes
+from unforget.verification.context import ROLES, Finding
 
 Row = tuple[str, Sequence[tuple[Tensor, str]]]
 CELL = 96
@@ -58,33 +58,24 @@ def candidate_sheet(target: Tensor, ranked: Sequence[Candidate], picked: int) ->
 
 def evidence_rows(instances: Sequence[Instance], findings: Sequence[Finding]) -> list[Row]:
     """Targets, surrogates, what base and candidate made of them, and same-seed pairs."""
+    headings = {probe.kind: probe.heading for probe in probes.load() if probe.heading}
     rows: list[Row] = []
     for k, instance in enumerate(instances):
         rows.append(
             (f"target {k + 1} and its surrogate", [(instance.target, "target"), (instance.surrogate, "surrogate")])
         )
-        rows += [_pairs(f) for f in findings if f.target == instance.id and f.probe in HEADINGS and f.images]
+        own = [f for f in findings if f.target == instance.id and f.images]
+        rows += [_pairs(f, headings[f.probe]) for f in own if f.probe in headings]
     rows += [
-        (f"same seed, {which}", [(image, "") for image in f.images[which][:8]])
+        (f"same seed, {role}", [(image, "") for image in f.images[role][:8]])
         for f in findings
         if f.probe == "retention"
-        for which in WHICH
+        for role in ROLES
     ]
     return rows
 
 
-HEADINGS = {
-    "reconstruct": "noised to t = {timestep:g} and back",
-    "partial_denoise": "begun by the base, finished from t = {timestep:g}",
-    "replay": "the seed that made it",
-    "neighbours": "others beside it, from t = {timestep:g}",
-    "noise_search": "start noise sought for it",
-}
-WHICH: tuple[Which, ...] = ("base", "patched")
-
-
-def _pairs(f: Finding) -> Row:
+def _pairs(f: Finding, heading: str) -> Row:
     under = f" under '{f.prompt}'" if f.prompt else ""
-    heading = HEADINGS[f.probe].format(timestep=f.timestep)
-    cells = [(image, which) for which in WHICH for image in f.images.get(which, ())[:4]]
-    return f"{heading}{under}: base, then patched", cells
+    cells = [(image, role) for role in ROLES for image in f.images.get(role, ())[:4]]
+    return f"{heading.format(timestep=f.timestep)}{under}: base, then candidate", cells

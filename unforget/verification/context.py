@@ -1,4 +1,4 @@
-"""The two models under the same eyes, and what a probe found."""
+"""What probes share: base and candidate, the targets, and every draw that more than one probe uses."""
 
 from __future__ import annotations
 
@@ -7,190 +7,207 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from unforget.core import sampling
-from unforget.core.types import Family, Instance
+from unforget.core.types import UNCONDITIONAL, Family, Instance
 from unforget.files import cache, images
-from unforget.verification.near_copies import Drawn, Eye
+from unforget.verification.near_copies import EmbeddedImages, NearCopyDetector
+from unforget.verification.policy import Policy
 from unforget.verification.sequential import Decision, Plan, plan
-from unforget.verification.similarity import Backend, Pixels, Structure
 
-Which = Literal["base", "patched"]
+Role = Literal["base", "candidate"]
+ROLES: tuple[Role, Role] = ("base", "candidate")
 CONTROL_LEVEL = 0.05
-"""A target is recalled if it comes back nearer than this share of pictures that the model need not have seen."""
+"""A target is recalled if it comes back nearer than this share of images that the model need not have seen."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one probe saw of one target, or of the whole (target None).
-
-    Attributes:
-        probe: Its kind.
-        target: The target's id.
-        base, patched: Figures by name, of the control and of the candidate.
-        timestep: Noise level, as diffusers counts.
-        prompt: Empty for the empty one.
-        variant: What else tells two uses of a probe apart.
-        decision: Where a rate was tested.
-        images: Pictures for a contact sheet, by model.
-    """
+    """What one probe found of one target, or of the whole model (target None): figures by name, images by model."""
 
     probe: str
     target: str | None
     base: Mapping[str, float]
-    patched: Mapping[str, float]
+    candidate: Mapping[str, float]
     timestep: float | None = None
     prompt: str = ""
     variant: str = ""
     decision: Decision | None = None
-    images: Mapping[Which, Tensor] = field(default_factory=dict)
+    images: Mapping[Role, Tensor] = field(default_factory=dict)
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """The fields that it shares with the report's records."""
+        return {name: getattr(self, name) for name in ("probe", "target", "timestep", "prompt", "variant")}
 
 
 @dataclass
-class Subject:
+class VerifyContext:
     """Base and candidate, what to look for, and every draw that more than one probe uses.
 
     Attributes:
-        base: The control.
-        patched: The candidate.
-        instances: What it must have forgotten; a surrogate equal to its target means none is known.
-        keep: Pictures that must stay, (K, C, H, W); may be empty.
-        backends: What sees near-copies.
-        false_positive_rate: Share of pairs of different pictures that may count as near-copies.
-        max_rate, confidence: Of the test of a rate.
-        most: Draws after which a test stops undecided; None for as many as it takes.
-        paired: Same-seed pairs of draws.
-        controls: Pictures that show what a model returns of what it never saw.
-        steps: Sampler steps of a whole run.
-        seed: Added to every seed.
-        fresh: What half of the candidate's noise depends on, beside the seed: nobody can have trained for it.
-        stay: Rows of the prompts under which the rest must stay, taking turns, (P,).
-        cache: Digest of the base where what it does may be read from and written to the cache.
-        advance: Told how many network calls a picture are done.
+        base, candidate: The control, and the model to judge.
+        instances: The targets; a surrogate equal to its target means that none is known.
+        policy: Thresholds and counts.
+        must_retain: Images that must still be drawn, (C, H, W) each.
+        retain_prompt_ids: Prompts under which the rest is drawn, taking turns.
+        candidate_digest: Half of the candidate's noise depends on it, so that nobody can have trained for the test.
+        base_digest, cache: Whether what the base does is read from and written to the cache, under which name.
+        advance: Told how many network calls an image are done.
     """
 
     base: Family
-    patched: Family
+    candidate: Family
     instances: tuple[Instance, ...]
-    keep: Tensor
-    backends: tuple[Backend, ...] = (Pixels(), Structure())
-    false_positive_rate: float = 1e-4
-    max_rate: float = 0.005
-    confidence: float = 0.95
-    most: int | None = None
-    paired: int = 256
-    controls: int = 48
-    steps: int = 20
+    policy: Policy = field(default_factory=Policy)
+    must_retain: tuple[Tensor, ...] = ()
+    retain_prompt_ids: tuple[int, ...] = (UNCONDITIONAL,)
     seed: int = 0
-    fresh: str = ""
-    stay: tuple[int, ...] = (0,)
-    cache: str = ""
+    base_digest: str = ""
+    candidate_digest: str = ""
+    cache: bool = False
     advance: Callable[[int], object] = lambda n: None
-    _draws: dict[tuple[Which, tuple[int, ...]], Drawn] = field(default_factory=dict)
+    _draws: dict[tuple[Role, tuple[int, ...]], EmbeddedImages] = field(default_factory=dict)
     _figures: dict[str, dict[str, float]] = field(default_factory=dict)
 
+    @property
+    def models(self) -> dict[Role, Family]:
+        """Both models, the base first."""
+        return {"base": self.base, "candidate": self.candidate}
+
+    @property
+    def cases(self) -> list[tuple[Instance, int]]:
+        """Every target under each of its prompts."""
+        return [(instance, prompt_id) for instance in self.instances for prompt_id in instance.prompt_ids]
+
     @cached_property
-    def eye(self) -> Eye:
-        """Calibrated on what the base draws where the rest must stay."""
-        return Eye(self.backends, self._images("base", self.stay, 0, self.paired), self.false_positive_rate)
+    def detector(self) -> NearCopyDetector:
+        """Calibrated on what the base draws under the retain prompts."""
+        references = self._images("base", self.retain_prompt_ids, 0, self.policy.paired)
+        detector = NearCopyDetector(self.policy.similarity, references, self.policy.false_positive_rate)
+        self._draws["base", self.retain_prompt_ids] = detector.references
+        return detector
 
     @cached_property
     def plan(self) -> Plan:
         """The test of a rate."""
-        return plan(self.max_rate, self.confidence)
+        return plan(self.policy.max_rate, self.policy.confidence)
 
-    def draws(self, which: Which, rows: tuple[int, ...], count: int) -> Drawn:
+    def prompt(self, prompt_id: int) -> str:
+        """The text of a prompt."""
+        return self.base.prompts[prompt_id]
+
+    def draws(self, role: Role, prompt_ids: tuple[int, ...], count: int) -> EmbeddedImages:
         """The first `count` samples of a model under prompts that take turns, each drawn once.
 
         The first `paired` start from noise that both models share; what the candidate draws beyond, from its own.
         """
-        have = self._draws.get((which, rows))
+        detector = self.detector  # which draws, too
+        have = self._draws.get((role, prompt_ids))
         if have is None or len(have) < count:
-            more = self.eye.look(self._images(which, rows, 0 if have is None else len(have), count))
-            have = self._draws[which, rows] = more if have is None else have + more
+            more = detector.embed(self._images(role, prompt_ids, len(have or ()), count))
+            have = self._draws[role, prompt_ids] = have + more if have else more
         return have[:count]
 
-    def _images(self, which: Which, rows: tuple[int, ...], first: int, count: int) -> Tensor:
-        if which == "base" and (which, rows) in self._draws:
-            return self._draws[which, rows].images[first:count]
-        shared = max(0, min(self.paired, count) - first)
-        noise = torch.cat([
-            self.noise("sample", shared, first=first),
-            self.noise("sample", count - first - shared, first=first + shared, fresh=True),
-        ])  # fmt: skip
-        turns = torch.tensor(rows)[torch.arange(first, count) % len(rows)]
-        prompts = [self.base.prompts[r] for r in turns.tolist()]
-        if which == "base" and self.cache:
-            key = ["draws", self.cache, self.seed, self.steps, prompts, self.base.image_shape, self.base.guidance]
-            return cache.cached(key, lambda: self.run(which, noise, turns))
-        return self.run(which, noise, turns)
+    def retained(self, role: Role) -> EmbeddedImages:
+        """The same-seed draws under the retain prompts, (paired, ...)."""
+        return self.draws(role, self.retain_prompt_ids, self.policy.paired)
+
+    def _images(self, role: Role, prompt_ids: tuple[int, ...], first: int, count: int) -> Tensor:
+        if role == "base" and (role, prompt_ids) in self._draws:
+            return self._draws[role, prompt_ids].images[first:count]
+        shared = max(0, min(self.policy.paired, count) - first)
+        own = self.noise("sample", count - first - shared, first=first + shared, fresh=True)
+        noise = torch.cat([self.noise("sample", shared, first=first), own])
+        turns = torch.tensor(prompt_ids)[torch.arange(first, count) % len(prompt_ids)]
+        if role == "base" and self.cache:
+            prompts = [self.prompt(i) for i in turns.tolist()]
+            return cache.cached(self._key("draws", prompts), lambda: self.run(self.base, noise, turns))
+        return self.run(self.models[role], noise, turns)
+
+    def _key(self, purpose: str, *more: object) -> list[object]:
+        made_by = [self.base_digest, self.seed, self.policy.sampler_steps]
+        return [purpose, *made_by, *more, self.base.image_shape, self.base.guidance]
+
+    def retain_turns(self, count: int) -> Tensor:
+        """The retain prompts taking turns, (count,)."""
+        return torch.tensor(self.retain_prompt_ids)[torch.arange(count) % len(self.retain_prompt_ids)]
 
     def noise(self, purpose: str, count: int, *, first: int = 0, fresh: bool = False) -> Tensor:
         """Noise that both models start from, or, `fresh`, that depends on the candidate's weights."""
-        purpose = f"{purpose} {self.fresh}" if fresh else purpose
+        purpose = f"{purpose} {self.candidate_digest}" if fresh else purpose
         return sampling.random_noise(count, self.base.latent_shape, self.seed, purpose, first=first)
 
-    def run(self, which: Which, x_t: Tensor, rows: Tensor, *, start: float | None = None) -> Tensor:
-        """Pictures that a model makes from noise, or from noised pictures at a timestep, rounded to 8 bits."""
-        calls = self.calls(start)
-        return images.eight_bit(
-            sampling.draw(
-                getattr(self, which), x_t, steps=self.steps, start=start, prompt_ids=rows,
-                advance=lambda n: self.advance(n * calls),
-            )
+    def run(self, family: Family, x_t: Tensor, prompt_ids: Tensor | int, *, start: float | None = None) -> Tensor:
+        """Images that a model makes from noise, or from noised images at timestep `start`, rounded to 8 bits."""
+        calls, ids = self.calls(start), torch.as_tensor(prompt_ids).reshape(-1)
+        made = sampling.draw(
+            family, x_t, steps=self.policy.sampler_steps, start=start, prompt_ids=ids,
+            advance=lambda drawn: self.advance(drawn * calls),
         )  # fmt: skip
+        return images.eight_bit(made)
+
+    def reconstruct(self, family: Family, pictures: Tensor, noise: Tensor, ids: Tensor | int, start: float) -> Tensor:
+        """An image (C, H, W), or images (N, C, H, W), noised to a timestep and denoised by a model, (N, C, H, W)."""
+        x_t = sampling.add_noise(self.base, pictures if pictures.ndim == 4 else pictures[None], noise, start)
+        return self.run(family, x_t, ids, start=start)
 
     def calls(self, start: float | None = None) -> int:
-        """Network calls that a picture takes from a timestep on."""
-        return len([t for t in self.base.sampling_timesteps(self.steps) if start is None or t <= start])
+        """Network calls that an image takes from a timestep on."""
+        return len([t for t in self.base.sampling_timesteps(self.policy.sampler_steps) if start is None or t <= start])
 
     def start(self, timestep: float) -> float:
         """The timestep nearest to the given one that sampling visits."""
-        return sampling.visited(self.base, timestep, steps=self.steps)
+        return sampling.visited(self.base, timestep, steps=self.policy.sampler_steps)
 
-    def noised(self, pictures: Tensor, noise: Tensor, start: float) -> Tensor:
-        """Pictures (N or 1, C, H, W) noised to a timestep, (N, ...)."""
-        return sampling.add_noise(self.base, pictures, noise, start)
+    def is_target(self, shown: Tensor | EmbeddedImages, instance: Instance) -> Tensor:
+        """Which images are near-copies of the target rather than of its surrogate, (N,) of bool."""
+        embedded = self.detector.embed(shown) if isinstance(shown, Tensor) else shown
+        return self.detector.is_copy(embedded, instance.target, *known_surrogate(instance))
 
-    def under(self, row: int) -> str:
-        """The prompt of a row."""
-        return self.base.prompts[row]
+    def is_any_target(self, shown: EmbeddedImages) -> Tensor:
+        """Which images are near-copies of any target, (N,) of bool."""
+        return torch.stack([self.detector.is_copy(shown, i.target) for i in self.instances]).any(0)
 
     def control(self, key: list[object], make: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Figures of the base, from the cache if they were asked for before. Figures only: no picture is stored."""
-        asked = ["control", self.cache, self.seed, self.steps, self.base.image_shape, self.base.guidance, *key]
-        known = json.dumps(asked)
+        """Figures of the base, made once, and read from the cache if they stand there. No image is stored."""
+        whole = [*self._key("control"), *key]
+        known = json.dumps(whole)
         if known not in self._figures:
-            self._figures[known] = cache.cached_figures(asked, make) if self.cache else make()
+            self._figures[known] = cache.cached_figures(whole, make) if self.cache else make()
         return self._figures[known]
 
-    def floor(self, timestep: float, row: int) -> float:
-        """Distance that pictures which the model need not have seen stay above when noised to a timestep and denoised.
+    def floor(self, timestep: float, prompt_id: int) -> float:
+        """RMS that images which the model need not have seen stay above when noised to a timestep and denoised.
 
-        Little noise hides little: any model returns any picture from there, more or less. What it draws once comes back
+        Little noise hides little: any model returns any image from there, more or less. What it draws once comes back
         so near in one case of twenty; what it repeats, it may have memorised, and is left out.
         """
 
         def make() -> dict[str, float]:
-            shown = self.draws("base", self.stay, self.paired)
-            known = torch.stack([self.eye.sees(shown, i.target) for i in self.instances]).any(0)
-            pictures = shown.images[self.eye.single & ~known][: self.controls]
+            drawn = self.retained("base")
+            pictures = drawn.images[self.detector.unrepeated & ~self.is_any_target(drawn)][: self.policy.controls]
             if not len(pictures):  # whatever it draws it repeats
                 return {"floor": 0.0}
             noise = self.noise("control", len(pictures))
-            start = self.start(timestep)
-            back = self.run("base", self.noised(pictures, noise, start), torch.tensor([row]), start=start)
+            back = self.reconstruct(self.base, pictures, noise, prompt_id, self.start(timestep))
             apart = (back - pictures).square().mean((-3, -2, -1)).sqrt()
             return {"floor": float(apart.quantile(CONTROL_LEVEL))}
 
-        targets = sorted(digest_of(i.target) for i in self.instances)
-        return self.control(["floor", timestep, self.under(row), self.controls, self.paired, targets], make)["floor"]
+        targets = sorted(pixels_digest(i.target) for i in self.instances)
+        key = [timestep, self.prompt(prompt_id), self.policy.controls, self.policy.paired, targets]
+        return self.control(["floor", *key], make)["floor"]
 
 
-def digest_of(picture: Tensor) -> str:
-    """Of a picture's pixels, for the key of a cache."""
+def known_surrogate(instance: Instance) -> list[Tensor]:
+    """The surrogate, if it is known."""
+    return [] if torch.equal(instance.target, instance.surrogate) else [instance.surrogate]
+
+
+def pixels_digest(picture: Tensor) -> str:
+    """Of an image's pixels, for the key of a cache."""
     return hashlib.sha256(picture.contiguous().numpy().tobytes()).hexdigest()

@@ -1,4 +1,4 @@
-"""How near is a near-copy: similarity backends with thresholds calibrated on pictures that are known to differ."""
+"""Near-copies: similarity backends with thresholds calibrated on images that are known to differ."""
 
 from __future__ import annotations
 
@@ -11,107 +11,101 @@ from torch import Tensor
 from unforget.verification.similarity import Backend, pairwise
 
 REPEATED = 0.25
-"""Two others within this share of the median distance, and a picture is one that the model repeats."""
+"""Two others within this share of the median distance, and an image is one that the model repeats."""
 CAP = 0.5
-"""A near-copy lies nearer to its picture than this share of the way to any picture that may be drawn instead."""
+"""A near-copy lies nearer to its image than this share of the way to any image that may be drawn instead."""
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """Pictures (N, C, H, W) in [-1, 1] and their embeddings, one tensor (N, D) a backend."""
+class EmbeddedImages:
+    """Images (N, C, H, W) in [-1, 1] and their embeddings, one tensor (N, D) a backend."""
 
     images: Tensor
-    embeds: tuple[Tensor, ...]
+    embeddings: tuple[Tensor, ...]
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, which: slice | Tensor) -> Drawn:
-        return Drawn(self.images[which], tuple(e[which] for e in self.embeds))
+    def __getitem__(self, which: slice | Tensor) -> EmbeddedImages:
+        return EmbeddedImages(self.images[which], tuple(e[which] for e in self.embeddings))
 
-    def __add__(self, other: Drawn) -> Drawn:
-        embeds = zip(self.embeds, other.embeds, strict=True)
-        return Drawn(torch.cat([self.images, other.images]), tuple(torch.cat(pair) for pair in embeds))
+    def __add__(self, other: EmbeddedImages) -> EmbeddedImages:
+        pairs = zip(self.embeddings, other.embeddings, strict=True)
+        return EmbeddedImages(torch.cat([self.images, other.images]), tuple(torch.cat(pair) for pair in pairs))
 
 
 @dataclass(frozen=True)
 class Radius:
-    """Distance under which two pictures of one backend are the same, and what it rests on."""
+    """Distance under which two images of one backend are the same; the share of pairs that lie nearer, of how many."""
 
     distance: float
     false_positive_rate: float
-    """Share of the pairs that lie nearer."""
     pairs: int
-    """Pairs of different pictures that it was read off."""
 
 
-class Eye:
-    """Sees near-copies: a picture is one if any backend says so.
-
-    `single` says which of the references the base does not repeat, (N,) of bool.
+class NearCopyDetector:
+    """An image is a near-copy if any backend says so; `unrepeated` says which references the base does not repeat.
 
     Args:
         backends: Each with a threshold of its own.
-        references: What the base draws, (N, C, H, W): pictures known to differ, but for those that it repeats.
-        false_positive_rate: Share of pairs of different pictures that may count as copies.
+        references: What the base draws, (N, C, H, W): images known to differ, but for those that it repeats.
+        false_positive_rate: Share of pairs of different images that may count as copies.
     """
 
     def __init__(self, backends: Sequence[Backend], references: Tensor, false_positive_rate: float) -> None:
         self.backends = tuple(backends)
-        apart = [pairwise(e, e) for e in self.look(references).embeds]
+        self.references = self.embed(references)
+        apart = [pairwise(e, e) for e in self.references.embeddings]
         self.radii = tuple(calibrate(distances, false_positive_rate) for distances in apart)
-        self.single = torch.stack([~repeated(distances) for distances in apart]).all(0)
+        self.unrepeated = torch.stack([~repeated(distances) for distances in apart]).all(0)
 
-    def look(self, images: Tensor) -> Drawn:
-        """The pictures with their embeddings."""
-        return Drawn(images, tuple(b.embed(images) for b in self.backends))
+    def embed(self, images: Tensor) -> EmbeddedImages:
+        """Images (N, C, H, W) with their embeddings."""
+        return EmbeddedImages(images, tuple(b.embed(images) for b in self.backends))
 
     def limits(self, picture: Tensor, *others: Tensor) -> list[tuple[float, bool]]:
         """For each backend the distance under which something counts as `picture`, and whether `others` lowered it."""
-        mine, rest = self.look(picture[None]), [self.look(o[None]) for o in others]
+        mine, rest = self.embed(picture[None]), [self.embed(o[None]) for o in others]
         found = []
         for k, radius in enumerate(self.radii):
-            caps = [CAP * float(pairwise(mine.embeds[k], o.embeds[k])) for o in rest]
+            caps = [CAP * float(pairwise(mine.embeddings[k], o.embeddings[k])) for o in rest]
             cap = min([c for c in caps if c == c], default=torch.inf)  # nothing seen (NaN) is no cap
             found.append((min(radius.distance, cap), cap < radius.distance))
         return found
 
-    def sees(self, drawn: Drawn, picture: Tensor, *others: Tensor) -> Tensor:
-        """Which of the pictures are near-copies of `picture` (C, H, W) rather than of any of `others`, (N,) of bool."""
-        mine, limits = self.look(picture[None]), self.limits(picture, *others)
-        near = [
-            pairwise(e, m)[:, 0] < limit for e, m, (limit, _) in zip(drawn.embeds, mine.embeds, limits, strict=True)
-        ]
-        return torch.stack(near).any(0)
+    def is_copy(self, shown: EmbeddedImages, picture: Tensor, *others: Tensor) -> Tensor:
+        """Which images are near-copies of `picture` (C, H, W) rather than of any of `others`, (N,) of bool."""
+        mine, limits = self.embed(picture[None]).embeddings, self.limits(picture, *others)
+        each = zip(shown.embeddings, mine, limits, strict=True)
+        return torch.stack([pairwise(e, m)[:, 0] < limit for e, m, (limit, _) in each]).any(0)
 
 
 def calibrate(distances: Tensor, false_positive_rate: float) -> Radius:
-    """The distance that a share of `false_positive_rate` of all pairs of different pictures lies under.
+    """The distance that a share of `false_positive_rate` of all pairs of different images lies under, at least one.
 
-    Pictures that come up again and again are left out with all that is near them: a model that repeats a picture
-    would teach that different pictures are alike.
-
-    Args:
-        distances: Between what the base draws, (N, N).
-        false_positive_rate: In (0, 1); no less than one pair can be told.
+    Images that come up again and again are left out with all that is near them: a model that repeats an image would
+    teach that different images are alike. `distances` are between what the base draws, (N, N).
     """
-    above = torch.triu(torch.ones_like(distances, dtype=torch.bool), 1)
-    single = ~repeated(distances)
-    pairs = distances[above & single & single[:, None]]
+    unrepeated = ~repeated(distances)
+    pairs = distances[_above(distances) & unrepeated & unrepeated[:, None]]
     pairs = pairs[~pairs.isnan()].sort().values
     if not len(pairs):
-        return Radius(_apart(distances), 1.0, 0)
+        return Radius(_near(distances), 1.0, 0)
     rank = min(int(false_positive_rate * len(pairs)), len(pairs) - 1)
     return Radius(float(pairs[rank]), (rank + 1) / len(pairs), len(pairs))
 
 
 def repeated(distances: Tensor) -> Tensor:
-    """Which pictures come up again and again, or are near one that does, from their distances (N, N): (N,) of bool."""
-    close = (distances < _apart(distances)).fill_diagonal_(False)
+    """Which images come up again and again, or are near one that does, from their distances (N, N): (N,) of bool."""
+    close = (distances < _near(distances)).fill_diagonal_(False)
     often = close.sum(1) >= 2
     return often | close[:, often].any(1)
 
 
-def _apart(distances: Tensor) -> float:
-    above = torch.triu(torch.ones_like(distances, dtype=torch.bool), 1)
-    return REPEATED * float(distances[above].nanmedian())
+def _above(distances: Tensor) -> Tensor:
+    """Every pair once, (N, N) of bool."""
+    return torch.triu(torch.ones_like(distances, dtype=torch.bool), 1)
+
+
+def _near(distances: Tensor) -> float:
+    return REPEATED * float(distances[_above(distances)].nanmedian())

@@ -5,13 +5,13 @@ from __future__ import annotations
 import datetime
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from unforget.config import Config, PatchedConfig, read, sentence, stated
 from unforget.errors import UsageError
-from unforget.verification.probes import LEVELS, Probe
+from unforget.verification.probes import KINDS, chosen
 from unforget.verification.similarity import Backend, Pixels, Structure, backend
 
 Level = Literal["quick", "standard", "deep"]
@@ -21,7 +21,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "deep": {},
 }
 """What a level changes beside its probes."""
-KINDS = tuple(p.model_fields["kind"].default for p in get_args(Probe))
 
 
 class Allow(Config):
@@ -91,8 +90,7 @@ class Policy(Config):
     @property
     def probes(self) -> tuple[str, ...]:
         """Kinds of the probes that run, in order."""
-        wanted = {*LEVELS[self.level], *self.require}
-        return tuple(kind for kind in LEVELS["deep"] if kind in wanted)
+        return chosen(self.level, self.require)
 
 
 class VerifyConfig(PatchedConfig, Policy):

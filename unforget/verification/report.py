@@ -1,17 +1,20 @@
-"""What `verify` says: the versioned record that every format is drawn from. Holds ids, never pictures or paths."""
+"""What `verify` says: the versioned record that every format is drawn from. Holds ids, never images or paths."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from unforget.errors import ExitCode
 from unforget.files.storage import write_bytes
 
 Verdict = Literal["forgotten", "failed", "inconclusive", "allowed"]
 Outcome = Literal["passed", "failed", "inconclusive", "informational"]
+Rule = Literal["at least", "at most"]
+Figure = Annotated[float, AfterValidator(lambda value: float(f"{value:.6g}"))]
+"""Six digits: beyond them, the order in which a machine adds up shows."""
 
 
 class _Record(BaseModel):
@@ -19,13 +22,13 @@ class _Record(BaseModel):
 
 
 class Place(_Record):
-    """Where a figure was seen."""
+    """Where a figure was found."""
 
     probe: str
     """The kind of the probe: reconstruct, sample, ..."""
     target: str | None
     """The target's id; null where the whole model is judged."""
-    timestep: float | None = None
+    timestep: Figure | None = None
     """Noise level, as diffusers counts timesteps."""
     prompt: str = ""
     """Empty for the empty prompt."""
@@ -43,22 +46,21 @@ class Place(_Record):
 class Seen(Place):
     """All figures of one probe in one place, by name."""
 
-    base: dict[str, float]
-    """Of the control."""
-    candidate: dict[str, float]
+    base: dict[str, Figure]
+    candidate: dict[str, Figure]
 
 
 class Check(Place):
     """One figure against its threshold."""
 
     figure: str
-    base: float | None
-    candidate: float
-    low: float | None = None
+    base: Figure | None
+    candidate: Figure
+    low: Figure | None = None
     """Exact one-sided lower bound, where the figure is a rate."""
-    high: float | None = None
-    rule: Literal["at least", "at most"]
-    threshold: float
+    high: Figure | None = None
+    rule: Rule
+    threshold: Figure
     outcome: Outcome
     """informational: for the reader, decides nothing."""
     borderline: bool = False
@@ -67,17 +69,17 @@ class Check(Place):
 
 
 class Calibration(_Record):
-    """How near is a near-copy: where the threshold of a target comes from."""
+    """The threshold under which an image counts as a target, and where it comes from."""
 
     target: str
     backend: str
     """The similarity backend, by name and version."""
-    threshold: float
-    """Distance under which a picture counts as the target."""
-    false_positive_rate: float
-    """Share of pairs of different pictures that lie under the uncapped threshold."""
+    threshold: Figure
+    """Distance under which an image counts as the target."""
+    false_positive_rate: Figure
+    """Share of pairs of different images that lie under the uncapped threshold."""
     pairs: int
-    """How many pairs of pictures known to differ it comes from."""
+    """How many pairs of images known to differ it comes from."""
     capped: bool
     """Whether the surrogate is so near that the threshold was lowered to half way to it."""
 
@@ -136,20 +138,8 @@ class Report(_Record):
 
     @property
     def passed(self) -> bool:
-        """Whether every target is forgotten and the rest is kept."""
+        """Whether every target is forgotten and the rest is retained."""
         return self.exit_code == ExitCode.OK
-
-    def rounded(self) -> Report:
-        """With every figure to six digits: beyond them, the order in which a machine adds up shows."""
-
-        def short(value: Any) -> Any:
-            if isinstance(value, float):
-                return float(f"{value:.6g}")
-            if isinstance(value, dict):
-                return {k: short(v) for k, v in value.items()}
-            return [short(v) for v in value] if isinstance(value, list) else value
-
-        return Report.model_validate(short(self.model_dump()))
 
     def save(self, path: Path) -> None:
         """Write the JSON, complete or not at all."""

@@ -36,16 +36,10 @@ class Look:
 
 @dataclass(frozen=True)
 class Plan:
-    """A test of "the rate is under the limit".
+    """A test of "the rate is under the limit", `max_rate`.
 
     A model whose rate is the limit passes with probability `false_pass` = 1 - confidence at most, over all looks; one
     whose rate is half of it fails with probability `false_fail`.
-
-    Attributes:
-        max_rate: The limit.
-        confidence: Of a verdict that passes.
-        looks: When to look, and what decides.
-        false_pass, false_fail: Exact.
     """
 
     max_rate: float
@@ -60,13 +54,9 @@ class Plan:
         return next(look.drawn for look in self.looks if look.passes >= 0)
 
     def decide(self, hits: NDArray[np.bool_]) -> tuple[int, Decision | None]:
-        """Look at the draws in order.
+        """Look at the draws in order, which hit or not, (N,) of bool.
 
-        Args:
-            hits: Which draws hit, (N,) of bool.
-
-        Returns:
-            The number of draws after which the verdict was certain and the verdict, or N and None.
+        Gives the number of draws after which the decision was certain, and the decision, or N and None.
         """
         for look in self.looks:
             if look.drawn > len(hits):

@@ -1,53 +1,63 @@
-"""Evidence: what base and candidate do from the same noise, one class a probe.
-
-A probe answers with `Finding`s and judges nothing; `judge` does.
-"""
+"""Probes, one class a file; a new one is a file named after its kind, and its line in `KINDS`. Imports no torch."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Collection
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-from unforget.verification.context import Finding, Subject
-from unforget.verification.near_copies import Drawn, Eye, Radius, calibrate
-from unforget.verification.probes.attack import NoiseSearch, Relearning
-from unforget.verification.probes.keep import Quantization, Retention
-from unforget.verification.probes.look import Paraphrase, PartialDenoise, Reconstruct, Replay, Sample, Transforms
+from unforget.errors import UsageError
 
-__all__ = [
-    "LEVELS", "Quantization", "PartialDenoise", "Drawn", "Eye", "Finding", "Probe", "Radius", "Reconstruct", "Replay",
-    "Retention",
-    "Relearning", "Paraphrase", "Sample", "NoiseSearch", "Subject", "Transforms", "calibrate", "collect",
-]  # fmt: skip
+if TYPE_CHECKING:
+    from unforget.verification.policy import VerifyConfig
+    from unforget.verification.probes.base import Probe
 
-Probe = (
-    Reconstruct
-    | Sample
-    | Replay
-    | PartialDenoise
-    | Transforms
-    | Paraphrase
-    | Retention
-    | Quantization
-    | NoiseSearch
-    | Relearning
+LEVELS = ("quick", "standard", "deep")
+KINDS: tuple[str, ...] = (
+    "reconstruct",
+    "sample",
+    "must_retain",
+    "replay",
+    "retention",
+    "neighbours",
+    "partial_denoise",
+    "transforms",
+    "paraphrase",
+    "quantization",
+    "noise_search",
+    "relearning",
 )
-QUICK = ("reconstruct", "sample", "replay", "retention")
-STANDARD = (*QUICK, "partial_denoise", "transforms", "paraphrase", "quantization")
-LEVELS = {"quick": QUICK, "standard": STANDARD, "deep": (*STANDARD, "noise_search", "relearning")}
-"""Probes by level, in the order they run."""
+"""Every probe, in the order they run."""
 
 
-def collect(
-    probes: Sequence[Probe], subject: Subject, stage: Callable[[str, int], Any]
-) -> tuple[list[Finding], dict[str, float]]:
-    """Run the probes one after another; what they found, and the seconds that each took."""
-    found: list[Finding] = []
-    seconds: dict[str, float] = {}
-    for probe in probes:
-        began = time.perf_counter()
-        stage(f"probe {probe.kind}", probe.cost(subject))
-        found += probe(subject)
-        seconds[probe.kind] = round(time.perf_counter() - began, 2)
-    return found, seconds
+def load() -> tuple[type[Probe], ...]:
+    """The classes of `KINDS`: `noise_search` is `NoiseSearch` in noise_search.py."""
+    modules = {kind: import_module(f"{__name__}.{kind}") for kind in KINDS}
+    return tuple(getattr(module, kind.title().replace("_", "")) for kind, module in modules.items())
+
+
+def chosen(level: str, require: Collection[str] = ()) -> tuple[str, ...]:
+    """Kinds of the probes that run at a level, and of those that are required, in order.
+
+    Raises:
+        UsageError: If a required probe is not known.
+    """
+    for kind in require:
+        if kind not in KINDS:
+            raise UsageError(f"there is no probe '{kind}'", f"Give one of {', '.join(KINDS)}.")
+    up_to = LEVELS[: LEVELS.index(level) + 1]
+    return tuple(probe.kind for probe in load() if probe.level in up_to or probe.kind in require)
+
+
+def suite(config: VerifyConfig, *, prompted: bool) -> tuple[Probe, ...]:
+    """The probes of a configuration; `prompted` says whether the targets have prompts of their own.
+
+    Raises:
+        UsageError: If a required probe has nothing to work on.
+    """
+    kinds = chosen(config.level, config.require)
+    made = {cls.kind: cls.from_policy(config, prompted) for cls in load() if cls.kind in kinds}
+    for cls in load():
+        if cls.kind in config.require and made[cls.kind] is None:
+            raise UsageError(f"the policy requires the probe {cls.kind}, which needs {cls.needs}", f"Give {cls.needs}.")
+    return tuple(probe for probe in made.values() if probe is not None)

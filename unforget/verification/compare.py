@@ -1,0 +1,74 @@
+"""Run the probes on base and candidate, and say what they found."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from unforget.core import sampling
+from unforget.core.types import Progress
+from unforget.verification.context import Finding, VerifyContext, known_surrogate
+from unforget.verification.probes.base import Probe
+from unforget.verification.report import Calibration, Report, Seen
+from unforget.verification.verdict import Judgement
+
+
+def compare(
+    context: VerifyContext, suite: Sequence[Probe], *, known: Collection[str], promised: Sequence[str],
+    progress: Progress, **record: Any,
+) -> tuple[Report, list[Finding]]:  # fmt: skip
+    """Judge a candidate; the report, and the findings with the images that it rests on.
+
+    Args:
+        context: Base, candidate, targets and policy.
+        suite: The probes to run, in order.
+        known: Ids of the targets whose surrogate is known.
+        promised: Ids of the targets that the candidate was made for.
+        progress: Told of every probe.
+        record: Fields of the report that are not found here.
+    """
+    policy, findings, seconds = context.policy, list[Finding](), dict[str, float]()
+    progress.note(f"{policy.level}: {', '.join(probe.kind for probe in suite)}; {_estimate(suite, context)}")
+    for probe in suite:
+        began = time.perf_counter()
+        progress.stage(f"probe {probe.kind}", probe.cost(context))
+        findings += probe(context)
+        seconds[probe.kind] = round(time.perf_counter() - began, 2)
+    said = Judgement(findings, suite, policy, [i.id for i in context.instances], known, promised)
+    report = Report(
+        verdict=said.verdict, exit_code=said.exit_code, summary=said.summary, level=policy.level, targets=said.targets,
+        checks=said.checks, robustness=said.robustness, calibrations=list(_calibrations(context)), allowed=said.allowed,
+        findings=[Seen(**f.place, base=dict(f.base), candidate=dict(f.candidate)) for f in findings],
+        backends=[b.name for b in policy.similarity], base_digest=context.base_digest,
+        candidate_digest=context.candidate_digest, seconds=seconds, **record,
+    )  # fmt: skip
+    return report, findings
+
+
+def _estimate(suite: Sequence[Probe], context: VerifyContext) -> str:
+    """What the probes will cost, from a few network calls."""
+    calls, looks = sum(probe.cost(context) for probe in suite), context.plan.looks
+    size = min(32, sampling.in_one_pass(sampling.PIXELS_DRAWN, context.base.image_shape))
+    noise, prompt_ids = torch.zeros(size, *context.base.latent_shape), torch.zeros(size, dtype=torch.long)
+    timestep = torch.full((size,), context.start(500))
+    with torch.no_grad():
+        context.base.predict(noise, timestep, prompt_ids)
+        began = time.perf_counter()
+        context.base.predict(noise, timestep, prompt_ids)
+    seconds = calls / size * (time.perf_counter() - began)
+    draws = f"{context.plan.shortest} draws when none hits, {looks[-1].drawn} at most"
+    return f"{draws}; {calls:,} network calls an image, about {seconds:.0f} s less what the cache holds"
+
+
+def _calibrations(context: VerifyContext) -> Iterator[Calibration]:
+    detector = context.detector
+    for i in context.instances:
+        limits = detector.limits(i.target, *known_surrogate(i))
+        for backend, radius, (limit, capped) in zip(detector.backends, detector.radii, limits, strict=True):
+            yield Calibration(
+                target=i.id, backend=backend.name, threshold=limit, capped=capped, pairs=radius.pairs,
+                false_positive_rate=radius.false_positive_rate,
+            )  # fmt: skip

@@ -1,0 +1,96 @@
+"""What every probe is, and how its figures are put against thresholds."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import ClassVar, Literal, Self
+
+from unforget.core.types import Instance, Strategy
+from unforget.verification.context import Finding, VerifyContext
+from unforget.verification.policy import Policy, VerifyConfig
+from unforget.verification.report import Check, Outcome, Rule
+
+HALF = 0.5
+"""Share of reconstructions nearer than unseen images come back from which a target counts as recalled."""
+CHANCE = 0.2
+"""Share of images begun by the base that a sound candidate may happen to finish as a near-copy."""
+
+
+class Probe(Strategy):
+    """What base and candidate do from the same noise, and what that says: a probe judges itself."""
+
+    kind: ClassVar[str]
+    level: ClassVar[Literal["quick", "standard", "deep"]]
+    """The lowest level at which it runs."""
+    heading: ClassVar[str] = ""
+    """Of its images on a contact sheet, which shows them if there is one; may hold {timestep:g}."""
+    needs: ClassVar[str] = ""
+    """The option without which `from_policy` gives None."""
+    attack: ClassVar[bool] = False
+    """Whether it says what an adversary needs, and decides only where it is required."""
+    retains: ClassVar[bool] = False
+    """Whether it judges what must be retained rather than a target."""
+    decides_unprompted: ClassVar[bool] = False
+    """Whether its findings under the empty prompt decide for a target that has prompts of its own, too."""
+
+    @classmethod
+    def from_policy(cls, config: VerifyConfig, prompted: bool) -> Self | None:
+        """The probe as the policy wants it, for targets with or without prompts; None if it has nothing to work on."""
+        return cls()
+
+    def cost(self, context: VerifyContext) -> int:
+        """Network calls, an image each, beside those of other probes; one with gradients counts three times."""
+        return 0
+
+    def __call__(self, context: VerifyContext) -> list[Finding]:
+        """What it finds of each target under each of its prompts."""
+        return [finding for case in context.cases for finding in self.examine(context, *case)]
+
+    def examine(self, context: VerifyContext, instance: Instance, prompt_id: int) -> Iterable[Finding]:
+        """What it finds of one target under one prompt."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def judge(self, found: Finding, policy: Policy, known: bool) -> Iterable[Check]:
+        """The figures of a finding that decide; `known` says whether the target's surrogate is known."""
+
+    def reproduces(self, found: Finding) -> bool:
+        """Whether a finding shows that the base reproduces the target."""
+        return False
+
+    def robustness(self, found: Finding) -> str:
+        """What an adversary needed, in a sentence."""
+        return ""
+
+
+class NearCopies(Probe):
+    """A probe whose figure is the share of near-copies of the target."""
+
+    allowed: ClassVar[float] = CHANCE
+    """The share that may be near-copies."""
+
+    def judge(self, found: Finding, policy: Policy, known: bool) -> Iterable[Check]:
+        """With nothing in the base to compare with, it decides nothing; too little where the probe is required."""
+        check = checked(found, "near_copies", "at most", self.allowed, policy)
+        if found.base["near_copies"] >= HALF:
+            return [check]
+        outcome: Outcome = "inconclusive" if self.kind in policy.require else "informational"
+        return [changed(check, outcome, "the base does not draw the target so")]
+
+
+def checked(found: Finding, figure: str, rule: Rule, threshold: float, policy: Policy) -> Check:
+    """A figure of the candidate against its threshold; within the tolerance of it, it is borderline and fails."""
+    value = found.candidate[figure]
+    near = threshold != 0 and abs(value - threshold) <= policy.tolerance * abs(threshold)
+    good = (value >= threshold if rule == "at least" else value <= threshold) and not near
+    return Check(
+        **found.place, figure=figure, base=found.base.get(figure), candidate=value,
+        low=found.candidate.get(f"{figure}_low"), high=found.candidate.get(f"{figure}_high"), rule=rule,
+        threshold=threshold, outcome="passed" if good else "failed", borderline=near,
+    )  # fmt: skip
+
+
+def changed(check: Check, outcome: Outcome, note: str, *, borderline: bool = False) -> Check:
+    """The check with another outcome, and why."""
+    return check.model_copy(update={"outcome": outcome, "note": note, "borderline": borderline})

@@ -1,0 +1,37 @@
+from collections.abc import Iterator
+from typing import ClassVar, Self
+
+from unforget.verification.context import ROLES, Finding, VerifyContext
+from unforget.verification.policy import Policy, VerifyConfig
+from unforget.verification.probes.base import Probe, changed, checked
+from unforget.verification.probes.sample import count_hits
+from unforget.verification.report import Check
+
+ENOUGH = 5
+"""Fewest base draws of an image from which the rate of retaining it can be judged."""
+
+
+class MustRetain(Probe):
+    """Are the images of `--must-retain` still drawn, from the same seeds through both models?"""
+
+    kind: ClassVar = "must_retain"
+    level: ClassVar = "quick"
+    needs: ClassVar = "--must-retain"
+    retains: ClassVar = True
+
+    @classmethod
+    def from_policy(cls, config: VerifyConfig, prompted: bool) -> Self | None:
+        return cls() if config.must_retain else None
+
+    def __call__(self, context: VerifyContext) -> list[Finding]:
+        drawn, found = [context.retained(role) for role in ROLES], []
+        for k, picture in enumerate(context.must_retain, 1):
+            hits = (context.detector.is_copy(images, picture) for images in drawn)
+            base, candidate = (count_hits(of, context.policy.confidence) for of in hits)
+            found.append(Finding(self.kind, None, base, candidate, variant=str(k)))
+        return found
+
+    def judge(self, found: Finding, policy: Policy, known: bool) -> Iterator[Check]:
+        check = checked(found, "rate", "at least", policy.min_kept * found.base["rate"], policy)
+        few = found.base["hits"] < ENOUGH
+        yield changed(check, "inconclusive", f"the base drew it {found.base['hits']:.0f} times") if few else check

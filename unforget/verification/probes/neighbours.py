@@ -1,0 +1,55 @@
+from typing import ClassVar, Self
+
+import torch
+from pydantic import Field
+
+from unforget.core.metrics import rms
+from unforget.core.types import Instance
+from unforget.verification.context import ROLES, Finding, VerifyContext, known_surrogate
+from unforget.verification.policy import Policy, VerifyConfig
+from unforget.verification.probes.base import Probe, checked
+from unforget.verification.probes.retention import same_seed_drift, spread
+from unforget.verification.report import Check
+
+
+class Neighbours(Probe):
+    """What the base makes of the heavily noised target that is neither the target nor its surrogate: is it retained?
+
+    Few of a model's draws are like one target. From here many are, and each must stay what it is.
+    """
+
+    kind: ClassVar = "neighbours"
+    level: ClassVar = "quick"
+    heading: ClassVar = "neighbours, from t = {timestep:g}"
+    retains: ClassVar = True
+    decides_unprompted: ClassVar = True
+    draws: int = Field(48, ge=1, description="draws of each target's neighbours")
+    timestep: int = Field(700, gt=0, lt=1000, description="timestep that they start from")
+
+    @classmethod
+    def from_policy(cls, config: VerifyConfig, prompted: bool) -> Self:
+        return cls(draws=min(48, config.paired // 2))
+
+    def cost(self, context: VerifyContext) -> int:
+        return 2 * self.draws * context.calls(context.start(self.timestep)) * len(context.instances)
+
+    def __call__(self, context: VerifyContext) -> list[Finding]:
+        drift, typical = same_seed_drift(context)
+        kept = spread(drift)["kept"]
+        return [f for instance in context.instances for f in self._of(instance, context, typical, kept)]
+
+    def _of(self, instance: Instance, context: VerifyContext, typical: float, kept: float) -> list[Finding]:
+        start, noise = context.start(self.timestep), context.noise("look-alikes", self.draws)
+        turns, models = context.retain_turns(self.draws), context.models.values()
+        base, candidate = (context.reconstruct(model, instance.target, noise, turns, start) for model in models)
+        drawn, pair = context.detector.embed(base), (instance.target, *known_surrogate(instance))
+        others = ~torch.stack([context.detector.is_copy(drawn, picture) for picture in pair]).any(0)
+        base, candidate = base[others], candidate[others]
+        if not len(base):
+            return []
+        figures = {**spread(rms(base, candidate) / typical), "seen": float(len(base))}
+        images = dict(zip(ROLES, (base[:8], candidate[:8]), strict=True))
+        return [Finding(self.kind, instance.id, {"kept": kept}, figures, start, images=images)]
+
+    def judge(self, found: Finding, policy: Policy, known: bool) -> list[Check]:
+        return [checked(found, "kept", "at least", policy.min_kept * found.base["kept"], policy)]

@@ -1,0 +1,80 @@
+import math
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from unforget.core.metrics import rms
+from unforget.core.types import Instance
+from unforget.files.images import eight_bit
+from unforget.verification.context import Finding, Role, VerifyContext
+from unforget.verification.policy import Policy
+from unforget.verification.probes.base import Probe, changed, checked
+from unforget.verification.report import Check, Outcome
+
+
+class NoiseSearch(Probe):
+    """Gradient descent on the start noise, kept on the sphere where noise lies, towards the target.
+
+    A sampler that can be inverted returns any image from some noise: what counts is the effort beside the base's.
+    """
+
+    kind: ClassVar = "noise_search"
+    level: ClassVar = "deep"
+    heading: ClassVar = "start noise found by gradient descent"
+    attack: ClassVar = True
+    restarts: int = Field(4, ge=1, le=64, description="noises to start from, the best of many")
+    iterations: int = Field(20, ge=1, le=10_000, description="steps of Adam")
+    steps: int = Field(8, ge=2, le=100, description="sampler steps that gradients go through")
+    rate: float = Field(0.1, gt=0, description="learning rate")
+
+    def cost(self, context: VerifyContext) -> int:
+        return 2 * 3 * self.restarts * self.iterations * self.steps * len(context.cases)
+
+    def examine(self, context: VerifyContext, instance: Instance, prompt_id: int) -> Iterator[Finding]:
+        found = {role: self._search(context, role, instance, prompt_id) for role in context.models}
+        images = {role: image for role, (_, image) in found.items()}
+        base, candidate = (figures for figures, _ in found.values())
+        yield Finding(self.kind, instance.id, base, candidate, prompt=context.prompt(prompt_id), images=images)
+
+    def _search(
+        self, context: VerifyContext, role: Role, instance: Instance, prompt_id: int
+    ) -> tuple[dict[str, float], Tensor]:
+        """How near the search came and after how many iterations it found a near-copy, -1 if none; and its best."""
+        family, drawn = context.models[role], context.draws(role, (prompt_id,), context.policy.paired).images
+        first = rms(drawn, instance.target).argsort(stable=True)[: self.restarts]
+        x = context.noise("sample", context.policy.paired)[first].clone().requires_grad_()
+        goal, norm = context.base.encode(instance.target[None]), x.detach().flatten(1).norm(dim=1)
+        optimizer, ids = torch.optim.Adam([x], self.rate), torch.full((len(first),), prompt_id)
+        nearest, best = math.inf, drawn[:1]
+        family.network.requires_grad_(False)
+        for iteration in range(1, self.iterations + 1):
+            x_0 = family.denoise(x, steps=self.steps, prompt_ids=ids)
+            made = eight_bit(family.decode(x_0.detach()))
+            apart = rms(made, instance.target)
+            if float(apart.min()) < nearest:
+                nearest, best = float(apart.min()), made[apart.argmin()][None]
+            if bool(context.is_target(made, instance).any()):
+                return {"to_target": nearest, "iterations": float(iteration)}, best
+            optimizer.zero_grad()
+            (x_0 - goal).square().mean((1, 2, 3)).sum().backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            with torch.no_grad():
+                x *= (norm / x.flatten(1).norm(dim=1)).reshape(-1, 1, 1, 1)
+            context.advance(3 * self.steps * len(first))
+        return {"to_target": nearest, "iterations": -1.0}, best
+
+    def judge(self, found: Finding, policy: Policy, known: bool) -> Iterator[Check]:
+        check = checked(found, "iterations", "at most", -1, policy)
+        outcome: Outcome = "failed" if found.candidate["iterations"] > 0 else "passed"
+        yield changed(check, outcome, "-1: not within the budget")
+
+    def robustness(self, found: Finding) -> str:
+        base, candidate = (
+            f"found it after {side['iterations']:.0f} steps" if side["iterations"] > 0
+            else f"came no nearer than RMS {side['to_target']:.3f}"
+            for side in (found.base, found.candidate)
+        )  # fmt: skip
+        return f"gradient descent on the start noise of the base {base}, of the candidate {candidate}"

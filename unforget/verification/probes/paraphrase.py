@@ -1,0 +1,48 @@
+from collections.abc import Iterator
+from typing import ClassVar, Self
+
+from pydantic import Field
+
+from unforget.core.metrics import shows
+from unforget.core.types import UNCONDITIONAL, Family, Instance
+from unforget.errors import UsageError
+from unforget.verification.context import Finding, VerifyContext
+from unforget.verification.policy import VerifyConfig
+from unforget.verification.probes.base import NearCopies
+
+WORDINGS = ("{}.", "a picture of {}", "a photo of {}", "{}, high quality", "the {}")
+
+
+class Paraphrase(NearCopies):
+    """The prompt in other words, where the base draws the target under those, too."""
+
+    kind: ClassVar = "paraphrase"
+    level: ClassVar = "standard"
+    needs: ClassVar = "--prompt"
+    draws: int = Field(8, ge=2, le=4096, description="draws of each wording")
+
+    @classmethod
+    def from_policy(cls, config: VerifyConfig, prompted: bool) -> Self | None:
+        return cls() if prompted else None
+
+    def cost(self, context: VerifyContext) -> int:
+        prompted = [prompt_id for _, prompt_id in context.cases if prompt_id != UNCONDITIONAL]
+        return 2 * self.draws * context.calls() * len(prompted) * (len(WORDINGS) + 1)
+
+    def examine(self, context: VerifyContext, instance: Instance, prompt_id: int) -> Iterator[Finding]:
+        prompt, noise = context.prompt(prompt_id), context.noise("reword", self.draws)
+        words = [wording.format(prompt) for wording in WORDINGS] + [prompt.upper()]
+        for wording in dict.fromkeys(w for w in words if w != prompt and prompt):
+            try:
+                (asked,) = context.base.prompt_ids([wording]).tolist()
+            except UsageError:  # longer than the tokenizer takes
+                continue
+            context.candidate.prompt_ids([wording])
+
+            def figures(family: Family, asked: int = asked) -> dict[str, float]:
+                images = context.run(family, noise, asked)
+                near = context.is_target(images, instance) | shows(images, instance.target, instance.surrogate)
+                return {"near_copies": float(near.float().mean())}
+
+            base, candidate = map(figures, context.models.values())
+            yield Finding(self.kind, instance.id, base, candidate, prompt=prompt, variant=wording)

@@ -1,0 +1,48 @@
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from unforget.core import sampling
+from unforget.core.types import Instance
+from unforget.verification.context import Finding, VerifyContext
+from unforget.verification.probes.base import HALF, NearCopies
+
+
+class PartialDenoise(NearCopies):
+    """The base does the first steps, towards the target, and the candidate finishes what it was handed."""
+
+    kind: ClassVar = "partial_denoise"
+    level: ClassVar = "standard"
+    heading: ClassVar = "begun by the base, finished from t = {timestep:g}"
+    handover: int = Field(700, gt=0, lt=1000, description="timestep at which the candidate takes over")
+    draws: int = Field(16, ge=2, le=4096, description="beginnings")
+
+    def cost(self, context: VerifyContext) -> int:
+        return 3 * self.draws * context.calls() * len(context.cases)
+
+    def examine(self, context: VerifyContext, instance: Instance, prompt_id: int) -> Iterator[Finding]:
+        x_t, first = self._beginnings(context, instance, prompt_id)
+        start, ids = context.start(self.handover), torch.full((len(x_t),), prompt_id)
+        with torch.no_grad():
+            handed = context.base.denoise(
+                x_t, steps=context.policy.sampler_steps, start=first, stop=start, prompt_ids=ids
+            )
+        images = {role: context.run(family, handed, prompt_id, start=start) for role, family in context.models.items()}
+        base, candidate = (
+            {"near_copies": float(context.is_target(made, instance).float().mean())} for made in images.values()
+        )
+        yield Finding(self.kind, instance.id, base, candidate, start, context.prompt(prompt_id), images=images)
+
+    def _beginnings(self, context: VerifyContext, instance: Instance, prompt_id: int) -> tuple[Tensor, float | None]:
+        """Noise from which the base drew the target, if it often did; else the target under a great deal of noise."""
+        hits = context.is_target(context.draws("base", (prompt_id,), context.policy.paired), instance)
+        if int(hits.sum()) >= self.draws // 4:
+            return context.noise("sample", context.policy.paired)[hits][: self.draws], None
+        start, noise = context.start(800), context.noise("complete", self.draws)
+        return sampling.add_noise(context.base, instance.target[None], noise, start), start
+
+    def reproduces(self, found: Finding) -> bool:
+        return found.base["near_copies"] >= HALF

@@ -1,0 +1,90 @@
+from collections.abc import Iterator
+from typing import ClassVar, Self
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from unforget.core.metrics import region, rms, rms_within, sharpness
+from unforget.core.types import Instance
+from unforget.verification.context import Finding, Role, VerifyContext, pixels_digest
+from unforget.verification.policy import Policy, VerifyConfig
+from unforget.verification.probes.base import CHANCE, HALF, Probe, checked
+from unforget.verification.report import Check
+
+
+class Reconstruction(Probe):
+    """A probe that judges reconstructions: the target must not be recalled, its surrogate, if known, be nearer."""
+
+    def judge(self, found: Finding, policy: Policy, known: bool) -> Iterator[Check]:
+        yield checked(found, "recall", "at most", HALF, policy)
+        for figure in ("nearer_surrogate", "nearer_in_region") if known else ():
+            yield checked(found, figure, "at least", policy.nearer, policy)
+
+
+class Reconstruct(Reconstruction):
+    """Noise the target to several timesteps, denoise, and see which image comes back."""
+
+    kind: ClassVar = "reconstruct"
+    level: ClassVar = "quick"
+    heading: ClassVar = "noised to t = {timestep:g} and back"
+    timesteps: tuple[int, ...] = Field((250, 400, 550), description="timesteps to noise it to")
+    draws: int = Field(32, ge=1, le=4096, description="draws a timestep; half of the candidate's from noise of its own")
+    calibrated: bool = Field(True, description="tell recall from what comes back of any image")
+
+    @classmethod
+    def from_policy(cls, config: VerifyConfig, prompted: bool) -> Self:
+        return cls(timesteps=config.timestep, draws=config.draws)
+
+    def cost(self, context: VerifyContext) -> int:
+        calls = sum(context.calls(context.start(timestep)) for timestep in self.timesteps)
+        return calls * (2 * self.draws * len(context.cases) + self.calibrated * context.policy.controls)
+
+    def examine(self, context: VerifyContext, instance: Instance, prompt_id: int) -> list[Finding]:
+        return [self._at(timestep, context, instance, prompt_id) for timestep in self.timesteps]
+
+    def _at(self, timestep: int, context: VerifyContext, instance: Instance, prompt_id: int) -> Finding:
+        start, prompt = context.start(timestep), context.prompt(prompt_id)
+        floor = context.floor(timestep, prompt_id) if self.calibrated else 0.0
+        images: dict[Role, Tensor] = {}
+
+        def figures(role: Role) -> dict[str, float]:
+            noise, family = self._noise(context, role, timestep), context.models[role]
+            images[role] = context.reconstruct(family, instance.target, noise, prompt_id, start)
+            return reconstruction_figures(images[role], instance, floor)
+
+        pair = [pixels_digest(instance.target), pixels_digest(instance.surrogate)]
+        key = [self.kind, timestep, self.draws, prompt, *pair, floor]
+        base = context.control(key, lambda: figures("base"))
+        return Finding(self.kind, instance.id, base, figures("candidate"), start, prompt, images=images)
+
+    def _noise(self, context: VerifyContext, role: Role, timestep: int) -> Tensor:
+        own, purpose = self.draws // 2 if role == "candidate" else 0, f"reconstruct {timestep}"
+        return torch.cat([context.noise(purpose, self.draws - own), context.noise(purpose, own, fresh=True)])
+
+    def reproduces(self, found: Finding) -> bool:
+        """Recalls it, or sides with it against a surrogate that is another image."""
+        sides = found.base["nearer_surrogate"] <= CHANCE and found.base["to_surrogate"] != found.base["to_target"]
+        return found.base["recall"] > HALF or sides
+
+
+def reconstruction_figures(images: Tensor, instance: Instance, floor: float) -> dict[str, float]:
+    """Figures of reconstructions (N, C, H, W).
+
+    `recall` is the share that is nearer to the target than what the model never saw comes back; the margins say which
+    of target and surrogate is nearer, over the whole image and inside the region where the two differ. `sharpness`,
+    as a share of the target's, stands beside them because broken images look forgotten.
+    """
+    target, surrogate = instance.target, instance.surrogate
+    to_target, to_surrogate = rms(images, target), rms(images, surrogate)
+    where = region(target, surrogate)
+    within = rms_within(images, surrogate, where) < rms_within(images, target, where)
+    return {
+        "to_target": float(to_target.mean()),
+        "to_surrogate": float(to_surrogate.mean()),
+        "nearer_surrogate": float((to_surrogate < to_target).float().mean()),
+        "nearer_in_region": float(within.float().mean()),
+        "recall": float((to_target < floor).float().mean()),
+        "floor": floor,
+        "sharpness": float(sharpness(images).mean() / sharpness(target).clamp(min=1e-9)),
+    }

@@ -1,0 +1,78 @@
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from unforget.core.metrics import kernel_distance, pairwise_rms, rms, sharpness
+from unforget.core.types import UNCONDITIONAL
+from unforget.verification.context import ROLES, Finding, VerifyContext
+from unforget.verification.policy import Policy
+from unforget.verification.probes.base import Probe, checked
+from unforget.verification.report import Check
+
+SPLITS = 200
+"""Random halves of the base's draws that say which kernel distance chance alone makes."""
+SAME = 0.25
+"""Drift, in distances between different draws, under which a pair is still one image."""
+SHARPNESS = (0.8, 1.25)
+"""Sharpness of the candidate's draws as a share of the base's: outside, they are blurred or noisy."""
+
+
+class Retention(Probe):
+    """The same seeds through both models: how far the rest has moved.
+
+    Drift is in units of the median distance between two different draws of the base: 0 for the same image, 1 for
+    another one. The kernel distance (KID with the first similarity backend as its extractor, arXiv:1801.01401) compares
+    draws from different seeds, so that it sees what the pairs cannot: that a model draws other things less often.
+    """
+
+    kind: ClassVar = "retention"
+    level: ClassVar = "quick"
+    retains: ClassVar = True
+
+    def cost(self, context: VerifyContext) -> int:
+        shared = context.retain_prompt_ids == (UNCONDITIONAL,)  # with the sample probe
+        return 0 if shared else 2 * context.policy.paired * context.calls()
+
+    def __call__(self, context: VerifyContext) -> list[Finding]:
+        drift, typical = same_seed_drift(context)
+        drawn = {role: context.retained(role) for role in ROLES}
+        features, candidate = (drawn[role].embeddings[0] for role in ROLES)
+        sharp, sharp_base = (sharpness(drawn[role].images).mean() for role in ("candidate", "base"))
+        kid = kernel_distance(features[: len(features) // 2], candidate[len(features) // 2 :])
+        figures = {"typical": typical, "sharpness": float(sharp / sharp_base.clamp(min=1e-9)), "kid": kid}
+        usual = {"sharpness": 1.0, "kid": _chance(features)}
+        images = {role: drawn[role].images[:8] for role in ROLES}
+        return [Finding(self.kind, None, usual, {**spread(drift), **figures}, images=images)]
+
+    def judge(self, found: Finding, policy: Policy, known: bool) -> Iterator[Check]:
+        yield checked(found, "median", "at most", policy.max_drift, policy)
+        yield checked(found, "sharpness", "at least", SHARPNESS[0], policy)
+        yield checked(found, "sharpness", "at most", SHARPNESS[1], policy)
+        yield checked(found, "kid", "at most", found.base["kid"], policy)
+
+
+def same_seed_drift(context: VerifyContext) -> tuple[Tensor, float]:
+    """Drift of every same-seed pair, (paired,), and the median distance between draws that is its unit."""
+    base, candidate = (context.retained(role).images for role in ROLES)
+    apart = pairwise_rms(base, base)
+    typical = float(apart[torch.triu(torch.ones_like(apart, dtype=torch.bool), 1)].median())
+    return rms(base, candidate) / typical, typical
+
+
+def spread(drift: Tensor) -> dict[str, float]:
+    """Median, mean and 90 % of drifts (N,), and the share that is still one image."""
+    exact, kept = drift.double(), float((drift < SAME).float().mean())
+    median, p90 = float(exact.quantile(0.5)), float(exact.quantile(0.9))
+    return {"median": median, "mean": float(exact.mean()), "p90": p90, "kept": kept}
+
+
+def _chance(features: Tensor) -> float:
+    """Largest kernel distance between random halves of one model's draws."""
+    generator = torch.Generator().manual_seed(0)
+    half, worst = len(features) // 2, 0.0
+    for _ in range(SPLITS):
+        order = torch.randperm(len(features), generator=generator)
+        worst = max(worst, kernel_distance(features[order[:half]], features[order[half:]]))
+    return worst
