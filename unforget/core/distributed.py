@@ -35,10 +35,7 @@ def is_main() -> bool:
 
 
 def start(device: str) -> str:
-    """Meet the other processes, where a launcher started several, and say which device is this one's.
-
-    Args:
-        device: What the user named: cpu, or cuda for one card a process.
+    """Meet the other processes, where a launcher started several; returns this one's device.
 
     Raises:
         UsageError: If the launcher is to shard the weights.
@@ -97,13 +94,9 @@ def any_process(value: bool) -> bool:
 
 
 def all_gather(parts: Sequence[T], make: Callable[[T], Tensor]) -> Tensor:
-    """`torch.cat` of what `make` gives for every part, made by the processes in turn.
+    """`torch.cat` of what `make` gives for every part (rows of one shape, on the CPU), made by the processes in turn.
 
     The parts are those of a single process, so that what is found does not depend on how many there are.
-
-    Args:
-        parts: What to make it of.
-        make: Gives rows of one shape, on the CPU.
     """
     own = [(i, make(part)) for i, part in enumerate(parts) if i % world_size() == rank()]
     return torch.cat([rows for _, rows in sorted(gather(own), key=lambda found: found[0])])

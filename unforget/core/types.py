@@ -99,19 +99,18 @@ class Predict(Protocol):
 class Family(Protocol):
     """A loaded model: the one place that knows what kind it is."""
 
-    schedule: Schedule
-    network: nn.Module
-    """The network whose weights are trained."""
     kind: str
     """The family's name."""
     spec: Any
     """What is particular of the family: a `families.spec.FamilySpec`."""
-    latent_shape: tuple[int, int, int]
-    """(C, H, W) of what the network works on."""
-    image_shape: tuple[int, int, int]
-    """(C, H, W) of one image."""
     name: str
     """What the user called the model."""
+    schedule: Schedule
+    network: nn.Module
+    """The network whose weights are trained."""
+    latent_shape: tuple[int, int, int]
+    image_shape: tuple[int, int, int]
+    """(C, H, W) of what the network works on, and of an image."""
     prompts: list[str]
     """The table of prompts, by id; the first is empty."""
     guidance: float | None
@@ -122,35 +121,24 @@ class Family(Protocol):
     @property
     def scheduler_config(self) -> Any:
         """Configuration of its diffusers scheduler, from which others are built."""
-        ...
 
     def prompt_ids(self, prompts: Sequence[str]) -> Tensor:
         """The id of each prompt, (len(prompts),); new ones are embedded and added."""
-        ...
 
     def encode(self, pictures: Tensor) -> Tensor:
         """Images as the network works on them, without noise: the mean of a posterior, not a draw from it."""
-        ...
 
     def decode(self, x_0: Tensor) -> Tensor:
         """The inverse of `encode`, in [-1, 1]."""
-        ...
 
     def unload_text_encoders(self) -> None:
         """Free what only `prompt_ids` needs."""
-        ...
 
     def predict(self, x_t: Tensor, timestep: Tensor, prompt_ids: Tensor) -> Tensor:
         """The network's answer."""
-        ...
 
     def trainable(self, scope: Scope, *, rank: int = 16, alpha: int = 16, seed: int = 0) -> list[nn.Parameter]:
-        """The weights of a scope, in the network's order; rank, alpha and seed make the adapter of `lora`.
-
-        Raises:
-            UsageError: If the family has no such scope.
-        """
-        ...
+        """The weights of a scope, in the network's order, or a UsageError; the numbers make the adapter of `lora`."""
 
     def denoise(
         self, x_t: Tensor, *, steps: int, start: float | None = None, stop: float = -1, prompt_ids: Tensor | None = None
@@ -159,33 +147,24 @@ class Family(Protocol):
 
         With `stop` only the timesteps above it are visited, and what is returned is as noisy as the next one.
         """
-        ...
 
     def replay(self, seed: int, *, steps: int, scheduler: str | None, prompt_ids: Tensor) -> Tensor:
         """One x_0, (1, ...), as the stock pipeline draws it from a CPU generator with that seed.
 
-        `scheduler` is diffusers' class of the sampler; None is that of `denoise`.
-
-        Raises:
-            UsageError: If there is no such sampler for this model.
+        `scheduler` is diffusers' class of the sampler; None is that of `denoise`. Others may be a UsageError.
         """
-        ...
 
     def sampling_timesteps(self, steps: int) -> list[float]:
         """The timesteps that `denoise` visits, from noisy to clean."""
-        ...
 
     def copy(self) -> Family:
         """An independent model with equal, frozen weights."""
-        ...
 
     def frozen_reference(self, scope: Scope) -> Family:
         """The model as it is now, whatever happens to the weights of a scope."""
-        ...
 
     def set_network(self, network: nn.Module | None) -> None:
         """Take another network of the same architecture; None frees the memory of the present one."""
-        ...
 
 
 @dataclass

@@ -159,17 +159,15 @@ def write_tensors(
     tensors: Mapping[str, Lazy | Tensor], metadata: Mapping[str, str], path: Path, *, digested: Digested | None = None,
     hash_key: str | None = None,
 ) -> None:  # fmt: skip
-    """Write a safetensors file with a sorted header, a tensor at a time; equal content is equal bytes.
+    """Write a safetensors file with a sorted header, in place and a tensor at a time; equal content is equal bytes.
 
     Args:
-        tensors: By name.
-        metadata: For the header.
-        path: The file, which is written in place: see `atomic_output`.
         digested: Told every tensor on its way.
         hash_key: Key of the metadata that is to hold `0x` and the SHA-256 of the data, as ModelSpec wants it.
     """
     lazy = {n: t if isinstance(t, Lazy) else Lazy.of(t) for n, t in tensors.items()}
-    order = data_order(lazy)
+    # Wide types first, so that every tensor is aligned in its file.
+    order = sorted(lazy, key=lambda n: (-lazy[n].dtype.itemsize, n))
     entries, end = {}, 0
     for name in order:
         begin, end = end, end + lazy[name].size
@@ -196,11 +194,6 @@ def write_tensors(
                 digested.add(name, tensor)
         file.seek(0)
         file.write(header(sha.hexdigest()))
-
-
-def data_order(tensors: Mapping[str, Lazy | Tensor]) -> list[str]:
-    """Names in the order of their data: wide types first, so that every tensor is aligned in its file."""
-    return sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))
 
 
 def raw(tensor: Tensor) -> memoryview:

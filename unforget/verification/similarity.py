@@ -135,10 +135,11 @@ class Face(_Backend):
         _dlib(*self._files())
 
     def _files(self) -> tuple[Path, Path]:
-        shape, network = (
-            _file(self.kind, self.path and self.path / f, "face_recognition_models", "models", f) for f in FACE_FILES
-        )
-        return shape, network
+        landmarks, network = FACE_FILES
+        return self._file(landmarks), self._file(network)
+
+    def _file(self, name: str) -> Path:
+        return _file(self.kind, self.path and self.path / name, "face_recognition_models", "models", name)
 
     def embed(self, images: Tensor) -> Tensor:
         describe = _dlib(*self._files())
@@ -173,10 +174,6 @@ def pairwise(a: Tensor, b: Tensor, chunk: int = 1024) -> Tensor:
     b = b.double()
     parts = [torch.cdist(a[i : i + chunk].double(), b).float() for i in range(0, len(a), chunk)]
     return torch.cat(parts) if parts else a.new_zeros(0, len(b))
-
-
-def _channels(*values: float) -> Tensor:
-    return torch.tensor(values)[:, None, None]
 
 
 def _rgb(images: Tensor) -> Tensor:
@@ -250,7 +247,7 @@ def _sscd(path: Path) -> Callable[[Tensor], Tensor]:
             network = load(str(path), map_location="cpu").eval()
         except (RuntimeError, ValueError) as error:
             raise _cannot("sscd", f"cannot use '{path}': {str(error).strip()}") from None
-        mean, std = _channels(0.485, 0.456, 0.406), _channels(0.229, 0.224, 0.225)
+        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
         return lambda images: network(((images + 1) / 2 - mean) / std)
     runtime = _module("sscd", "onnxruntime")
     options = runtime.SessionOptions()

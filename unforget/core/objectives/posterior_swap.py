@@ -1,4 +1,4 @@
-r"""Our objective: the clean image is what the base thinks, with each target's share of that belief moved to its surrogate.
+r"""Our objective: the clean image is what the base thinks, with a target's share of that belief moved to its surrogate.
 
 With target f and surrogate s,
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, field_validator
 
-from unforget.core.objectives.weighting import CleanSpace, Weighting, mean_square
+from unforget.core.objectives.weighting import CleanSpace, Weighting, regression
 from unforget.core.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -45,14 +45,12 @@ class PosteriorSwap(Strategy):
         return taper
 
     def forget(self, patched: Predict, batch: Noised, context: Context) -> Tensor:
-        """Mean squared distance to the swapped belief at noised targets, a scalar."""
-        weight, _ = self.weighting(context.schedule, batch)
-        return mean_square(weight, patched(batch.x_t, batch.timestep, batch.prompt_ids) - self.goal(batch, context))
+        """Distance to the swapped belief at noised targets."""
+        return regression(patched, batch, self.goal(batch, context), self.weighting(context.schedule, batch)[0])
 
     def retain(self, patched: Predict, batch: Noised, context: Context) -> Tensor:
         """The same at retain images, where the swap mostly is nothing: a distillation from the base."""
-        _, weight = self.weighting(context.schedule, batch)
-        return mean_square(weight, patched(batch.x_t, batch.timestep, batch.prompt_ids) - self.goal(batch, context))
+        return regression(patched, batch, self.goal(batch, context), self.weighting(context.schedule, batch)[1])
 
     def goal(self, batch: Noised, context: Context) -> Tensor:
         """The prediction of the model whose targets became their surrogates, (B, C, H, W)."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from unforget.core.objectives.weighting import Linear, Weighting, mean_square
+from unforget.core.objectives.weighting import Linear, Weighting, regression
 from unforget.core.strategy import Strategy
 
 if TYPE_CHECKING:
@@ -24,16 +24,14 @@ class Surrogate(Strategy):
     distil: bool = Field(False, description="keep what the base says at retain images, not the images themselves")
 
     def forget(self, patched: Predict, batch: Noised, context: Context) -> Tensor:
-        """Mean squared distance to the surrogate target, a scalar."""
+        """Distance to the surrogate target."""
         goal = context.schedule.target_towards(batch.x_s, batch.x_t, batch.timestep)
-        weight, _ = self.weighting(context.schedule, batch)
-        return mean_square(weight, patched(batch.x_t, batch.timestep, batch.prompt_ids) - goal)
+        return regression(patched, batch, goal, self.weighting(context.schedule, batch)[0])
 
     def retain(self, patched: Predict, batch: Noised, context: Context) -> Tensor:
-        """Mean squared distance to the usual target, or to the base's answer, a scalar."""
-        _, weight = self.weighting(context.schedule, batch)
+        """Distance to the usual target, or to the base's answer."""
         if self.distil:
             goal = context.base(batch.x_t, batch.timestep, batch.prompt_ids)
         else:
             goal = context.schedule.target(batch.x_0, batch.noise, batch.timestep)
-        return mean_square(weight, patched(batch.x_t, batch.timestep, batch.prompt_ids) - goal)
+        return regression(patched, batch, goal, self.weighting(context.schedule, batch)[1])

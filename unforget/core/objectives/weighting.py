@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from unforget.core.schedule import Schedule
-    from unforget.core.types import Noised
+    from unforget.core.types import Noised, Predict
 
 
 class Uniform(Strategy):
@@ -53,6 +53,6 @@ class CleanSpace(Strategy):
 Weighting = Annotated[Uniform | Linear | CleanSpace, Field(discriminator="kind")]
 
 
-def mean_square(weight: Tensor, error: Tensor) -> Tensor:
-    """The weighted mean of squared errors, a scalar."""
-    return (weight * error.square()).mean()
+def regression(patched: Predict, batch: Noised, goal: Tensor, weight: Tensor) -> Tensor:
+    """Weighted mean squared distance of a network's answers to a goal, a scalar."""
+    return (weight * (patched(batch.x_t, batch.timestep, batch.prompt_ids) - goal).square()).mean()
