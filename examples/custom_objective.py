@@ -43,8 +43,8 @@ def main(steps: int) -> None:
         [Instance(target, target, images.image_id(target))], keep, keep[:0], model.schedule,
         steps=steps, forget_batch=4, retain_batch=8, neighbour_share=0, forget_range=(50, 800), seed=0,
     )  # fmt: skip
-    optimizer = torch.optim.Adam(model.network.parameters(), lr=2e-5)
-    for step in engine.run(pairs, forget, retain, surgery=EraseDiff(eta=1e-2), optimizer=optimizer):
+    adam = engine.Optimization(torch.optim.Adam(model.network.parameters(), lr=2e-5))
+    for step in engine.run(pairs, forget, retain, surgery=EraseDiff(eta=1e-2), optimization=adam):
         print(f"{step.number:3d}  forget {step.forget:.4f}  retain {step.retain:.4f}  cosine {step.gram.cosine:+.2f}")
 
 

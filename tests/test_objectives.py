@@ -1,5 +1,7 @@
 """The ideal denoiser of a handful of pictures, in closed form, is the oracle."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -172,3 +174,14 @@ def test_a_target_counts_only_under_its_own_prompts_and_against_what_they_draw(s
     assert faded[0] == 0  # five others without a prompt
     assert faded[1:] == pytest.approx([faded[1], 1, 0])
     assert faded[1] > 0.5  # three others are no more than the target itself
+
+
+def test_a_recipe_is_made_without_torch():
+    """It is part of a configuration, which a usage error must not wait for torch to see."""
+    code = (
+        "import sys\n"
+        "from unforget.core.recipe import Recipe\n"
+        "Recipe(objective={'kind': 'surrogate'}, surgery={'kind': 'erasediff', 'eta': 0.5})\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

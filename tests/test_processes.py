@@ -42,11 +42,48 @@ def here(tmp_path_factory, tiny_folder):
 
 def launched(folder, processes, *args):
     """What `accelerate launch -m unforget ARGS` does on one machine."""
+    return started(folder, processes, "-m", "unforget", *args)
+
+
+def started(folder, processes, *args):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "--no-python"]
     command = [sys.executable, *(launcher if processes > 1 else []), *([sys.executable] if processes > 1 else [])]
     cache = str(folder / f"cache-{processes}")
     env = {**os.environ, "OMP_NUM_THREADS": "1", "UNFORGET_CACHE": cache, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
-    return subprocess.run([*command, "-m", "unforget", *args], cwd=folder, env=env, capture_output=True, text=True)
+    return subprocess.run([*command, *args], cwd=folder, env=env, capture_output=True, text=True)
+
+
+EXCHANGE = """
+import sys, torch
+from unforget.core import distributed
+assert distributed.start("cpu") == "cpu"
+n, me = distributed.world_size(), distributed.rank()
+made = []
+def rows(part):
+    made.append(part)
+    return torch.full((part, 2), part / 3)
+whole = distributed.all_gather([1, 2, 3, 4, 5], rows)
+assert torch.equal(whole, torch.cat([torch.full((k, 2), k / 3) for k in range(1, 6)]))
+assert made == [1, 2, 3, 4, 5][me::n]
+total = torch.full((3,), me + 1.0)
+distributed.all_reduce([total])
+assert total.tolist() == [n * (n + 1) / 2] * 3
+assert distributed.gather([me]) == list(range(n))
+assert distributed.broadcast(me == 0) and not distributed.broadcast(me == 1)
+assert distributed.any_process(me == n - 1) and not distributed.any_process(False)
+distributed.barrier()
+assert distributed.is_main() == (me == 0)
+assert n > 1 or "accelerate" not in sys.modules
+print("processes:", n)
+"""
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_processes_tell_each_other(tmp_path, processes):
+    (tmp_path / "exchange.py").write_text(EXCHANGE)
+    result = started(tmp_path, processes, "exchange.py")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count(f"processes: {processes}") == processes
 
 
 @pytest.mark.slow

@@ -134,6 +134,11 @@ LIES = {
     "bytes that nobody owns": file({"a": ONE}, b"12345"),
     "missing bytes": file({"a": ONE}, b"123"),
     "no offsets": file({"a": {"dtype": "F32", "shape": [1]}}, b"1234"),
+    "a sound type that is none of ours": file({"a": {**ONE, "dtype": "U32"}}, b"1234"),
+    "too many axes": file({"a": {**ONE, "shape": [1] * 100}}, b"1234"),
+    "a huge side of nothing": file({"a": {**ONE, "shape": [0, 2**62], "data_offsets": [0, 0]}}),
+    "a header over the cap": file(b"{}" + b" " * 2**22),
+    "one name twice": file(b'{"a": %b, "a": %b}' % ((json.dumps(ONE).encode(),) * 2), b"1234" * 2),
 }
 
 
@@ -141,8 +146,9 @@ LIES = {
 def test_what_lies_about_itself_is_refused_before_anything_is_allocated(tmp_path, lie):
     (tmp_path / "a").write_bytes(LIES[lie])
     tracemalloc.start()
-    with pytest.raises(BadFile):
+    with pytest.raises(BadFile, match=r"^'a' .*") as caught:
         open_tensors(tmp_path / "a")
+    assert "\n" not in str(caught.value)
     assert tracemalloc.get_traced_memory()[1] < 2**22
     tracemalloc.stop()
 
@@ -153,6 +159,17 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path):
     (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes()[:-40])
     with pytest.raises(BadFile, match="shorter"):
         opened.load()
+
+
+def test_what_was_read_is_memory_of_its_own(tmp_path):
+    write_tensors(TENSORS, {}, tmp_path / "a")
+    opened = open_tensors(tmp_path / "a")
+    read = opened.load()
+    with (tmp_path / "a").open("r+b") as file:  # the same file, as one that is mapped would show
+        file.write(b"\xff" * (tmp_path / "a").stat().st_size)
+    assert equal(read, TENSORS)
+    assert all(t.is_contiguous() and t.data_ptr() % 64 == 0 for t in read.values() if t.numel())
+    assert list(opened.tensors) == sorted(TENSORS, key=lambda n: (-TENSORS[n].dtype.itemsize, n))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[" * 100_000, b"\xff\xfe", b" " * (2**20 + 1)])

@@ -65,7 +65,7 @@ def verify(
     ] = None,
     similarity: Annotated[
         list[str] | None,
-        typer.Option(help="What sees near-copies: pixels, structure, sscd, lpips, face, or KIND=FILE; repeats."),
+        typer.Option(help="What sees near-copies: pixels, structure, sscd, face, or KIND=FILE; repeats."),
     ] = None,
     must_retain: Annotated[list[Path] | None, typer.Option(help="Picture that must still be drawn; repeats.")] = None,
     draws: Annotated[int | None, typer.Option(help="Reconstructions a noise level. [default: 32]")] = None,

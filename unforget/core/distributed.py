@@ -2,7 +2,7 @@
 
 Each holds the whole model and makes the same choices. What is heavy is shared: a batch of draws belongs to one process,
 a batch of training is split by rows, and what each found is added up before anybody uses it. The first process alone
-writes and speaks. Without a launcher there is one process, and nothing here does anything.
+writes and speaks. Without a launcher there is one process, nothing here does anything, and accelerate is not imported.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, distributed
 
 from unforget.errors import UsageError
 
@@ -22,12 +21,12 @@ T = TypeVar("T")
 
 def world_size() -> int:
     """How many processes there are."""
-    return dist.get_world_size() if _started() else 1
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def rank() -> int:
     """Which one this is, from 0."""
-    return dist.get_rank() if _started() else 0
+    return distributed.get_rank() if world_size() > 1 else 0
 
 
 def is_main() -> bool:
@@ -35,15 +34,8 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def _started() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def start(device: str) -> str:
-    """Meet the other processes, where a launcher started several, and say which device is this one's.
-
-    Args:
-        device: What the user named: cpu, or cuda for one card a process.
+    """Meet the other processes, where a launcher started several; returns this one's device.
 
     Raises:
         UsageError: If the launcher is to shard the weights.
@@ -56,9 +48,8 @@ def start(device: str) -> str:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
 
-        PartialState(cpu=device == "cpu")
-        if device == "cuda":
-            return f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        state = PartialState(cpu=device == "cpu")
+        return f"cuda:{state.local_process_index}" if device == "cuda" else device
     return device
 
 
@@ -70,57 +61,42 @@ def _sharded() -> bool:
     return fsdp or zero
 
 
+def barrier() -> None:
+    """Wait until all are here."""
+    if world_size() > 1:
+        distributed.barrier()
+
+
 def all_reduce(tensors: Sequence[Tensor]) -> None:
-    """Replace each tensor by its sum over the processes."""
+    """Replace each tensor, on the device of this process, by its sum over the processes."""
     if world_size() > 1:
         for tensor in tensors:
-            part = tensor.cuda() if dist.get_backend() == "nccl" else tensor
-            dist.all_reduce(part)
-            if part is not tensor:
-                tensor.copy_(part)
+            distributed.all_reduce(tensor)
+
+
+def gather(values: list[T]) -> list[T]:
+    """The values of every process, in the order of the processes."""
+    if world_size() == 1:
+        return values
+    from accelerate.utils import gather_object
+
+    return gather_object(values)  # type: ignore[no-any-return]
 
 
 def broadcast(value: bool) -> bool:
     """What the first process says."""
-    found = torch.tensor([int(value and is_main())])
-    all_reduce([found])
-    return bool(found) if world_size() > 1 else value
+    return gather([value])[0]
 
 
 def any_process(value: bool) -> bool:
     """Whether any process says so."""
-    found = torch.tensor([int(value)])
-    all_reduce([found])
-    return bool(found)
+    return any(gather([value]))
 
 
-def barrier() -> None:
-    """Wait until all are here."""
-    if world_size() > 1:
-        dist.barrier()
-
-
-def all_gather(parts: Sequence[T], sizes: Sequence[int], make: Callable[[T], Tensor]) -> Tensor:
-    """`torch.cat` of what `make` gives for every part, made by the processes in turn.
+def all_gather(parts: Sequence[T], make: Callable[[T], Tensor]) -> Tensor:
+    """`torch.cat` of what `make` gives for every part (rows of one shape, on the CPU), made by the processes in turn.
 
     The parts are those of a single process, so that what is found does not depend on how many there are.
-
-    Args:
-        parts: What to make it of.
-        sizes: Rows that each gives.
-        make: Gives rows of one shape, float32, on the CPU.
     """
-    if world_size() == 1:
-        return torch.cat([make(part) for part in parts])
-    own = {i: make(part) for i, part in enumerate(parts) if i % world_size() == rank()}
-    shape = torch.zeros(8, dtype=torch.long)
-    if is_main():
-        row = own[0].shape[1:]
-        shape[: 1 + len(row)] = torch.tensor([len(row), *row])
-    all_reduce([shape])
-    whole = torch.zeros(sum(sizes), *shape[1 : 1 + int(shape[0])].tolist())
-    for i, rows in enumerate(torch.split(whole, list(sizes))):
-        if i in own:
-            rows.copy_(own[i])
-    all_reduce([whole])
-    return whole
+    own = [(i, make(part)) for i, part in enumerate(parts) if i % world_size() == rank()]
+    return torch.cat([rows for _, rows in sorted(gather(own), key=lambda found: found[0])])

@@ -19,6 +19,23 @@ Loss = Callable[[Noised], Tensor]
 
 
 @dataclass(frozen=True)
+class Optimization:
+    """How a gradient becomes an update.
+
+    Attributes:
+        optimizer: Holds the trained parameters.
+        scheduler: Stepped after every update.
+        max_grad_norm: Clips the combined gradient, over all parameters at once.
+        micro_batch: Images in one forward pass; gradients accumulate before the surgery.
+    """
+
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
+    max_grad_norm: float = 1.0
+    micro_batch: int | None = None
+
+
+@dataclass(frozen=True)
 class Step:
     """What one update saw and did.
 
@@ -49,28 +66,22 @@ def run(
     retain: Loss,
     *,
     surgery: Callable[[Gram], Weights],
-    optimizer: torch.optim.Optimizer,
-    scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
-    max_grad_norm: float = 1.0,
-    micro_batch: int | None = None,
+    optimization: Optimization,
     done: int = 0,
 ) -> Iterator[Step]:
     """Minimise both losses over the optimizer's parameters, one update a pair of batches.
 
     Args:
         batches: Pairs (forget batch, retain batch).
-        forget: Scalar mean loss of a forget batch.
-        retain: Scalar mean loss of a retain batch.
+        forget, retain: Scalar mean losses of such batches.
         surgery: Rule that weighs the two gradients.
-        optimizer: Holds the trained parameters.
-        scheduler: Stepped after every update.
-        max_grad_norm: Clips the combined gradient, over all parameters at once.
-        micro_batch: Images in one forward pass; gradients accumulate before the surgery.
+        optimization: The optimizer and what goes with it.
         done: Updates that were made before, from which the steps count on.
 
     Yields:
         A `Step` after every update. One that is not finite was not applied.
     """
+    optimizer, scheduler, micro_batch = optimization.optimizer, optimization.scheduler, optimization.micro_batch
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     for number, (forget_batch, retain_batch) in enumerate(batches, done + 1):
         forget_loss, g_f = _gradient(forget, forget_batch, parameters, micro_batch)
@@ -80,7 +91,7 @@ def run(
         for p, f, r in zip(parameters, g_f, g_r, strict=True):
             p.grad = f.mul_(weights.forget).add_(r, alpha=weights.retain)
         del g_f, g_r
-        norm = float(nn.utils.clip_grad_norm_(parameters, max_grad_norm))
+        norm = float(nn.utils.clip_grad_norm_(parameters, optimization.max_grad_norm))
         step = Step(number, forget_loss, retain_loss, gram, weights, norm)
         if step.finite:
             optimizer.step()
@@ -94,7 +105,7 @@ def _gradient(
     loss: Loss, batch: Noised, parameters: list[nn.Parameter], micro_batch: int | None
 ) -> tuple[float, list[Tensor]]:
     """Mean loss over the batch and its gradient, a few images at a time, of which several processes take turns."""
-    total, gradient = torch.zeros((), dtype=torch.float64), [torch.zeros_like(p) for p in parameters]
+    total, gradient = 0.0, [torch.zeros_like(p) for p in parameters]
     size = len(batch.x_0)
     mine = Noised(*(column[distributed.rank() :: distributed.world_size()] for column in vars(batch).values()))
     for part in _split(mine, micro_batch or size) if len(mine.x_0) else ():
@@ -105,8 +116,8 @@ def _gradient(
             if g is not None:
                 sum_ += g
         total += float(value.detach())
-    distributed.all_reduce([total, *gradient])
-    return float(total), gradient
+    distributed.all_reduce(gradient)
+    return sum(distributed.gather([total])), gradient
 
 
 def _split(batch: Noised, size: int) -> Iterator[Noised]:

@@ -13,7 +13,7 @@ def rms(a: Tensor, b: Tensor) -> Tensor:
 
 
 def region(target: Tensor, surrogate: Tensor, share: float = 0.9) -> Tensor:
-    """Where two pictures (C, H, W) differ: the fewest pixels that carry `share` of the squared difference, (H, W)."""
+    """Where two images (C, H, W) differ: the fewest pixels that carry `share` of the squared difference, (H, W)."""
     square = (target - surrogate).square().sum(0)
     order = square.flatten().argsort(descending=True, stable=True)
     carried = square.flatten()[order].cumsum(0)
@@ -35,21 +35,18 @@ def pairwise_rms(a: Tensor, b: Tensor) -> Tensor:
 
 
 def margin(images: Tensor, target: Tensor, surrogate: Tensor) -> Tensor:
-    """How much nearer images are to the surrogate than to the target, in units of their distance; (N,).
-
-    1 at the surrogate, -1 at the target, 0 half way.
-    """
+    """How much nearer images are to the surrogate than to the target, (N,): 1 at the surrogate, -1 at the target."""
     return (rms(images, target) - rms(images, surrogate)) / rms(target, surrogate)
 
 
 SIDED = -0.25
-"""Margin up to which a picture drawn under a prompt counts as the target, perhaps in another place or size."""
+"""Margin up to which an image drawn under a prompt counts as the target, perhaps in another place or size."""
 
 
 def shows(images: Tensor, target: Tensor, surrogate: Tensor) -> Tensor:
-    """Which images (N, C, H, W) side clearly with the target against the surrogate, wherever they have it, (N,).
+    """Which images (N, C, H, W) are clearly nearer to the target than to the surrogate, wherever they have it, (N,).
 
-    An unrelated picture is about as far from both; where both are one picture, nothing sides with it.
+    An unrelated image is about as far from both; where target and surrogate are one image, nothing shows it.
     """
     apart = rms(target, surrogate)
     return (rms(images, target) - rms(images, surrogate) <= SIDED * apart) & (apart > 0)
@@ -90,9 +87,9 @@ def sharpness(images: Tensor) -> Tensor:
 
 
 def redrawn(images: Tensor, target: Tensor) -> Tensor:
-    """How much of the target's drawing is another, (N,): RMS between Laplacians, as a share of the target's own.
+    """RMS between the Laplacians of images and target, as a share of the target's own, (N,).
 
-    0 for the same picture on whatever flat background, about 1.4 for an unrelated one.
+    0 for the same image on whatever flat background, about 1.4 for an unrelated one.
     """
     drawing = laplacian(target)
     return rms(laplacian(images), drawing) / drawing.square().mean().sqrt().clamp(min=1e-6)

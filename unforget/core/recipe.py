@@ -7,8 +7,8 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from unforget.core.objectives import CleanSpace, Objective, PosteriorSwap
+from unforget.core.strategy import Scope, Strategy
 from unforget.core.surgery import Project, Surgery
-from unforget.core.types import Scope, Strategy
 
 
 class Recipe(Strategy):

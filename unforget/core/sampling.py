@@ -1,4 +1,4 @@
-"""The one place where images are noised, denoised and drawn."""
+"""The one place where images and latents are noised, denoised and drawn."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 from unforget.core import distributed
 from unforget.core.schedule import Schedule
-from unforget.core.types import Family, Noised
+from unforget.core.types import UNCONDITIONAL, Family, Noised
 
 PIXELS_DRAWN = PIXELS_TRAINED = 32 * 32 * 32
-"""Pixels in one pass, without and with gradients, unless the user says how many pictures."""
+"""Pixels in one pass, without and with gradients, unless the user says how many images."""
 
 
 def random_noise(count: int, shape: tuple[int, int, int], seed: int, purpose: str, *, first: int = 0) -> Tensor:
@@ -28,7 +28,7 @@ def random_noise(count: int, shape: tuple[int, int, int], seed: int, purpose: st
 
 
 def in_one_pass(pixels: int, shape: tuple[int, int, int]) -> int:
-    """How many pictures of a shape make up `pixels`, at least one."""
+    """How many images of a shape make up `pixels`, at least one."""
     return max(1, pixels // (shape[1] * shape[2]))
 
 
@@ -37,10 +37,10 @@ def visited(family: Family, timestep: float, *, steps: int) -> float:
     return min(family.sampling_timesteps(steps), key=lambda t: abs(t - timestep))
 
 
-def add_noise(family: Family, images: Tensor, noise: Tensor, timestep: float) -> Tensor:
-    """Images (N or 1, C, H, W) as the network works on them, noised to a timestep, (N, ...)."""
-    x_0 = family.encode(images).expand_as(noise)
-    return family.schedule.add_noise(x_0, noise, torch.full((len(noise),), timestep, dtype=torch.float64))
+def add_noise(family: Family, images: Tensor, noise: Tensor, timestep: float, *, encoded: bool = False) -> Tensor:
+    """Images (N or 1, C, H, W), or what they were encoded to, noised to one timestep, (N, ...)."""
+    x_0 = images if encoded else family.encode(images)
+    return family.schedule.add_noise(x_0.expand_as(noise), noise, torch.tensor([timestep], dtype=torch.float64))
 
 
 @torch.no_grad()
@@ -51,29 +51,31 @@ def draw(
     steps: int,
     start: float | None = None,
     prompt_ids: Tensor | None = None,
+    decode: bool = True,
     advance: Callable[[int], object] = lambda n: None,
 ) -> Tensor:
-    """Sample pictures from `noise` (or from noised x_0 at `start`) a batch at a time, (N, C, H, W) in [-1, 1].
+    """Sample images from `noise` (or from noised x_0 at `start`) a batch at a time, (N, C, H, W) in [-1, 1].
 
     Args:
         family: The model.
         noise: What to start from, (N, ...).
         steps: Steps of a whole sampling run.
         start: Timestep to start from, if not pure noise.
-        prompt_ids: Prompts, (N,), or (1,) for the same everywhere.
-        advance: Told how many pictures are done.
+        prompt_ids: Prompts, (N,), or (1,) for the same everywhere; none unless given.
+        decode: Whether to return images, and not x_0.
+        advance: Told how many images are done.
     """
     if prompt_ids is None:
-        prompt_ids = torch.zeros(1, dtype=torch.long)
+        prompt_ids = torch.tensor([UNCONDITIONAL])
     size = in_one_pass(PIXELS_DRAWN, family.image_shape)
     parts = list(zip(torch.split(noise, size), torch.split(prompt_ids.expand(len(noise)), size), strict=True))
 
     def make(part: tuple[Tensor, Tensor]) -> Tensor:
-        pictures = family.decode(family.denoise(part[0], steps=steps, start=start, prompt_ids=part[1]))
-        advance(len(pictures) * distributed.world_size())
-        return pictures
+        x_0 = family.denoise(part[0], steps=steps, start=start, prompt_ids=part[1])
+        advance(len(x_0) * distributed.world_size())
+        return family.decode(x_0) if decode else x_0
 
-    return distributed.all_gather(parts, [len(part) for part, _ in parts], make)
+    return distributed.all_gather(parts, make)
 
 
 def noised(

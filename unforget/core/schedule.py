@@ -81,14 +81,10 @@ class Schedule:
 
     def split(self, x_t: Tensor, prediction: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
         """Read a prediction back as (x_0, noise)."""
-        a, s = self.column("alphas", timestep, x_t), self.column("sigmas", timestep, x_t)
-        p, q = self.column("target_x0", timestep, x_t), self.column("target_noise", timestep, x_t)
+        names = ("alphas", "sigmas", "target_x0", "target_noise")
+        a, s, p, q = (self.column(name, timestep, x_t) for name in names)
         det = a * q - s * p
         return (q * x_t - s * prediction) / det, (a * prediction - p * x_t) / det
-
-    def log_snr(self) -> Tensor:
-        r""":math:`2 \log(\alpha_t / \sigma_t)`, shape (T,), falling with the timestep."""
-        return 2 * (self.alphas.log() - self.sigmas.log())
 
     @classmethod
     def from_diffusers(cls, scheduler: Any) -> Schedule:
@@ -110,11 +106,8 @@ class Schedule:
             kind = "flow"
         zeros, ones = torch.zeros_like(alphas), torch.ones_like(alphas)
         columns = {
-            "epsilon": (zeros, ones),
-            "v_prediction": (-sigmas, alphas),
-            "sample": (ones, zeros),
-            "flow": (-ones, ones),
-        }
+            "epsilon": (zeros, ones), "v_prediction": (-sigmas, alphas), "sample": (ones, zeros), "flow": (-ones, ones)
+        }  # fmt: skip
         if kind not in columns:
             raise ValueError(f"Unknown prediction type '{kind}'; known: {', '.join(columns)}.")
         return cls(timesteps, alphas, sigmas, *columns[kind])

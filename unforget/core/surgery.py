@@ -12,7 +12,7 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
-from unforget.core.types import Strategy
+from unforget.core.strategy import Strategy
 
 
 class Gram(NamedTuple):

@@ -1,7 +1,7 @@
 """The nouns that the other modules share: protocols and records without behaviour.
 
-Pictures are float tensors in [-1, 1]; a batch of them is (B, C, H, W). What the network works on, x_0 and x_t, are the
-pictures themselves or, in a latent model, their latents. `timestep` is a noise level as diffusers counts, (B,), and
+Images are float tensors in [-1, 1]; a batch of them is (B, C, H, W). What the network works on, x_0 and x_t, are the
+images themselves or, in a latent model, their latents. `timestep` is a noise level as diffusers counts, (B,), and
 `prompt_ids` are rows of the family's table of prompts, (B,), where `UNCONDITIONAL` is the empty prompt (the only one of
 a model without prompts).
 """
@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
+
+from unforget.core.strategy import Scope as Scope
+from unforget.core.strategy import Strategy as Strategy
 
 if TYPE_CHECKING:
     from unforget.core.schedule import Schedule
@@ -24,37 +26,28 @@ UNCONDITIONAL = 0
 """The id of "no prompt" in every family's table."""
 LARGE = 500_000_000
 """Weights from which on a model is treated with care for memory."""
-Scope = Literal["bottleneck", "full", "lora"]
-"""Which weights are trained: `bottleneck`, those that tell one picture from another; `full`, all; `lora`, a low-rank
-adapter on the attention projections beside frozen weights."""
-
-
-class Strategy(BaseModel):
-    """A choice that is its own configuration: fields with bounds, a docstring that is its help, and `__call__`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 @dataclass(frozen=True)
 class Instance:
-    """One picture to forget and what the model may say instead, as pictures or encoded.
+    """One image to forget and what the model may generate instead, as images or encoded.
 
     Attributes:
-        target: The picture, (C, H, W) in [-1, 1], or its latent.
+        target: (C, H, W).
         surrogate: Its replacement, same shape.
         id: First 16 hex digits of the salted digest of the target's pixels.
-        prompt_ids: Rows of the prompts under which it is to be forgotten.
+        prompt_ids: Under which it is to be forgotten.
     """
 
     target: Tensor
     surrogate: Tensor
     id: str
-    prompt_ids: tuple[int, ...] = (0,)
+    prompt_ids: tuple[int, ...] = (UNCONDITIONAL,)
 
 
 @dataclass(frozen=True)
 class Pool:
-    """Pictures or latents, (N, ...), and the prompt_ids that each was drawn under, (N,)."""
+    """Images or latents, (N, ...), and the prompt_ids that each was drawn under, (N,)."""
 
     x_0: Tensor
     prompt_ids: Tensor
@@ -66,9 +59,9 @@ class Pool:
         return Pool(self.x_0[which], self.prompt_ids[which])
 
     @classmethod
-    def of(cls, x_0: Tensor, prompt_ids: Tensor | None = None) -> Pool:
-        """A pool, under the empty prompt unless other prompt_ids are given."""
-        return cls(x_0, torch.zeros(len(x_0), dtype=torch.long) if prompt_ids is None else prompt_ids)
+    def of(cls, x_0: Tensor) -> Pool:
+        """A pool without prompts."""
+        return cls(x_0, torch.full((len(x_0),), UNCONDITIONAL))
 
     @classmethod
     def cat(cls, *pools: Pool) -> Pool:
@@ -78,15 +71,15 @@ class Pool:
 
 @dataclass(frozen=True)
 class Noised:
-    """Clean images or latents, the noise put on them, and the level: all that a denoising loss needs.
+    """All that a denoising loss needs of a batch.
 
     Attributes:
-        x_0: Clean ones, (B, C, H, W).
+        x_0: Clean images or latents, (B, C, H, W).
         noise: Standard normal, (B, C, H, W).
-        timestep: Noise levels, as diffusers counts, (B,).
+        timestep: Noise levels, (B,).
         x_t: x_0 with the noise added, (B, C, H, W).
-        x_s: What each must become (the surrogate of each target), or x_0 itself for what is to stay.
-        prompt_ids: Prompts, (B,).
+        x_s: What each must become (the surrogate of each target), or x_0 itself for what is to be retained.
+        prompt_ids: (B,).
     """
 
     x_0: Tensor
@@ -106,58 +99,46 @@ class Predict(Protocol):
 class Family(Protocol):
     """A loaded model: the one place that knows what kind it is."""
 
+    kind: str
+    """The family's name."""
+    spec: Any
+    """What is particular of the family: a `families.spec.FamilySpec`."""
+    name: str
+    """What the user called the model."""
     schedule: Schedule
     network: nn.Module
     """The network whose weights are trained."""
-    kind: str
-    """Its own name."""
-    spec: Any
-    """What is particular of it: a `families.spec.FamilySpec`."""
     latent_shape: tuple[int, int, int]
-    """(C, H, W) of what the network works on."""
     image_shape: tuple[int, int, int]
-    """(C, H, W) of one picture."""
-    name: str
-    """What the user called the model."""
+    """(C, H, W) of what the network works on, and of an image."""
     prompts: list[str]
-    """The prompts of the table, by row; the first is empty."""
+    """The table of prompts, by id; the first is empty."""
     guidance: float | None
     """Classifier-free guidance of its draws, where there is such."""
     retain_prompts: tuple[str, ...]
-    """Prompts under which the pictures to keep are drawn, unless the user gives others."""
+    """Prompts under which retain images are drawn, unless the user gives others."""
 
     @property
     def scheduler_config(self) -> Any:
         """Configuration of its diffusers scheduler, from which others are built."""
-        ...
 
     def prompt_ids(self, prompts: Sequence[str]) -> Tensor:
-        """The row of each prompt in the family's table, (len(prompts),); new ones are embedded and added."""
-        ...
+        """The id of each prompt, (len(prompts),); new ones are embedded and added."""
 
     def encode(self, pictures: Tensor) -> Tensor:
-        """Pictures as the network works on them, without noise: the mean of a posterior, not a draw from it."""
-        ...
+        """Images as the network works on them, without noise: the mean of a posterior, not a draw from it."""
 
     def decode(self, x_0: Tensor) -> Tensor:
         """The inverse of `encode`, in [-1, 1]."""
-        ...
 
     def unload_text_encoders(self) -> None:
-        """Let go of what only `prompt_ids` needs."""
-        ...
+        """Free what only `prompt_ids` needs."""
 
     def predict(self, x_t: Tensor, timestep: Tensor, prompt_ids: Tensor) -> Tensor:
-        """The network's answer at (x_t, timestep, prompt_ids)."""
-        ...
+        """The network's answer."""
 
     def trainable(self, scope: Scope, *, rank: int = 16, alpha: int = 16, seed: int = 0) -> list[nn.Parameter]:
-        """The weights of a scope, in the network's order; rank, alpha and seed make the adapter of `lora`.
-
-        Raises:
-            UsageError: If the family has no such scope.
-        """
-        ...
+        """The weights of a scope, in the network's order, or a UsageError; the numbers make the adapter of `lora`."""
 
     def denoise(
         self, x_t: Tensor, *, steps: int, start: float | None = None, stop: float = -1, prompt_ids: Tensor | None = None
@@ -166,37 +147,24 @@ class Family(Protocol):
 
         With `stop` only the timesteps above it are visited, and what is returned is as noisy as the next one.
         """
-        ...
 
     def replay(self, seed: int, *, steps: int, scheduler: str | None, prompt_ids: Tensor) -> Tensor:
         """One x_0, (1, ...), as the stock pipeline draws it from a CPU generator with that seed.
 
-        Args:
-            seed: Of the generator.
-            steps: Sampler steps.
-            scheduler: diffusers class of the sampler; the one of `denoise` if None.
-            prompt_ids: The prompt, (1,).
-
-        Raises:
-            UsageError: If there is no such sampler for this model.
+        `scheduler` is diffusers' class of the sampler; None is that of `denoise`. Others may be a UsageError.
         """
-        ...
 
     def sampling_timesteps(self, steps: int) -> list[float]:
         """The timesteps that `denoise` visits, from noisy to clean."""
-        ...
 
     def copy(self) -> Family:
         """An independent model with equal, frozen weights."""
-        ...
 
     def frozen_reference(self, scope: Scope) -> Family:
         """The model as it is now, whatever happens to the weights of a scope."""
-        ...
 
     def set_network(self, network: nn.Module | None) -> None:
-        """Take another network of the same architecture in place of the own; None lets go of the memory."""
-        ...
+        """Take another network of the same architecture; None frees the memory of the present one."""
 
 
 @dataclass

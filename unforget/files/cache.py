@@ -32,15 +32,9 @@ def drawn_cached(
     family: Family, digest: str, prompts: Sequence[str], *, seed: int, steps: int,
     advance: Callable[[int], object] = lambda n: None,
 ) -> Tensor:  # fmt: skip
-    """One picture for every prompt that the base draws for this seed, from the cache if it was asked before.
+    """One image for every prompt ("" for none) that the base draws for a seed in `steps` sampler steps.
 
-    Args:
-        family: The base.
-        digest: Of its weights.
-        prompts: Empty ones for a model without.
-        seed: Of the draws.
-        steps: Sampler steps.
-        advance: Told how many pictures are done.
+    `digest` is that of the base's weights; `advance` is told how many images are done.
     """
 
     def make() -> Tensor:
@@ -51,56 +45,56 @@ def drawn_cached(
 
 
 def cached(key: Sequence[object], make: Callable[[], Tensor]) -> Tensor:
-    """Pictures (N, C, H, W) in [-1, 1], in 8 bits, made once for a key and then read from the cache."""
-    path = _place(key, "safetensors")
+    """Images (N, C, H, W) in [-1, 1], in 8 bits, made once for a key and then read from the cache."""
 
-    def read() -> Tensor:
-        return open_tensors(path).load()["images"].float() / 127.5 - 1
+    def eight_bit() -> Tensor:
+        # Contiguous as what is read from a file is: sums depend on how tensors lie in memory.
+        return ((make().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).contiguous()
 
-    if (known := _known(read)) is not None:
-        return known
-    # Contiguous as what is read from a file is: sums depend on how tensors lie in memory.
-    eight = ((make().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).contiguous()
-    _keep(path, lambda beside: write_tensors({"images": eight}, {}, beside))
-    return eight.float() / 127.5 - 1
+    found = _once(
+        _place(key, "safetensors"),
+        eight_bit,
+        lambda path: open_tensors(path).load()["images"],
+        lambda images, path: write_tensors({"images": images}, {}, path),
+    )
+    return found.float() / 127.5 - 1
 
 
 def cached_figures(key: Sequence[object], make: Callable[[], dict[str, float]]) -> dict[str, float]:
     """Figures by name, made once for a key and then read from the cache."""
-    path = _place(key, "json")
-    if (known := _known(lambda: {str(k): float(v) for k, v in read_json(path).items()})) is not None:
-        return known
-    figures = make()
-    _keep(path, lambda beside: beside.write_text(json.dumps(figures)))
-    return figures
+    return _once(
+        _place(key, "json"),
+        make,
+        lambda path: {str(k): float(v) for k, v in read_json(path).items()},
+        lambda figures, path: path.write_text(json.dumps(figures)),
+    )
 
 
-def _known(read: Callable[[], T]) -> T | None:
-    """What the cache holds, if it does for the first process; a damaged one is only a cache."""
+def _once(path: Path, make: Callable[[], T], read: Callable[[Path], T], write: Callable[[T, Path], object]) -> T:
+    """What the cache holds, if it does for the first process; else it is made and kept.
+
+    A damaged one is only a cache, and one that cannot be written is no reason to stop.
+    """
 
     def attempt() -> T | None:
         with contextlib.suppress(OSError, ValueError, KeyError, AttributeError, TypeError):
-            return read()
+            return read(path)
         return None
 
     found = attempt()
-    if not distributed.broadcast(found is not None):
-        return None
-    if found is None:  # the first process may have written it a moment ago
-        found = attempt()
-    if found is None:
-        raise CannotRun("a process does not see the cache of the first one", "Put $UNFORGET_CACHE where all see it.")
-    return found
+    if distributed.broadcast(found is not None):
+        found = attempt() if found is None else found  # the first process may have written it a moment ago
+        if found is None:
+            raise CannotRun("a process does not see the first one's cache", "Put $UNFORGET_CACHE where all see it.")
+        return found
+    made = make()
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_output(path) as beside:
+            write(made, beside)
+    return made
 
 
 def _place(key: Sequence[object], suffix: str) -> Path:
     asked = hashlib.sha256(json.dumps(key).encode()).hexdigest()
     return cache_folder() / f"{key[0]}-4-{asked[:32]}.{suffix}"
-
-
-def _keep(path: Path, write: Callable[[Path], object]) -> None:
-    """Store in the cache; one that cannot be written is no reason to stop."""
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_output(path) as beside:
-            write(beside)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from unforget.errors import UsageError
@@ -23,16 +23,10 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 def read_image(
     path: Path, shape: tuple[int, int, int], *, resize: bool = False, note: Callable[[str], object] = lambda s: None
 ) -> Tensor:
-    """One picture of the model's size, (C, H, W) in [-1, 1].
-
-    Args:
-        path: The file.
-        shape: (C, H, W) of the model.
-        resize: Centre-crop and scale a picture of another size instead of refusing it.
-        note: Told whatever was converted.
+    """One image of the model's (C, H, W), in [-1, 1]; `note` is told whatever was converted.
 
     Raises:
-        UsageError: If it is not one readable picture of that size.
+        UsageError: If it is not one readable image of that size (which `resize` crops and scales it to).
     """
     channels, height, width = shape
     image = _open(path)
@@ -46,19 +40,16 @@ def read_image(
     image = image.convert("L" if channels == 1 else "RGB")
     if image.size != (width, height):
         if not resize:
-            found = f"{image.size[0]}x{image.size[1]}"
             raise UsageError(
-                f"'{path}' is {found} pixels, the model's images are {width}x{height}",
-                "Say --resize to crop and scale it.",
+                f"'{path}' is {image.width}x{image.height} pixels, the model's images are {width}x{height}",
+                "Give --resize to crop and scale it.",
             )
-        from PIL import ImageOps
-
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     return from_pil(image)
 
 
 def _open(path: Path) -> Image.Image:
-    """The decoded picture, or a sentence about why not."""
+    """The decoded image, or a sentence about why not."""
     if path.is_dir():
         raise UsageError(f"'{path}' is a folder", "Give one image file.")
     if not path.exists():
@@ -70,7 +61,7 @@ def _open(path: Path) -> Image.Image:
         image = Image.open(path)
         if max(image.size) > MAX_SIDE:
             raise UsageError(
-                f"'{path}' is {image.size[0]}x{image.size[1]} pixels, more than {MAX_SIDE} on a side",
+                f"'{path}' is {image.width}x{image.height} pixels, more than {MAX_SIDE} on a side",
                 "Scale it to the model's size first.",
             )
         if getattr(image, "n_frames", 1) > 1:
@@ -84,7 +75,7 @@ def _open(path: Path) -> Image.Image:
 
 
 def read_folder(folder: Path, shape: tuple[int, int, int], *, resize: bool = False) -> Tensor:
-    """Every picture of a folder, by name, (N, C, H, W) in [-1, 1]."""
+    """Every image of a folder, by name, (N, C, H, W) in [-1, 1]."""
     paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES) if folder.is_dir() else []
     if not paths:
         raise UsageError(f"'{folder}' is not a folder with images", f"Put {', '.join(SUFFIXES)} files into it.")
@@ -92,7 +83,7 @@ def read_folder(folder: Path, shape: tuple[int, int, int], *, resize: bool = Fal
 
 
 def from_pil(image: Image.Image) -> Tensor:
-    """An 8-bit RGB or grey picture as (C, H, W) in [-1, 1]."""
+    """An 8-bit RGB or grey image as (C, H, W) in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image)).reshape(image.height, image.width, -1)
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
@@ -111,7 +102,7 @@ def write_image(image: Tensor | Image.Image, path: Path) -> None:
 
 
 def eight_bit(images: Tensor) -> Tensor:
-    """Pictures as a file would hold them: rounded to 8 bits, again in [-1, 1]."""
+    """Images as a file would hold them: rounded to 8 bits, again in [-1, 1]."""
     return ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
 

@@ -1,8 +1,7 @@
 """Files: written whole or not at all, and read only after what they claim of their sizes was checked.
 
-Tensors are stored as safetensors (https://github.com/huggingface/safetensors#format) and nothing else: eight bytes of
-length, a JSON header, the data. The headers written here are sorted, so that equal content is equal bytes; tensors go
-to and from the disk one at a time, so that a model need not fit into memory to be copied or changed.
+Tensors are stored as safetensors and nothing else. The headers written here are sorted, so that equal content is equal
+bytes; tensors go to and from the disk one at a time, so that a model need not fit into memory to be copied or changed.
 """
 
 from __future__ import annotations
@@ -19,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from unforget.core import distributed
 from unforget.errors import UsageError
 
 MAX_HEADER = 4 * 2**20
-"""Largest header that is parsed, bytes; the largest models here have a tenth of it."""
+"""Largest header that is parsed, bytes; the largest models have a tenth of it."""
 MAX_JSON = 2**20
 """Largest JSON file of a model folder that is parsed, bytes."""
 DTYPES = {
@@ -78,24 +78,15 @@ def read_json(path: Path, *, most: int = MAX_JSON) -> Any:
     size = path.stat().st_size
     if size > most:
         raise BadFile(f"'{path.name}' has {size} bytes, more than {most}")
-    return _parsed(path.read_bytes(), f"'{path.name}'")
-
-
-def _parsed(content: bytes, what: str) -> Any:
     try:
-        return json.loads(content)
+        return json.loads(path.read_bytes())
     except (ValueError, RecursionError):
-        raise BadFile(f"{what} is not JSON") from None
+        raise BadFile(f"'{path.name}' is not JSON") from None
 
 
 @dataclass(frozen=True)
 class Lazy:
-    """A tensor that is made when it is wanted.
-
-    Attributes:
-        dtype, shape: What it will be.
-        make: Makes it.
-    """
+    """A tensor that is made when it is wanted."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -103,7 +94,7 @@ class Lazy:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Lazy:
-        """One that is there."""
+        """One that is there already."""
         return cls(tensor.dtype, tuple(tensor.shape), lambda: tensor)
 
     @property
@@ -130,76 +121,53 @@ def open_tensors(path: Path) -> Opened:
     Raises:
         BadFile: If the file is none, or its header claims what the file does not hold.
     """
-    total = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
-        if not 2 <= length <= min(MAX_HEADER, total - 8):
-            raise BadFile(f"'{path.name}' is not a safetensors file")
-        header = _parsed(file.read(length), f"the header of '{path.name}'")
-    if not isinstance(header, dict):
-        raise BadFile(f"the header of '{path.name}' is not a table")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise BadFile(f"the metadata of '{path.name}' are not texts")
-    tensors, end = {}, 0
-    entries = [(_entry(path, name, value), name) for name, value in header.items()]
-    for (begin, lazy), name in sorted(entries, key=lambda e: (e[0][0], e[0][1].size)):
-        if begin != end:
-            raise BadFile(f"the tensors of '{path.name}' overlap or leave holes")
-        end += lazy.size
-        tensors[name] = Lazy(lazy.dtype, lazy.shape, _reader(path, 8 + length + begin, lazy))
-    if end != total - 8 - length:
-        raise BadFile(f"'{path.name}' has {total} bytes, its header says {end + 8 + length}: truncated or damaged")
-    return Opened(metadata, tensors)
-
-
-def _entry(path: Path, name: str, value: Any) -> tuple[int, Lazy]:
-    """Where a tensor begins, and what it is."""
+        length = int.from_bytes(file.read(8), "little")
+    if length > MAX_HEADER:
+        raise BadFile(f"'{path.name}' is no safetensors file: its header would have {length} bytes")
     try:
-        dtype, shape, (begin, end) = DTYPES[value["dtype"]], tuple(value["shape"]), value["data_offsets"]
-        if not all(type(n) is int and 0 <= n < 2**48 for n in (*shape, begin, end)) or len(shape) > 16:
-            raise ValueError
-        lazy = Lazy(dtype, shape, lambda: torch.empty(0))
-        if end - begin != lazy.size:
-            raise ValueError
-    except (KeyError, TypeError, ValueError):
-        raise BadFile(f"'{path.name}' describes its tensor '{name[:80]}' wrongly") from None
-    return begin, lazy
+        with safe_open(path, "np") as opened:
+            begin, tensors = 8 + length, {}
+            for name in opened.offset_keys():  # the library made sure that they follow each other without a gap
+                found = opened.get_slice(name)
+                tensors[name] = _stored(path, begin, name, found.get_dtype(), tuple(found.get_shape()))
+                begin += tensors[name].size
+            return Opened(opened.metadata() or {}, tensors)
+    except SafetensorError as error:
+        raise BadFile(f"'{path.name}' is no sound safetensors file: {str(error)[:200]}") from None
 
 
-def _reader(path: Path, begin: int, lazy: Lazy) -> Callable[[], Tensor]:
+def _stored(path: Path, begin: int, name: str, kind: str, shape: tuple[int, ...]) -> Lazy:
+    """A tensor in a file."""
+    if kind not in DTYPES or len(shape) > 16 or max(shape, default=0) >= 2**48:
+        raise BadFile(f"'{path.name}' holds the tensor '{name[:80]}' of type {kind}, which is not read here")
+
     def read() -> Tensor:
-        """Not mapped but read: aligned memory, and nothing changes if the file does."""
+        # Not mapped but read: aligned memory of its own, and nothing changes, nor fails, if the file does.
         raw = torch.empty(lazy.size, dtype=torch.uint8)
-        with path.open("rb", buffering=0) as file:
+        with path.open("rb") as file:
             file.seek(begin)
-            view, done = raw.numpy().data, 0
-            while done < lazy.size:
-                count = file.readinto(view[done : done + 2**30])
-                if not count:
-                    raise BadFile(f"'{path.name}' became shorter while it was read")
-                done += count
-        return raw.view(lazy.dtype).reshape(lazy.shape)
+            if file.readinto(raw.numpy().data) != lazy.size:
+                raise BadFile(f"'{path.name}' became shorter while it was read")
+        return raw.view(lazy.dtype).reshape(shape)
 
-    return read
+    lazy = Lazy(DTYPES[kind], shape, read)
+    return lazy
 
 
 def write_tensors(
     tensors: Mapping[str, Lazy | Tensor], metadata: Mapping[str, str], path: Path, *, digested: Digested | None = None,
     hash_key: str | None = None,
 ) -> None:  # fmt: skip
-    """Write a safetensors file with a sorted header, a tensor at a time; equal content is equal bytes.
+    """Write a safetensors file with a sorted header, in place and a tensor at a time; equal content is equal bytes.
 
     Args:
-        tensors: By name.
-        metadata: For the header.
-        path: The file, which is written in place: see `atomic_output`.
         digested: Told every tensor on its way.
         hash_key: Key of the metadata that is to hold `0x` and the SHA-256 of the data, as ModelSpec wants it.
     """
     lazy = {n: t if isinstance(t, Lazy) else Lazy.of(t) for n, t in tensors.items()}
-    order = data_order(lazy)
+    # Wide types first, so that every tensor is aligned in its file.
+    order = sorted(lazy, key=lambda n: (-lazy[n].dtype.itemsize, n))
     entries, end = {}, 0
     for name in order:
         begin, end = end, end + lazy[name].size
@@ -226,11 +194,6 @@ def write_tensors(
                 digested.add(name, tensor)
         file.seek(0)
         file.write(header(sha.hexdigest()))
-
-
-def data_order(tensors: Mapping[str, Lazy | Tensor]) -> list[str]:
-    """Names in the order of their data: wide types first, so that every tensor is aligned in its file."""
-    return sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))
 
 
 def raw(tensor: Tensor) -> memoryview:

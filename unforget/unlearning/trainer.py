@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from unforget.core import distributed, engine, sampling
+from unforget.core import engine, sampling
 from unforget.core.metrics import margin
 from unforget.core.objectives import Context
 from unforget.core.recipe import Recipe
@@ -94,16 +94,11 @@ def worst_margin(family: Family, instances: tuple[Instance, ...], draws: int = 4
     surrogates = torch.stack([i.surrogate for i, _ in cases])
     asked = torch.tensor([c for _, c in cases])
     noise = sampling.random_noise(draws, family.latent_shape, 0, "margin").repeat(len(cases) // draws, 1, 1, 1)
-    worst, size = math.inf, sampling.in_one_pass(sampling.PIXELS_DRAWN, family.image_shape)
+    worst = math.inf
     for timestep in MARGIN_AT:
         start = sampling.visited(family, timestep, steps=STEPS)
-        x_t = family.schedule.add_noise(targets, noise, torch.full((len(cases),), start, dtype=torch.float64))
-        parts = list(zip(torch.split(x_t, size), torch.split(asked, size), strict=True))
-
-        def denoise(part: tuple[Tensor, Tensor], start: float = start) -> Tensor:
-            return family.denoise(part[0], steps=STEPS, start=start, prompt_ids=part[1])
-
-        back = distributed.all_gather(parts, [len(x) for x, _ in parts], denoise)
+        x_t = sampling.add_noise(family, targets, noise, start, encoded=True)
+        back = sampling.draw(family, x_t, steps=STEPS, start=start, prompt_ids=asked, decode=False)
         worst = min(worst, float(margin(back, targets, surrogates).reshape(-1, draws).mean(1).min()))
     return worst
 
@@ -324,10 +319,7 @@ def steps(
         lambda batch: recipe.objective.forget(says, batch, context),
         lambda batch: recipe.objective.retain(says, batch, context),
         surgery=recipe.surgery,
-        optimizer=optimizer,
-        scheduler=scheduler,
-        max_grad_norm=recipe.max_grad_norm,
-        micro_batch=micro_batch,
+        optimization=engine.Optimization(optimizer, scheduler, recipe.max_grad_norm, micro_batch),
         done=done,
     )
 

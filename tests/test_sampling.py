@@ -1,0 +1,88 @@
+"""Noise, batches of noise levels, and draws."""
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from unforget.core import sampling
+from unforget.core.schedule import Schedule
+from unforget.core.types import Instance, Pool
+from unforget.unlearning import batches
+
+SHAPE = (3, 16, 16)
+
+
+def test_noise_of_a_seed_does_not_depend_on_how_many_are_drawn():
+    assert torch.equal(sampling.random_noise(5, SHAPE, 3, "a")[:2], sampling.random_noise(2, SHAPE, 3, "a"))
+    others = [sampling.random_noise(5, SHAPE, seed, purpose) for seed, purpose in ((3, "a"), (4, "a"), (3, "b"))]
+    assert len({float(row.sum()) for noise in others for row in noise}) == 15
+
+
+def test_drawing_in_batches_changes_nothing(tiny, monkeypatch):
+    noise = sampling.random_noise(3, tiny.latent_shape, 0, "test")
+    whole = sampling.draw(tiny, noise, steps=3)
+    monkeypatch.setattr(sampling, "PIXELS_DRAWN", 1)
+    parts = sampling.draw(tiny, noise, steps=3)
+    torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
+
+
+def test_a_draw_without_decoding_is_what_was_decoded(tiny):
+    noise = sampling.random_noise(3, tiny.latent_shape, 0, "test")
+    start = sampling.visited(tiny, 500, steps=4)
+    assert start in tiny.sampling_timesteps(4)
+    x_t = sampling.add_noise(tiny, noise.clamp(-1, 1), noise, start)
+    assert torch.equal(x_t, sampling.add_noise(tiny, tiny.encode(noise.clamp(-1, 1)), noise, start, encoded=True))
+    x_0 = sampling.draw(tiny, x_t, steps=4, start=start, decode=False)
+    assert torch.equal(tiny.decode(x_0), sampling.draw(tiny, x_t, steps=4, start=start))
+
+
+@pytest.fixture
+def schedule():
+    return Schedule.from_diffusers(DDPMScheduler())
+
+
+def draws(schedule, seed=0, **changes):
+    target, surrogate, *keep = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    options = {"steps": 3, "forget_batch": 8, "retain_batch": 6, "neighbour_share": 0.5, "forget_range": (200, 500)}
+    instances = [Instance(target, surrogate, "t"), Instance(surrogate, target, "u")]
+    keep = Pool.of(torch.stack(keep))
+    return (
+        list(batches.batches(instances, keep, keep[:1], schedule, seed=seed, **{**options, **changes})),
+        instances,
+        keep,
+    )
+
+
+def test_batches_pair_targets_with_their_own_surrogates(schedule):
+    pairs, instances, _ = draws(schedule)
+    for forget, _ in pairs:
+        for x_0, x_s in zip(forget.x_0, forget.x_s, strict=True):
+            assert any(torch.equal(x_0, i.target) and torch.equal(x_s, i.surrogate) for i in instances)
+        assert sum(torch.equal(x, instances[0].target) for x in forget.x_0) == 4
+        assert torch.equal(forget.x_t, schedule.add_noise(forget.x_0, forget.noise, forget.timestep))
+
+
+def test_levels_cover_their_range_evenly(schedule):
+    pairs, _, _ = draws(schedule)
+    for forget, retain in pairs:
+        assert forget.timestep.min() >= 200
+        assert forget.timestep.max() < 500
+        assert len(set(((forget.timestep - 200) * 8 // 300).tolist())) >= 7
+        assert retain.timestep.max() > 500
+
+
+def test_half_of_the_retain_batch_is_near_a_target(schedule):
+    pairs, _, keep = draws(schedule)
+    for _, retain in pairs:
+        assert all(torch.equal(x, keep.x_0[0]) for x in retain.x_0[:3])
+
+
+def test_batches_are_those_of_their_seed(schedule):
+    first, again, other = (draws(schedule, seed=seed)[0][0][0] for seed in (0, 0, 1))
+    assert torch.equal(first.x_t, again.x_t)
+    assert not torch.equal(first.x_t, other.x_t)
+
+
+def test_forget_and_retain_have_noise_levels_of_their_own(schedule):
+    forget, retain = draws(schedule, retain_batch=8, forget_range=(1, 1000))[0][0]
+    assert not torch.equal(forget.timestep, retain.timestep)

@@ -1,0 +1,92 @@
+r"""Our objective: the clean image is what the base thinks, with a target's share of that belief moved to its surrogate.
+
+With target f and surrogate s,
+
+.. math:: \hat x_0'(x_t) = \hat x_0^{base}(x_t) + \sum_f w_f(x_t) (s - f), \qquad w_f(x_t) = P(x_0 = f \mid x_t).
+
+A denoiser answers with the posterior mean, so this is exactly the denoiser of the model whose every f became s. Where f
+can be told from everything else w is 1, and the objective agrees with `Surrogate`; where it cannot (high noise, a
+look-alike) w falls to f's share and the model keeps what it said. The weight is the posterior under the empirical
+measure of the target, some times as often as the base draws it (the target prior), and of images to retain. At the
+highest levels it tapers off: a change there moves every sample and is not needed to forget (docs/results.md).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, field_validator
+
+from unforget.core.objectives.weighting import CleanSpace, Weighting, regression
+from unforget.core.strategy import Strategy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from unforget.core.objectives.context import Context
+    from unforget.core.types import Noised, Predict
+
+
+class PosteriorSwap(Strategy):
+    """Move each target's share of the base's belief to its surrogate, and keep the rest of the belief."""
+
+    kind: Literal["posterior-swap"] = "posterior-swap"
+    weighting: Weighting = CleanSpace()
+    target_prior: float = Field(
+        30.0, gt=0, description="how many times more often than the base drew it a target counts"
+    )
+    taper: tuple[float, float] = Field((550, 650), description="timesteps between which the swap tapers off to nothing")
+
+    @field_validator("taper")
+    @classmethod
+    def _ordered(cls, taper: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < taper[0] < taper[1]:
+            raise ValueError("taper must be 0 < low < high")
+        return taper
+
+    def forget(self, patched: Predict, batch: Noised, context: Context) -> Tensor:
+        """Distance to the swapped belief at noised targets."""
+        return regression(patched, batch, self.goal(batch, context), self.weighting(context.schedule, batch)[0])
+
+    def retain(self, patched: Predict, batch: Noised, context: Context) -> Tensor:
+        """The same at retain images, where the swap mostly is nothing: a distillation from the base."""
+        return regression(patched, batch, self.goal(batch, context), self.weighting(context.schedule, batch)[1])
+
+    def goal(self, batch: Noised, context: Context) -> Tensor:
+        """The prediction of the model whose targets became their surrogates, (B, C, H, W)."""
+        import torch  # not above: a recipe is made without torch
+
+        schedule, x_t, timestep = context.schedule, batch.x_t, batch.timestep
+        edits = torch.stack([i.surrogate - i.target for i in context.instances])
+        change = torch.einsum("kb,kchw->bchw", self.posterior(batch, context), edits)
+        alpha, sigma, p, q = (
+            schedule.column(name, timestep, x_t) for name in ("alphas", "sigmas", "target_x0", "target_noise")
+        )
+        return context.base(x_t, timestep, batch.prompt_ids) + (p - q * alpha / sigma) * change
+
+    def posterior(self, batch: Noised, context: Context) -> Tensor:
+        """P(x_0 = f | x_t, prompt) of every target f, tapered off at high noise, (len(instances), B), in [0, 1].
+
+        Under a prompt, what the base drew for that prompt competes with the target; without one, everything.
+        """
+        import torch
+
+        from unforget.core.types import UNCONDITIONAL
+
+        targets = torch.stack([i.target for i in context.instances])
+        images = torch.cat([targets, context.keep.x_0]).flatten(1)
+        alpha = context.schedule.column("alphas", batch.timestep, batch.x_t).reshape(-1, 1)
+        sigma = context.schedule.column("sigmas", batch.timestep, batch.x_t).reshape(-1, 1)
+        # ||x_t - alpha x||^2 without the term that all images share.
+        distance = alpha.square() * images.square().sum(1) - 2 * alpha * (batch.x_t.flatten(1) @ images.T)
+        prompt_ids = batch.prompt_ids[:, None]
+        # A target that is not to be forgotten under this prompt counts nothing.
+        copies = context.copies.T.to(images)[batch.prompt_ids]
+        retained = ((prompt_ids == UNCONDITIONAL) | (prompt_ids == context.keep.prompt_ids)).to(images)
+        count = torch.cat([self.target_prior * copies, retained], 1)
+        belief = torch.softmax(count.log() - distance / (2 * sigma.square()), dim=1)[:, : len(targets)]
+        low, high = (t / 1000 for t in self.taper)
+        taper = ((high - batch.timestep.to(belief) / 1000) / (high - low)).clamp(0, 1)[:, None]
+        # Where a prompt draws hardly anything else there is nothing to spare, at any level.
+        alone = copies.sum(1, keepdim=True) >= retained.sum(1, keepdim=True)
+        return (belief * torch.where(alone, torch.ones_like(taper), taper)).nan_to_num(0.0).T
