@@ -22,7 +22,7 @@ from unforget.reports.contact_sheet import Row, evidence_rows, sheet
 from unforget.reports.html import page
 from unforget.reports.junit import junit
 from unforget.reports.markdown import markdown
-from unforget.unlearning import prepare
+from unforget.unlearning.prepare import prompt_ids
 from unforget.verification import probes, verdict
 from unforget.verification.policy import Policy, VerifyConfig
 from unforget.verification.report import Calibration, Report, Seen
@@ -220,7 +220,7 @@ def _read_instances(
     for path, target in zip(targets, ids, strict=True):
         if made and target not in promised:
             progress.note(f"{path} is not among the targets that the patch was made for")
-    rows = prepare.prompt_ids(base, config.prompt or [p for m in made for p in m.all_prompts])
+    rows = prompt_ids(base, config.prompt or [p for m in made for p in m.all_prompts])
     triples = zip(pictures, replaced or pictures, ids, strict=True)
     once = {id: Instance(t, s, id, rows) for t, s, id in triples}
     return tuple(once.values()), bool(replaced)

@@ -37,16 +37,16 @@ class Context:
         schedule: The noise schedule of both networks.
         base: The frozen network.
         instances: What is to be forgotten, as the network works on it.
-        keep: What the base draws that is to stay.
-        copies: How many near-copies of each target the base drew under each prompt_ids beside it, at least 1 where the
+        retain: What the base draws that is to stay.
+        prior_counts: How many near-copies of each target the base drew under each prompt, at least 1 where the
             target is to be forgotten, (len(instances), prompt_ids).
     """
 
     schedule: Schedule
     base: Predict
     instances: tuple[Instance, ...]
-    keep: Pool
-    copies: Tensor
+    retain: Pool
+    prior_counts: Tensor
 
 
 class Uniform(Strategy):
@@ -157,7 +157,7 @@ class PosteriorSwap(Strategy):
         Under a prompt, what the base drew for that prompt competes with the target; under the empty one, everything.
         """
         targets = torch.stack([i.target for i in context.instances])
-        pictures = torch.cat([targets, context.keep.x_0]).flatten(1)
+        pictures = torch.cat([targets, context.retain.x_0]).flatten(1)
         alpha = context.schedule.column("alphas", batch.timestep, batch.x_t).reshape(-1, 1)
         sigma = context.schedule.column("sigmas", batch.timestep, batch.x_t).reshape(-1, 1)
         x_t = batch.x_t.flatten(1)
@@ -165,8 +165,8 @@ class PosteriorSwap(Strategy):
         distance = alpha.square() * pictures.square().sum(1) - 2 * alpha * (x_t @ pictures.T)
         asked = batch.prompt_ids[:, None]
         # A target that is not to be forgotten under this prompt counts nothing.
-        copies = context.copies.T.to(pictures)[batch.prompt_ids]
-        kept = ((asked == 0) | (asked == context.keep.prompt_ids)).to(pictures)
+        copies = context.prior_counts.T.to(pictures)[batch.prompt_ids]
+        kept = ((asked == 0) | (asked == context.retain.prompt_ids)).to(pictures)
         count = torch.cat([self.target_prior * copies, kept], 1)
         belief = torch.softmax(count.log() - distance / (2 * sigma.square()), dim=1)[:, : len(targets)]
         low, high = (t / 1000 for t in self.taper)
