@@ -1,7 +1,5 @@
 """`edit_surrogate`: a picture near the target that is another instance."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """`unlearn`: targets in, a patch out, and beside it the folder of the run."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any

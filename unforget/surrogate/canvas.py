@@ -1,7 +1,5 @@
 """What an editor works on, and where."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

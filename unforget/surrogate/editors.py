@@ -1,7 +1,5 @@
 """Editors: from a target to candidates for its surrogate."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor
 from unforget import families
 from unforget.core.sampling import random_noise
 from unforget.core.types import Progress, Strategy
-from unforget.errors import CannotRun, UsageError
+from unforget.errors import UsageError
 from unforget.files.images import from_pil, to_pil
 from unforget.surrogate.canvas import Canvas
 from unforget.surrogate.ranking import Candidate, rank
@@ -168,27 +166,14 @@ def _pasted(canvas: Canvas, edit: Image.Image) -> Tensor:
 
 
 def candidates(
-    canvas: Canvas, editor: Editor, *, distance: float, near_copy: float, progress: Progress
+    canvas: Canvas, *editors: Editor, distance: float, near_copy: float, progress: Progress
 ) -> list[Candidate]:
-    """What an editor makes of the target, ranked, best first; `distance` and `near_copy` as in `rank`."""
-    progress.stage("surrogate candidates", 1)
-    found = rank(editor(canvas), canvas, distance=distance, near_copy=near_copy)
-    progress.advance(1)
-    return found
-
-
-def surrogate_candidates(canvas: Canvas, *, distance: float, near_copy: float, progress: Progress) -> list[Candidate]:
-    """Candidates of `sdedit`, an accepted one first; at higher strengths too, if the default ones do not suffice.
-
-    Raises:
-        CannotRun: If none is accepted.
-    """
+    """What editors make of the target, ranked as by `rank`; the later ones are asked if no edit before is accepted."""
     ranked: list[Candidate] = []
-    for editor in (SDEdit(), SDEdit(strengths=(0.75, 0.8, 0.85))):
-        ranked = candidates(canvas, editor, distance=distance, near_copy=near_copy, progress=progress) + ranked
+    for editor in editors:
+        progress.stage("surrogate candidates", 1)
+        ranked = rank(editor(canvas), canvas, distance=distance, near_copy=near_copy) + ranked
+        progress.advance(1)
         if ranked[0].accepted:
-            return ranked
-    raise CannotRun(
-        "no edit of the target is another picture, far enough from it and of fair quality",
-        "Make a surrogate with `unforget edit-surrogate` and give it with --surrogate.",
-    )
+            break
+    return ranked

@@ -5,8 +5,6 @@ background), keeps its structure (otherwise near), looks like something the mode
 draws already: to send a target's share to another memorised image would only move the harm.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -68,11 +66,7 @@ def rank(
 ) -> list[Candidate]:
     """Score candidates, best first: accepted ones before others, then near, typical and sharp ones with few strays.
 
-    Args:
-        candidates: Any number of edits.
-        canvas: What they were made from.
-        distance: Least RMS to the target that makes another instance of it.
-        near_copy: RMS under which an edit is an image that the base draws already.
+    Another instance is at least `distance` (RMS) from the target, and `near_copy` from what the base draws already.
     """
     images = torch.stack([c.image for c in candidates])
     drawn = canvas.drawn if canvas.drawn is not None else images[:0]

@@ -1,7 +1,5 @@
 """The noised batches that training draws from its images."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """How a run computes: precision, passes, the optimiser."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal

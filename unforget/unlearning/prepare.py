@@ -1,7 +1,5 @@
 """What training starts from: surrogates, the images to retain, their neighbours; all encoded once."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -10,11 +8,11 @@ from torch import Tensor
 
 from unforget.core.metrics import pairwise_rms, rms, shows
 from unforget.core.types import UNCONDITIONAL, Family, Instance, Pool, Progress
-from unforget.errors import UsageError
+from unforget.errors import CannotRun, UsageError
 from unforget.files import cache, images
 from unforget.files.storage import digest
 from unforget.surrogate.canvas import Canvas
-from unforget.surrogate.editors import surrogate_candidates
+from unforget.surrogate.editors import SDEdit, candidates
 from unforget.surrogate.ranking import carried
 
 NEIGHBOURS = 24
@@ -136,9 +134,15 @@ def _with_surrogates(
     for target in () if surrogates else inputs.targets:
         everywhere = torch.ones(1, *base.image_shape[1:])
         canvas = Canvas(base, target, everywhere, seed=inputs.seed, drawn=retain.x_0, prompt_id=ids[-1])
-        ranked = surrogate_candidates(
-            canvas, distance=inputs.min_distance, near_copy=inputs.near_copy, progress=progress
-        )
+        ranked = candidates(
+            canvas, SDEdit(), SDEdit(strengths=(0.75, 0.8, 0.85)), distance=inputs.min_distance,
+            near_copy=inputs.near_copy, progress=progress,
+        )  # fmt: skip
+        if not ranked[0].accepted:
+            raise CannotRun(
+                "no edit of the target is another picture, far enough from it and of fair quality",
+                "Make a surrogate with `unforget edit-surrogate` and give it with --surrogate.",
+            )
         surrogates.append(ranked[0].image)
         edits += [c.image for c in ranked]
     pairs = zip(inputs.targets, surrogates, strict=True)
@@ -166,14 +170,9 @@ def retained_lookalikes(draw: Drawer, instances: Sequence[Instance], retain: Poo
 
 
 def encoded(base: Family, instances: tuple[Instance, ...], retain: Pool, more: Pool, near_copy: float) -> Prepared:
-    """What training works on; copies of a target are not retained where they are to be forgotten.
+    """What training works on, of images; copies of a target are not retained where they are to be forgotten.
 
-    Args:
-        base: The base.
-        instances: Targets with their surrogates, as images.
-        retain: Images that the base draws.
-        more: More images near the targets, which training visits more often.
-        near_copy: RMS under which two images are the same.
+    `more` are images near the targets, which training visits more often; copies differ by an RMS below `near_copy`.
     """
     given, count = instances[0].prompt_ids, len(instances)
     copies = _copies(retain, instances, near_copy)

@@ -1,14 +1,12 @@
 """One run: prepare, train, and the difference as a patch."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import signal
 import threading
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 
 from unforget.core import distributed
 from unforget.core.recipe import Recipe
@@ -42,8 +40,7 @@ def run(
 
     Args:
         patched: Starts as the base.
-        inputs: Targets, surrogates, images to retain.
-        recipe: What is computed.
+        inputs, recipe: What is computed.
         compute: How it is computed.
         directory: Takes what was prepared, the log and the checkpoints; removed if nothing changed.
         record: Provenance of the patch, up to what the run itself finds out.
@@ -103,7 +100,7 @@ class Patience:
 
     asked: int | None = None
 
-    def __enter__(self) -> Patience:
+    def __enter__(self) -> Self:
         main = threading.current_thread() is threading.main_thread()
         self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM) if main}
         return self

@@ -4,8 +4,6 @@
 starts from; `checkpoint.safetensors` all that changes from update to update. Each is written whole or not at all.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -36,11 +34,7 @@ FILES = (
 
 
 def check_start(folder: Path, *, resume: bool, force: bool) -> None:
-    """Refuse to resume what is not there, and to start where a run can be resumed, unless by force.
-
-    Raises:
-        UsageError: In both cases; a run never starts afresh unasked.
-    """
+    """Refuse (`UsageError`) to resume what is not there, and, unless by force, to start where a run can go on."""
     begun = (folder / "run.json").is_file()
     if resume and not begun:
         raise UsageError(f"there is no run to resume in '{folder}'", "Start it without --resume.")
@@ -115,11 +109,7 @@ class RunDirectory:
             self._checkpoint.unlink(missing_ok=True)
 
     def prepared(self, base: Family, make: Callable[[], Prepared]) -> Prepared:
-        """What training starts from, made unless the run came so far before it was stopped.
-
-        Raises:
-            UsageError: If the file is damaged.
-        """
+        """What training starts from, made unless the run came so far before; a damaged file is a `UsageError`."""
         if not distributed.broadcast(self._prepared.is_file()):
             values, tensors = _packed(make())
             self._store(self._prepared, {**values, "prompts": base.prompts}, tensors)
@@ -138,11 +128,7 @@ class RunDirectory:
         self._saved, self._cost = time.monotonic(), time.monotonic() - began
 
     def saved(self) -> Saved | None:
-        """Where the run was, if it made an update.
-
-        Raises:
-            UsageError: If the file is damaged.
-        """
+        """Where the run was, if it made an update; a damaged file is a `UsageError`."""
         if not distributed.broadcast(self._checkpoint.is_file()):
             return None
         with _whole(self._checkpoint):

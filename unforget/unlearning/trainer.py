@@ -1,7 +1,5 @@
 """Training over the engine: the learning rate, the margin, when it is enough, and how it goes on after a stop."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -14,7 +12,7 @@ from unforget.core.metrics import margin
 from unforget.core.objectives import Context
 from unforget.core.recipe import Recipe
 from unforget.core.types import Family, Instance
-from unforget.errors import CannotRun, UsageError
+from unforget.errors import CannotRun
 from unforget.unlearning.batches import batches, cases
 from unforget.unlearning.compute import Compute, adam, mixed
 from unforget.unlearning.prepare import Prepared
@@ -87,11 +85,8 @@ class Trainer:
     """Changes the weights of `patched` in place, an update an iteration.
 
     Args:
-        patched: Starts as the base.
-        base: The model that stays.
-        prepared: Encoded targets and retain images.
-        recipe: What is computed.
-        seed: Of every random draw.
+        patched, base: Equal models, of which one stays.
+        prepared, recipe, seed: What is computed.
         compute: How it is computed.
         resume: Where an earlier run of the same arguments was; training goes on from there, to the same weights.
     """
@@ -187,10 +182,6 @@ class Trainer:
         self.done, self.lr_schedule.start, self.lr_schedule.reached = f["step"], f["start"], f["reached"]
         self.margin, self.margin_before = f["margin"], f["margin_before"]
         known = {**tensors, **f["optimizer"]}
-        for i, weight in enumerate(self.weights):
-            found = known.get(f"weight.{i}")
-            if not isinstance(found, Tensor) or found.shape != weight.shape or found.dtype != weight.dtype:
-                raise UsageError("the checkpoint is not one of this run", "Start again with --force.")
         self.generator.set_state(tensors["generator"])
         for i, weight in enumerate(self.weights):
             weight.copy_(known[f"weight.{i}"])
