@@ -14,10 +14,11 @@ from torch import Tensor
 
 from unforget import families
 from unforget.core import engine, sampling
+from unforget.core.recipe import Recipe
 from unforget.core.surgery import EraseDiff
 from unforget.core.types import Instance, Noised, Pool
 from unforget.files import images
-from unforget.unlearning import batches
+from unforget.unlearning.batches import batches
 
 TARGET = Path(__file__).parent / "faces" / "planted" / "3.png"
 
@@ -39,10 +40,9 @@ def main(steps: int) -> None:
         return (model.predict(batch.x_t, batch.timestep, batch.prompt_ids) - goal).square().mean()
 
     model.network.requires_grad_(True)
-    pairs = batches.batches(
-        [Instance(target, target, images.image_id(target))], keep, keep[:0], model.schedule,
-        steps=steps, forget_batch=4, retain_batch=8, neighbour_share=0, forget_range=(50, 800), seed=0,
-    )  # fmt: skip
+    recipe = Recipe(max_train_steps=steps, forget_batch_size=4, retain_batch_size=8, forget_range=(50, 800))
+    instance, generator = Instance(target, target, images.image_id(target)), torch.Generator().manual_seed(0)
+    pairs = batches([instance], keep, keep[:0], model.schedule, recipe, generator=generator)
     adam = engine.Optimization(torch.optim.Adam(model.network.parameters(), lr=2e-5))
     for step in engine.run(pairs, forget, retain, surgery=EraseDiff(eta=1e-2), optimization=adam):
         print(f"{step.number:3d}  forget {step.forget:.4f}  retain {step.retain:.4f}  cosine {step.gram.cosine:+.2f}")

@@ -6,7 +6,9 @@ import torch
 from unforget.core.metrics import rms
 from unforget.errors import UsageError
 from unforget.files import images
-from unforget.surrogate.editors import Blur, Candidate, Canvas, Donor, Pixelate, RePaint, SDEdit, carried, rank
+from unforget.surrogate.canvas import Canvas, box_mask, ellipse_mask
+from unforget.surrogate.editors import Blur, Donor, Pixelate, RePaint, SDEdit
+from unforget.surrogate.ranking import Candidate, carried, rank
 
 FAST = {"sdedit": SDEdit(seeds=2, steps=5), "repaint": RePaint(seeds=2, steps=6, jump_length=2, jump_n_sample=2)}
 EDITORS = [*FAST.values(), Donor(), Blur(), Pixelate()]
@@ -37,6 +39,20 @@ def test_the_same_seed_makes_the_same_edits(editor, canvas):
     assert all(torch.equal(a.image, b.image) for a, b in zip(first, again, strict=True))
     assert len({c.label for c in first}) == len(first)
     assert not torch.equal(first[0].image, first[1].image)
+
+
+def test_masks():
+    box = box_mask((2, 1, 3, 4), 8, 10)
+    assert box.shape == (1, 8, 10)
+    assert box[0, 1:5, 2:5].min() == 1
+    assert box.sum() == 12
+    for outside in ((8, 0, 3, 1), (-1, 0, 2, 2), (0, 0, 0, 1), (0, 6, 1, 3)):
+        with pytest.raises(UsageError, match="leaves the 10x8"):
+            box_mask(outside, 8, 10)
+    ellipse = ellipse_mask(16, 16)[0]
+    assert ellipse[8, 8] == 1
+    assert ellipse[0, 0] == 0
+    assert ((ellipse > 0) & (ellipse < 1)).any()
 
 
 def test_sdedit_moves_farther_the_stronger_it_is(canvas):

@@ -59,27 +59,31 @@ EXACT = PosteriorSwap(target_prior=1, taper=(999.9, 1000))
 
 def test_the_swap_is_the_ideal_denoiser_whose_target_became_its_surrogate(scene):
     f, s = scene.instances[0].target, scene.instances[0].surrogate
-    counts = torch.cat([scene.copies[0], torch.ones(len(scene.keep.x_0))]).double()
-    swapped = ideal(scene.schedule, torch.cat([f[None], scene.keep.x_0]), counts, torch.cat([s[None], scene.keep.x_0]))
+    counts = torch.cat([scene.prior_counts[0], torch.ones(len(scene.retain.x_0))]).double()
+    swapped = ideal(
+        scene.schedule, torch.cat([f[None], scene.retain.x_0]), counts, torch.cat([s[None], scene.retain.x_0])
+    )
     batch = forget_batch(scene, LEVELS)
     goal = EXACT.goal(batch, scene)
     torch.testing.assert_close(goal, swapped(batch.x_t, batch.timestep), rtol=1e-6, atol=1e-6)
-    retain = noised(scene, scene.keep.x_0, scene.keep.x_0, [300] * len(scene.keep.x_0))
+    retain = noised(scene, scene.retain.x_0, scene.retain.x_0, [300] * len(scene.retain.x_0))
     torch.testing.assert_close(EXACT.goal(retain, scene), swapped(retain.x_t, retain.timestep), rtol=1e-6, atol=1e-6)
 
 
 def test_the_target_s_share_is_certain_when_clean_and_its_frequency_when_not(scene):
     shares = EXACT.posterior(forget_batch(scene, LEVELS), scene)[0]
     assert shares[0] == pytest.approx(1, abs=1e-6)
-    assert shares[-1] == pytest.approx(3 / (3 + len(scene.keep.x_0)), abs=0.15)
-    kept = EXACT.posterior(noised(scene, scene.keep.x_0, scene.keep.x_0, [5] * len(scene.keep.x_0)), scene)[0]
+    assert shares[-1] == pytest.approx(3 / (3 + len(scene.retain.x_0)), abs=0.15)
+    kept = EXACT.posterior(noised(scene, scene.retain.x_0, scene.retain.x_0, [5] * len(scene.retain.x_0)), scene)[0]
     assert kept.max() < 1e-6
 
 
 def test_the_swapped_model_has_no_loss(scene):
     f, s = scene.instances[0].target, scene.instances[0].surrogate
-    counts = torch.cat([scene.copies[0], torch.ones(len(scene.keep.x_0))]).double()
-    swapped = ideal(scene.schedule, torch.cat([f[None], scene.keep.x_0]), counts, torch.cat([s[None], scene.keep.x_0]))
+    counts = torch.cat([scene.prior_counts[0], torch.ones(len(scene.retain.x_0))]).double()
+    swapped = ideal(
+        scene.schedule, torch.cat([f[None], scene.retain.x_0]), counts, torch.cat([s[None], scene.retain.x_0])
+    )
     batch = forget_batch(scene, LEVELS)
     assert float(EXACT.forget(swapped, batch, scene)) < 1e-9
     assert float(EXACT.forget(scene.base, batch, scene)) > 1e-2
@@ -109,7 +113,7 @@ def test_following_the_forget_loss_leads_to_the_surrogate(scene):
 
 
 def test_distillation_keeps_the_base(scene):
-    batch = noised(scene, scene.keep.x_0, scene.keep.x_0, [400] * len(scene.keep.x_0))
+    batch = noised(scene, scene.retain.x_0, scene.retain.x_0, [400] * len(scene.retain.x_0))
     objective = Surrogate(weighting=CleanSpace(), distil=True)
     assert float(objective.retain(scene.base, batch, scene)) == 0
     assert float(Surrogate(weighting=CleanSpace()).retain(scene.base, batch, scene)) > 0
@@ -149,7 +153,7 @@ def test_at_the_highest_levels_the_goal_is_what_the_base_says(scene):
 def test_two_targets_move_apart(scene):
     g, u = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
     both = Context(
-        scene.schedule, scene.base, (*scene.instances, Instance(g, u, "g")), scene.keep, torch.tensor([[3.0], [1.0]])
+        scene.schedule, scene.base, (*scene.instances, Instance(g, u, "g")), scene.retain, torch.tensor([[3.0], [1.0]])
     )
     shares = PosteriorSwap().posterior(forget_batch(both, [50]), both)
     assert shares[:, 0].tolist() == pytest.approx([1, 0], abs=1e-6)
@@ -157,7 +161,7 @@ def test_two_targets_move_apart(scene):
 
 def test_a_target_counts_only_under_its_own_prompts_and_against_what_they_draw(scene):
     """Row 1 draws three of the pictures beside the target, row 2 draws nothing but it, row 3 is not to forget it."""
-    keep = Pool(scene.keep.x_0, torch.tensor([1, 1, 1, 3, 3]))
+    keep = Pool(scene.retain.x_0, torch.tensor([1, 1, 1, 3, 3]))
     asked = Context(scene.schedule, scene.base, scene.instances, keep, torch.tensor([[3.0, 3.0, 3.0, 0.0]]))
     f, s = scene.instances[0].target.expand(4, *SHAPE), scene.instances[0].surrogate.expand(4, *SHAPE)
 

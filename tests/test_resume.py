@@ -23,7 +23,7 @@ STEPS = 30
 
 @pytest.fixture
 def config(tiny_folder, tmp_path):
-    """A run of thirty updates on a tiny model, with looks at the margin and a pace that depends on them."""
+    """A run of thirty updates on a tiny model, with looks at the margin and a learning rate that depends on them."""
     for k, name in enumerate(("target", "surrogate")):
         picture = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(k)) * 2 - 1
         images.write_image(picture, tmp_path / f"{name}.png")
@@ -111,7 +111,7 @@ def test_sigterm_has_its_own_code(config, monkeypatch):
 
 def test_a_run_that_ended_is_told_again(config, monkeypatch):
     first = unlearn(config())
-    monkeypatch.setattr(trainer, "train", None)
+    monkeypatch.setattr("unforget.unlearning.run.Trainer", None)
     assert unlearn(config(resume=True)) == first
     config().output.write_bytes(b"something else")
     with pytest.raises(UsageError, match="not a patch"):
@@ -147,7 +147,7 @@ def test_missing_or_foreign_is_an_error_never_a_fresh_start(config, monkeypatch)
     (folder / "checkpoint.safetensors").write_bytes(before)
     other = config("b")
     shutil.copytree(folder, other.output.with_suffix(".run"))
-    rewrite(other.output.with_suffix(".run") / "run.json", asked={})
+    rewrite(other.output.with_suffix(".run") / "run.json", inputs={})
     with pytest.raises(UsageError, match="another one"):
         unlearn(config("b", resume=True))
     assert (folder / "checkpoint.safetensors").read_bytes() == before
@@ -159,6 +159,14 @@ def test_a_damaged_file_is_an_error(config, monkeypatch, name, content):
     folder = stopped(config, monkeypatch)
     (folder / name).write_bytes(content)
     with pytest.raises(UsageError, match="damaged"):
+        unlearn(config(resume=True))
+
+
+def test_a_run_of_another_version_is_refused_in_a_sentence(config, monkeypatch):
+    path = stopped(config, monkeypatch) / "run.json"
+    found = json.loads(path.read_text())
+    path.write_text(json.dumps({"asked": found["inputs"], "how": found["environment"], "finished": None}))
+    with pytest.raises(UsageError, match="of another run or version"):
         unlearn(config(resume=True))
 
 
@@ -194,7 +202,7 @@ def test_a_full_disk_costs_the_step_in_progress(config, monkeypatch):
     assert sorted(p.name for p in folder.iterdir()) == [
         "checkpoint.safetensors", "metrics.jsonl", "prepared.safetensors", "run.json"
     ]  # fmt: skip
-    assert json.loads(open_tensors(folder / "checkpoint.safetensors").metadata["unforget.run"])["said"]["step"] == 4
+    assert json.loads(open_tensors(folder / "checkpoint.safetensors").metadata["unforget.run"])["values"]["step"] == 4
     unlearn(config(resume=True))
     assert config().output.read_bytes() == config("whole").output.read_bytes()
 

@@ -5,9 +5,10 @@ import torch
 from diffusers import DDPMScheduler
 
 from unforget.core import sampling
+from unforget.core.recipe import Recipe
 from unforget.core.schedule import Schedule
 from unforget.core.types import Instance, Pool
-from unforget.unlearning import batches
+from unforget.unlearning.batches import batches
 
 SHAPE = (3, 16, 16)
 
@@ -43,14 +44,12 @@ def schedule():
 
 def draws(schedule, seed=0, **changes):
     target, surrogate, *keep = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(1))
-    options = {"steps": 3, "forget_batch": 8, "retain_batch": 6, "neighbour_share": 0.5, "forget_range": (200, 500)}
+    options = {"max_train_steps": 3, "forget_batch_size": 8, "retain_batch_size": 6, "forget_range": (200, 500)}
     instances = [Instance(target, surrogate, "t"), Instance(surrogate, target, "u")]
     keep = Pool.of(torch.stack(keep))
-    return (
-        list(batches.batches(instances, keep, keep[:1], schedule, seed=seed, **{**options, **changes})),
-        instances,
-        keep,
-    )
+    generator = torch.Generator().manual_seed(seed)
+    pairs = batches(instances, keep, keep[:1], schedule, Recipe(**{**options, **changes}), generator=generator)
+    return list(pairs), instances, keep
 
 
 def test_batches_pair_targets_with_their_own_surrogates(schedule):
@@ -84,5 +83,5 @@ def test_batches_are_those_of_their_seed(schedule):
 
 
 def test_forget_and_retain_have_noise_levels_of_their_own(schedule):
-    forget, retain = draws(schedule, retain_batch=8, forget_range=(1, 1000))[0][0]
+    forget, retain = draws(schedule, retain_batch_size=8, forget_range=(1, 1000))[0][0]
     assert not torch.equal(forget.timestep, retain.timestep)

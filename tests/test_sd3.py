@@ -25,8 +25,9 @@ from unforget.errors import CannotRun, UsageError
 from unforget.families import Options
 from unforget.files import cache, images
 from unforget.files.patch import Patch, Stack
-from unforget.surrogate.editors import Canvas, Inpaint, Instruct, SDEdit
-from unforget.unlearning.trainer import mixed
+from unforget.surrogate.canvas import Canvas
+from unforget.surrogate.editors import Inpaint, Instruct, SDEdit
+from unforget.unlearning.compute import mixed
 from unforget.verification.policy import VerifyConfig
 
 RED, BLUE, GREEN = CAPTIONS
@@ -426,24 +427,24 @@ def test_where_a_target_belongs_it_stays(sd3, pictures):
     target, other = (images.read_image(pictures / f"{n}.png", sd3.image_shape) for n in ("target", "surrogate"))
     rows = sd3.prompt_ids(["", RED, BLUE, GREEN])
     kept = Pool(torch.stack([target, target, other, other]), rows[[1, 2, 2, 0]])
-    config = UnlearnConfig(model="x", target=("x",), output="x", sampler_steps=2)
     notes = []
+    draw = prepare.Drawer(sd3, 0, 2, Progress(note=notes.append))
 
     def look(*prompt_ids):
         instances = (Instance(target, other, "t", prompt_ids),)
-        more = prepare.namesakes(sd3, "digest", instances, kept, config, Progress(note=notes.append))
-        return more, *prepare.context(sd3, instances, kept, more, 0.16)
+        more = prepare.retained_lookalikes(draw, instances, kept)
+        return more, prepare.encoded(sd3, instances, kept, more, 0.16)
 
-    more, context, near = look(0, 1)
-    assert context.copies[0].tolist() == [1, 1, 0, 0]
-    assert context.keep.prompt_ids.tolist() == [2, 2, 0, *[2] * len(more)]
-    assert more.prompt_ids.tolist() == [2] * prepare.NAMESAKES
-    assert len(near) == 3 + len(more)
+    more, prepared = look(0, 1)
+    assert prepared.prior_counts[0].tolist() == [1, 1, 0, 0]
+    assert prepared.retain.prompt_ids.tolist() == [2, 2, 0, *[2] * len(more)]
+    assert more.prompt_ids.tolist() == [2] * prepare.LOOKALIKES
+    assert len(prepared.neighbours) == 3 + len(more)
     assert BLUE in notes[0]
     assert "stays" in notes[0]
-    more, context, _ = look(0)
+    more, prepared = look(0)
     assert len(more) == 0
-    assert context.keep.prompt_ids.tolist() == [2, 0]
+    assert prepared.retain.prompt_ids.tolist() == [2, 0]
     assert "--prompt" in notes[1]
 
 

@@ -6,48 +6,53 @@ from dataclasses import replace
 import pytest
 import torch
 
-from unforget.core.objectives import CleanSpace, Context, PosteriorSwap
+from unforget.core.objectives import CleanSpace, PosteriorSwap
 from unforget.core.recipe import Recipe
 from unforget.core.types import Instance, Pool
 from unforget.errors import CannotRun
-from unforget.unlearning.prepare import context as prepared
-from unforget.unlearning.prepare import neighbours
-from unforget.unlearning.trainer import Pace, adam, mixed, train, worst_margin
+from unforget.unlearning.compute import Compute, adam, mixed
+from unforget.unlearning.prepare import Prepared, encoded, neighbours
+from unforget.unlearning.trainer import LrSchedule, Trainer, worst_margin
 
 
-def test_the_pace_warms_up_holds_and_cools_down():
-    pace = Pace(Recipe(max_train_steps=100, warmup_steps=10, cooldown_steps=40))
-    factors = [pace.factor(i) for i in range(100)]
+def test_the_learning_rate_warms_up_holds_and_cools_down():
+    rate = LrSchedule(Recipe(max_train_steps=100, warmup_steps=10, cooldown_steps=40))
+    factors = [rate.factor(i) for i in range(100)]
     assert factors[0] == pytest.approx(0.1)
     assert factors[9:61] == [1.0] * 52
     assert all(a >= b for a, b in itertools.pairwise(factors[60:]))
     assert factors[-1] < 0.01
-    assert pace.end == 100
+    assert rate.end == 100
 
 
 def test_a_margin_that_is_reached_ends_the_run_after_the_cool_down():
-    pace = Pace(Recipe(max_train_steps=100, warmup_steps=0, cooldown_steps=40))
-    pace.reach(25)
-    assert (pace.end, pace.reached) == (65, True)
-    assert pace.factor(25) == 1
-    assert pace.factor(64) < 0.01
-    pace.reach(30)
-    assert pace.end == 65
+    rate = LrSchedule(Recipe(max_train_steps=100, warmup_steps=0, cooldown_steps=40))
+    rate.reach(25)
+    assert (rate.end, rate.reached) == (65, True)
+    assert rate.factor(25) == 1
+    assert rate.factor(64) < 0.01
+    rate.reach(30)
+    assert rate.end == 65
 
 
 def test_a_margin_reached_while_cooling_down_changes_nothing():
-    pace = Pace(Recipe(max_train_steps=100, cooldown_steps=40))
-    pace.reach(70)
-    assert (pace.end, pace.reached) == (100, False)
+    rate = LrSchedule(Recipe(max_train_steps=100, cooldown_steps=40))
+    rate.reach(70)
+    assert (rate.end, rate.reached) == (100, False)
 
 
 @pytest.fixture
 def scene(tiny):
     g = torch.Generator().manual_seed(0)
-    target, surrogate, *keep = torch.rand(6, *tiny.latent_shape, generator=g) * 2 - 1
-    base = tiny.copy()
-    keep = Pool.of(torch.stack(keep))
-    return Context(tiny.schedule, base.predict, (Instance(target, surrogate, "t"),), keep, torch.ones(1, 1)), keep
+    target, surrogate, *retain = torch.rand(6, *tiny.latent_shape, generator=g) * 2 - 1
+    instances, retain = (Instance(target, surrogate, "t"),), Pool.of(torch.stack(retain))
+    return Prepared(instances, instances, retain, retain[:1], torch.ones(1, 1))
+
+
+def train(model, prepared, recipe):
+    """The figures of all updates, and the trainer when they were made."""
+    trainer = Trainer(model, model.copy(), prepared, recipe, seed=0, compute=Compute())
+    return list(trainer), trainer
 
 
 def recipe(**changes):
@@ -57,15 +62,14 @@ def recipe(**changes):
 
 
 def test_training_lowers_the_forget_loss_and_logs_every_step(tiny, scene):
-    context, keep = scene
     flat = torch.zeros(tiny.latent_shape)  # what a network of this size can learn to say in so few steps
-    context, rows = replace(context, instances=(Instance(flat - 0.4, flat + 0.4, "flat"),)), []
+    scene = replace(scene, encoded=(Instance(flat - 0.4, flat + 0.4, "flat"),))
     swap = PosteriorSwap(weighting=CleanSpace(retain=0.01))
     how = recipe(max_train_steps=60, learning_rate=1e-3, train="full", objective=swap)
-    outcome = train(tiny, context, keep[:1], how, seed=0, on_step=rows.append)
+    rows, trainer = train(tiny, scene, how)
     first, last = (sum(r["forget"] for r in part) for part in (rows[:10], rows[-10:]))
     assert last < 0.8 * first
-    assert (outcome.steps, outcome.stopped) == (60, "budget")
+    assert (trainer.done, trainer.lr_schedule.reached) == (60, False)
     assert [r["step"] for r in rows] == list(range(1, 61))
     assert {"forget", "retain", "cosine", "margin", "learning_rate"} <= rows[0].keys()
     assert not any(p.requires_grad for p in tiny.network.parameters())
@@ -73,10 +77,9 @@ def test_training_lowers_the_forget_loss_and_logs_every_step(tiny, scene):
 
 @pytest.mark.parametrize("scope", ["bottleneck", "full"])
 def test_only_the_weights_in_scope_move(tiny, scene, scope):
-    context, keep = scene
     before = tiny.copy().network.state_dict()
     inside = {id(p) for p in tiny.trainable(scope)}
-    train(tiny, context, keep[:1], recipe(train=scope, learning_rate=1e-3), seed=0)
+    train(tiny, scene, recipe(train=scope, learning_rate=1e-3))
     for name, p in tiny.network.named_parameters():
         assert torch.equal(p, before[name]) == (id(p) not in inside), name
 
@@ -95,41 +98,35 @@ def test_mixed_precision_answers_in_float32_and_nearly_the_same(tiny):
 
 
 def test_the_margin_is_that_of_reconstructions(tiny, scene):
-    context, _ = scene
-    (instance,) = context.instances
+    (instance,) = scene.encoded
     tiny.denoise = lambda x_t, **options: instance.surrogate.expand_as(x_t)
-    assert worst_margin(tiny, context.instances) == pytest.approx(1)
+    assert worst_margin(tiny, scene.encoded) == pytest.approx(1)
     tiny.denoise = lambda x_t, **options: instance.target.expand_as(x_t)
-    assert worst_margin(tiny, context.instances) == pytest.approx(-1)
+    assert worst_margin(tiny, scene.encoded) == pytest.approx(-1)
 
 
 def test_it_stops_once_the_margin_is_held(tiny, scene):
-    context, keep = scene
-    outcome = train(tiny, context, keep[:1], recipe(max_train_steps=200, stop_margin=-1), seed=0)
-    assert (outcome.stopped, outcome.steps) == ("margin", 24)  # first look at 20, then the cool-down
+    _, trainer = train(tiny, scene, recipe(max_train_steps=200, stop_margin=-1))
+    assert (trainer.lr_schedule.reached, trainer.done) == (True, 24)  # first look at 20, then the cool-down
 
 
 def test_a_loss_that_is_not_a_number_stops_with_the_last_good_weights(tiny, scene):
-    context, keep = scene
     with pytest.raises(CannotRun, match="not a number at step 1"):
-        train(tiny, context, Pool.of(keep.x_0[:1] * math.nan), recipe(), seed=0)
+        train(tiny, replace(scene, neighbours=Pool.of(scene.retain.x_0[:1] * math.nan)), recipe())
     assert all(bool(p.isfinite().all()) for p in tiny.network.parameters())
 
 
 def test_neighbours_are_the_nearest_to_any_target(scene):
-    context, keep = scene
-    close = context.instances[0].target + 0.01
-    targets = torch.stack([i.target for i in context.instances])
-    assert neighbours(torch.cat([keep.x_0, close[None]]), targets, 1).tolist() == [len(keep)]
+    target, retain = scene.encoded[0].target, scene.retain.x_0
+    assert neighbours(torch.cat([retain, target[None] + 0.01]), target[None], 1).tolist() == [len(retain)]
 
 
 def test_an_edit_of_the_target_is_visited_but_no_rival_to_it(tiny, scene):
     """As a rival it would keep the belief in the target small, and the target would stay."""
-    instances, keep = scene[0].instances, scene[1]
-    edit = instances[0].target.lerp(instances[0].surrogate, 0.5)
-    context, near = prepared(tiny, instances, keep, Pool.of(edit[None]), 0.01)
-    assert torch.equal(context.keep.x_0, keep.x_0)
-    assert any(torch.equal(x, edit) for x in near.x_0)
+    edit = scene.encoded[0].target.lerp(scene.encoded[0].surrogate, 0.5)
+    prepared = encoded(tiny, scene.instances, scene.retain, Pool.of(edit[None]), 0.01)
+    assert torch.equal(prepared.retain.x_0, scene.retain.x_0)
+    assert any(torch.equal(x, edit) for x in prepared.neighbours.x_0)
 
 
 def test_eight_bit_adam_says_what_it_needs(monkeypatch):

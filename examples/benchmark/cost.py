@@ -26,11 +26,12 @@ from pathlib import Path
 
 import torch
 
-from unforget import Recipe, UnlearnConfig, families
-from unforget.core.types import Pool, Progress
+from unforget import Recipe, families
+from unforget.core.types import Progress
 from unforget.files import images
-from unforget.files.storage import digest
-from unforget.unlearning import prepare, trainer
+from unforget.unlearning.compute import Compute, has_bf16, mixed
+from unforget.unlearning.prepare import RunInputs, prepare
+from unforget.unlearning.trainer import Trainer
 
 PLANTED = Path(__file__).parents[1] / "faces" / "planted"
 EXAMPLES = Path(__file__).parents[1]
@@ -57,23 +58,21 @@ def passes() -> None:
     """Forget and retain batch through the trained network with gradients, both through the base without."""
     recipe = Recipe(max_train_steps=STEPS, cooldown_steps=STEPS // 2, stop_margin=None)
     target = PLANTED / "0.png"
-    config = UnlearnConfig(model="faces", target=(target,), output=Path("unused.patch"))
     base = families.load("faces").copy()
     picture = images.read_image(target, base.latent_shape)
-    kept = prepare.drawn(base, digest(base.network.state_dict()), config, Progress())
-    instances, edits = prepare.instances(base, [picture], [], kept, config, Progress())
-    context, near = prepare.context(base, instances, kept, Pool.of(edits), config.near_copy)
+    prepared = prepare(base, RunInputs((picture,)), Progress())
 
     def ours() -> None:
-        trainer.train(base.copy(), context, near, recipe, seed=0, mixed_precision="auto")
+        for _ in Trainer(base.copy(), base, prepared, recipe, seed=0, compute=Compute(mixed_precision="auto")):
+            pass
 
     def bare() -> None:
         patched = base.copy()
         weights = patched.trainable(recipe.train)
         for weight in weights:
             weight.requires_grad_(True)
-        half = trainer.has_bf16(weights[0].device)
-        with_gradient, without = trainer.mixed(patched.predict, half), trainer.mixed(base.predict, half)
+        half = has_bf16(weights[0].device)
+        with_gradient, without = mixed(patched.predict, half), mixed(base.predict, half)
         sizes = (recipe.forget_batch_size, recipe.retain_batch_size)
         batches = [(torch.randn(n, *base.latent_shape), torch.randint(1000, (n,))) for n in sizes]
         for _ in range(STEPS):

@@ -52,7 +52,7 @@ def stage(folder: Path) -> str:
         return "after the patch"
     if (run / "checkpoint.safetensors").exists():
         said = open_tensors(run / "checkpoint.safetensors").metadata["unforget.run"]
-        return f"update {json.loads(said)['said']['step']}"
+        return f"update {json.loads(said)['values']['step']}"
     return "before training" if (run / "prepared.safetensors").exists() else "preparing"
 
 

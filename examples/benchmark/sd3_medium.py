@@ -21,8 +21,9 @@ from unforget.api import memory_plan
 from unforget.config import UnlearnConfig, recipe
 from unforget.core.types import Instance, Pool
 from unforget.families.sd3 import LORA_TARGETS, SD3
-from unforget.unlearning import trainer
-from unforget.unlearning.prepare import context
+from unforget.unlearning.compute import Compute
+from unforget.unlearning.prepare import encoded
+from unforget.unlearning.trainer import Trainer
 
 TRANSFORMER = {
     "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,
@@ -72,25 +73,21 @@ def peak() -> float:
 
 def ours(model: SD3, steps: int) -> list[float]:
     """Seconds of each unlearning step."""
-    how = recipe("default", "sd3", forget_batch_size=1, retain_batch_size=1, max_train_steps=steps,
+    how = recipe("default", "sd3", forget_batch_size=1, retain_batch_size=1, max_train_steps=steps, stop_margin=None,
                  cooldown_steps=0, neighbour_share=0)  # fmt: skip
     rows = tuple(model.prompt_ids(["", "a flag"]).tolist())
     base = model.frozen_reference("lora")
     pictures = torch.rand(4, *model.image_shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
     instance = Instance(pictures[0], pictures[1], "target", rows)
     kept = Pool(pictures[2:], torch.tensor([0, rows[1]]))
-    what, near = context(base, (instance,), kept, kept[:0], 0.1)
+    prepared = encoded(base, (instance,), kept, kept[:0], 0.1)
     model.unload_text_encoders()
     model.network.enable_gradient_checkpointing()
-    weights = model.trainable("lora", rank=16, alpha=16)
-    optimizer = trainer.adam(weights, how.learning_rate)
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
-    says = trainer.mixed(model.predict, trainer.has_bf16(torch.device("cpu")), checkpointed=True)
+    compute = Compute(micro_batch=1, mixed_precision="auto")
     took, started = [], time.time()
-    for step in trainer.steps(says, what, near, how, 0, 1, optimizer, rate):
-        assert step.finite
+    for row in Trainer(model, base, prepared, how, seed=0, compute=compute):
         took.append(time.time() - started)
-        print(f"unforget: step {step.number} {took[-1]:.0f} s, peak {peak():.2f} GiB", flush=True)
+        print(f"unforget: step {row['step']} {took[-1]:.0f} s, peak {peak():.2f} GiB", flush=True)
         started = time.time()
     return took
 

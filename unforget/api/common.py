@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -20,7 +13,7 @@ from unforget import families
 from unforget.config import ModelConfig
 from unforget.core import distributed
 from unforget.core.types import Family, Progress
-from unforget.errors import Interrupted, Terminated, UsageError
+from unforget.errors import UsageError
 from unforget.files import images
 
 
@@ -66,41 +59,6 @@ def salted(base_digest: str) -> str:
     Ids of one picture differ from base to base; with a secret nobody without it can tell which picture an id names.
     """
     return f"{base_digest}/{os.environ.get('UNFORGET_SALT', '')}/"
-
-
-@dataclass
-class Stop:
-    """Whether somebody asked a piece of work to stop, and by which signal."""
-
-    asked: int | None = None
-
-    def leave(self, message: str, hint: str) -> NoReturn:
-        """End as the signal wants it."""
-        raise (Terminated if self.asked == signal.SIGTERM else Interrupted)(message, hint)
-
-
-@contextlib.contextmanager
-def patience() -> Iterator[Stop]:
-    """Let the step in progress end when SIGINT or SIGTERM come; a second one does not wait.
-
-    Signals reach the main thread alone; in another one nothing changes.
-    """
-    stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if stop.asked is not None:
-            stop.leave("stopped in the middle of a step", "Go on with --resume, from the last checkpoint.")
-        stop.asked = number
-
-    before = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def versions() -> dict[str, str]:

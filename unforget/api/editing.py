@@ -1,20 +1,21 @@
 """`edit_surrogate`: a picture near the target that is another instance."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from unforget.api.common import load, read, writable
 from unforget.config import EditConfig
-from unforget.core.types import Progress
+from unforget.core.types import Family, Progress
 from unforget.errors import UsageError
-from unforget.files import images
-from unforget.files.storage import digest
+from unforget.files import images, storage
 from unforget.reports.contact_sheet import candidate_sheet
-from unforget.surrogate.editors import Canvas
-from unforget.unlearning import prepare
+from unforget.surrogate.canvas import Canvas, box_mask, ellipse_mask
+from unforget.surrogate.editors import Editor, candidates
+from unforget.unlearning.prepare import Drawer, prompt_ids, retain_set
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,16 @@ def edit_surrogate(config: EditConfig, progress: Progress | None = None) -> Edit
     progress = progress or Progress()
     shown = config.output.with_suffix(".sheet.png")
     writable(config.output, config.force)
-    family = load(config)
+    family, editor = load(config), editor_of(config)
     target = read(config.target, family, config, progress)
     donor = read(config.donor, family, config, progress) if config.donor else None
-    mask = prepare.mask(config, family)
-    drawn = prepare.drawn(family, digest(family.network.state_dict()), config, progress)
-    row = prepare.prompt_ids(family, config.prompt)[-1]
-    canvas = Canvas(family, target, mask, donor, config.seed, drawn.x_0, row, progress.note)
-    ranked = prepare.candidates(canvas, config.editor, config, progress)
+    mask = _mask(config, family, soft=editor.kind == "donor")
+    listed = storage.read_lines(config.retain_prompts) if config.retain_prompts else ()
+    draw = Drawer(family, config.seed, config.sampler_steps, progress)
+    drawn = retain_set(draw, config.prompt, listed, config.retain_count).x_0
+    id = prompt_ids(family, config.prompt)[-1]
+    canvas = Canvas(family, target, mask, donor, config.seed, drawn, id, progress.note)
+    ranked = candidates(canvas, editor, distance=config.min_distance, near_copy=config.near_copy, progress=progress)
     number = config.pick or 1
     if number > len(ranked):
         raise UsageError(f"there is no candidate {number}, only {len(ranked)}", f"Give --pick 1 to {len(ranked)}.")
@@ -49,3 +52,18 @@ def edit_surrogate(config: EditConfig, progress: Progress | None = None) -> Edit
         progress.note("the candidate is too near the target or of another quality; look at the sheet before using it")
     rows = [{"pick": i, **{k: v for k, v in asdict(c).items() if k != "image"}} for i, c in enumerate(ranked, 1)]
     return Edited(config.output, shown, number, rows)
+
+
+def editor_of(config: EditConfig) -> Editor:
+    """The editor that a configuration names."""
+    return config.editor
+
+
+def _mask(config: EditConfig, family: Family, *, soft: bool) -> Tensor:
+    """Where to edit, (1, H, W) in [0, 1]: the given mask or box, else a soft ellipse or everywhere."""
+    _, height, width = family.image_shape
+    if config.mask is not None:
+        return (images.read_image(config.mask, (1, height, width), resize=config.resize) + 1) / 2
+    if config.box is not None:
+        return box_mask(config.box, height, width)
+    return ellipse_mask(height, width) if soft else torch.ones(1, height, width)

@@ -19,7 +19,6 @@ from unforget.reports.contact_sheet import Row, evidence_rows, sheet
 from unforget.reports.html import page
 from unforget.reports.junit import junit
 from unforget.reports.markdown import markdown
-from unforget.unlearning import prepare
 from unforget.verification import compare as verification
 from unforget.verification import probes
 from unforget.verification.context import VerifyContext
@@ -99,7 +98,7 @@ def _read_instances(
     for path, target in zip(targets, ids, strict=True):
         if made and target not in promised:
             progress.note(f"{path} is not among the targets that the patch was made for")
-    prompt_ids = prepare.prompt_ids(base, config.prompt or [p for m in made for p in m.all_prompts])
+    prompt_ids = prompt_ids(base, config.prompt or [p for m in made for p in m.all_prompts])
     triples = zip(read_targets, read_surrogates or read_targets, ids, strict=True)
     once = {id: Instance(target, surrogate, id, prompt_ids) for target, surrogate, id in triples}
     return tuple(once.values()), bool(surrogates)

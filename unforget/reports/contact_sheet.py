@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unforget.core.types import Instance
 from unforget.files.images import to_pil
-from unforget.surrogate.editors import Candidate
+from unforget.surrogate.ranking import Candidate
 from unforget.verification import probes
 from unforget.verification.context import ROLES, Finding
 

@@ -1,53 +1,47 @@
 """The noised batches that training draws from its images."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
+from unforget.core.recipe import Recipe
 from unforget.core.sampling import noised
 from unforget.core.schedule import Schedule
-from unforget.core.types import Instance, Noised, Pool
+from unforget.core.types import UNCONDITIONAL, Instance, Noised, Pool
 
 UNPROMPTED = 0.2
-"""Share of the prompted pictures to keep that training shows under the empty prompt."""
+"""Share of the prompted retain images that training shows under the empty prompt."""
 
 
 def batches(
-    instances: Sequence[Instance],
-    keep: Pool,
-    neighbours: Pool,
-    schedule: Schedule,
-    *,
-    steps: int,
-    forget_batch: int,
-    retain_batch: int,
-    neighbour_share: float,
-    forget_range: tuple[float, float],
-    seed: int,
-    first: int = 0,
-    generator: torch.Generator | None = None,
-) -> Iterator[tuple[Noised, Noised]]:
-    """Pairs of noised batches; every draw comes from one CPU generator: that of the seed, or one that is on its way.
+    instances: Sequence[Instance], retain: Pool, neighbours: Pool, schedule: Schedule, recipe: Recipe, *,
+    generator: torch.Generator, first: int = 0,
+) -> Iterator[tuple[Noised, Noised]]:  # fmt: skip
+    """Pairs (forget batch, retain batch), from update `first` on; every draw comes from one CPU generator.
 
-    Targets take turns, each under every prompt of its own. Of a retain batch, `neighbour_share` are pictures near a
+    Targets take turns, each under every prompt of its own. Of a retain batch, `neighbour_share` are images near a
     target, the rest any; where they have prompts, some are shown without, as guidance asks.
     """
-    generator = generator or torch.Generator().manual_seed(seed)
-    cases = [(i, c) for i in instances for c in i.prompt_ids]
-    targets = torch.stack([i.target for i, _ in cases])
-    surrogates = torch.stack([i.surrogate for i, _ in cases])
-    asked = torch.tensor([c for _, c in cases])
-    near = round(retain_batch * neighbour_share) if len(neighbours) else 0
-    for step in range(first, steps):
-        turn = (torch.arange(forget_batch) + step * forget_batch) % len(cases)
-        forget = noised(targets[turn], surrogates[turn], asked[turn], schedule, generator, forget_range)
-        kept = Pool.cat(_choose(neighbours, near, generator), _choose(keep, retain_batch - near, generator))
-        prompt_ids = kept.prompt_ids
-        if prompt_ids.any():
-            prompt_ids = prompt_ids.where(torch.rand(len(kept), generator=generator) >= UNPROMPTED, 0)
-        yield forget, noised(kept.x_0, kept.x_0, prompt_ids, schedule, generator)
+    targets, surrogates, asked = cases(instances)
+    near = round(recipe.retain_batch_size * recipe.neighbour_share) if len(neighbours) else 0
+    for step in range(first, recipe.max_train_steps):
+        turn = (torch.arange(recipe.forget_batch_size) + step * recipe.forget_batch_size) % len(targets)
+        forget = noised(targets[turn], surrogates[turn], asked[turn], schedule, generator, recipe.forget_range)
+        others = recipe.retain_batch_size - near
+        shown = Pool.cat(_choose(neighbours, near, generator), _choose(retain, others, generator))
+        prompt_ids = shown.prompt_ids
+        if (prompt_ids != UNCONDITIONAL).any():
+            prompted = torch.rand(len(shown), generator=generator) >= UNPROMPTED
+            prompt_ids = prompt_ids.where(prompted, UNCONDITIONAL)
+        yield forget, noised(shown.x_0, shown.x_0, prompt_ids, schedule, generator)
+
+
+def cases(instances: Sequence[Instance], draws: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Targets, surrogates (N, C, H, W) and prompt ids (N,): each instance under each of its prompts, `draws` times."""
+    rows = [(i.target, i.surrogate, id) for i in instances for id in i.prompt_ids for _ in range(draws)]
+    targets, surrogates, prompt_ids = zip(*rows, strict=True)
+    return torch.stack(targets), torch.stack(surrogates), torch.tensor(prompt_ids)
 
 
 def _choose(pool: Pool, count: int, generator: torch.Generator) -> Pool:

@@ -1,16 +1,14 @@
 """The folder of a run: who it is, what it prepared, and where it was, so that it can go on from there.
 
-`run.json` is written before any work and names what the run was asked for; `prepared.safetensors` holds what training
+`run.json` is written before any work and names what the run is to do; `prepared.safetensors` holds what training
 starts from; `checkpoint.safetensors` all that changes from update to update. Each is written whole or not at all.
 """
 
-from __future__ import annotations
-
+import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,97 +16,68 @@ import torch
 from torch import Tensor
 
 from unforget.core import distributed
-from unforget.core.objectives import Context
 from unforget.core.types import Family, Instance, Pool
-from unforget.errors import CannotRun, UsageError
+from unforget.errors import UsageError
 from unforget.files.storage import BadFile, atomic_output, digest, open_tensors, read_json, write_json, write_tensors
-from unforget.unlearning.prepare import answers
-from unforget.unlearning.trainer import State
+from unforget.unlearning.prepare import Prepared
+from unforget.unlearning.trainer import Saved
 
 HEADER = "unforget.run"
 """Key of the header of a file of a run."""
 OVERHEAD = 0.05
 """Largest share of a run's time that goes into saving it, unless the user says how often."""
+FILES = (
+    "target-*.png", "surrogate-*.png", "sheet.png", "metrics.jsonl", "last-good.patch", "verify.json", "run.json",
+    "prepared.safetensors", "checkpoint.safetensors", ".*.partial",
+)  # fmt: skip
+"""What a run leaves in its folder; the user's own files there stay."""
 
 
-def must_exist(folder: Path) -> None:
-    """Refuse to resume what is not there: never a fresh start.
-
-    Raises:
-        UsageError: If the folder holds no run.
-    """
-    if not (folder / "run.json").is_file():
+def check_start(folder: Path, *, resume: bool, force: bool) -> None:
+    """Refuse (`UsageError`) to resume what is not there, and, unless by force, to start where a run can go on."""
+    begun = (folder / "run.json").is_file()
+    if resume and not begun:
         raise UsageError(f"there is no run to resume in '{folder}'", "Start it without --resume.")
-
-
-def must_not_go_on(folder: Path, force: bool) -> None:
-    """Refuse to start where a run can be resumed.
-
-    Raises:
-        UsageError: If a run was stopped there, unless by force.
-    """
-    if not force and (folder / "run.json").is_file() and not (folder / "sheet.png").is_file():
+    if begun and not resume and not force and not (folder / "sheet.png").is_file():
         raise UsageError(
             f"'{folder}' holds a run that did not end", "Go on with --resume, or start again with --force."
         )
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """What training starts from.
-
-    Attributes:
-        instances: Targets and surrogates, as pictures.
-        context: What objectives may consult.
-        near: Pictures to keep that are near a target, as the network works on them.
-    """
-
-    instances: tuple[Instance, ...]
-    context: Context
-    near: Pool
-
-
-class Run:
-    """The folder of one run, and what may be asked of it.
+class RunDirectory:
+    """The folder of one run.
 
     Args:
         folder: `NAME.run`.
-        asked: What the run is to do, as JSON: all that its result depends on.
-        how: Machine and pace, which may change when it goes on.
+        inputs: What the run is to do, as JSON: all that its result depends on.
+        environment: What may change when it goes on, at the price of its last bits.
+        save_every: Updates between two checkpoints; as often as costs little if None.
     """
 
-    def __init__(self, folder: Path, asked: Mapping[str, Any], how: Mapping[str, Any]) -> None:
-        self.folder, self.asked, self.how = folder, dict(asked), dict(how)
+    def __init__(
+        self, folder: Path, inputs: Mapping[str, Any], environment: Mapping[str, Any], save_every: int | None = None
+    ) -> None:
+        # As a file would hold them.
+        self.inputs, self.environment = json.loads(json.dumps([inputs, environment]))
+        self.folder, self.save_every = folder, save_every
+        self._id = hashlib.sha256(json.dumps(self.inputs, sort_keys=True).encode()).hexdigest()
         self.finished: dict[str, Any] | None = None
+        self._manifest, self._prepared = folder / "run.json", folder / "prepared.safetensors"
+        self._checkpoint, self._log = folder / "checkpoint.safetensors", folder / "metrics.jsonl"
         self._saved, self._cost = 0.0, 0.0
-
-    @property
-    def _manifest(self) -> Path:
-        return self.folder / "run.json"
-
-    @property
-    def _prepared(self) -> Path:
-        return self.folder / "prepared.safetensors"
-
-    @property
-    def checkpoint(self) -> Path:
-        """Where the state lies."""
-        return self.folder / "checkpoint.safetensors"
 
     def begin(self) -> None:
         """Make the folder, without what an earlier run of that name left."""
-        if not distributed.is_main():
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        mine = ("target-*.png", "surrogate-*.png", "sheet.png", "metrics.jsonl", "last-good.patch", "verify.json")
-        for pattern in (*mine, "run.json", "prepared.safetensors", "checkpoint.safetensors", ".*.partial"):
-            for path in self.folder.glob(pattern):
-                path.unlink()
-        self._write()
+        if distributed.is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for pattern in FILES:
+                for path in self.folder.glob(pattern):
+                    path.unlink()
+            self._write()
 
     def _write(self) -> None:
-        if distributed.is_main():
-            write_json({"asked": self.asked, "how": self.how, "finished": self.finished}, self._manifest)
+        parts = {"inputs": self.inputs, "environment": self.environment, "finished": self.finished}
+        write_json(parts, self._manifest)
 
     def take_up(self) -> list[str]:
         """Go on with the run that is there.
@@ -117,140 +86,107 @@ class Run:
             What is done otherwise than before, as sentences: the result may differ in its last bits.
 
         Raises:
-            UsageError: If there is none, or it was asked for something else. Never a fresh start.
+            UsageError: If it is damaged, or has other inputs.
         """
-        must_exist(self.folder)
-        try:
+        with _whole(self._manifest):
             found = read_json(self._manifest)
-            asked, how, self.finished = dict(found["asked"]), dict(found["how"]), found["finished"]
-        except (BadFile, OSError, KeyError, TypeError, ValueError):
-            raise UsageError(f"'{self._manifest}' is damaged, or of another run", "Start again with --force.") from None
-        # What it is asked for now, as a file would hold it.
-        wanted = json.loads(json.dumps(self.asked))
-        other = [k for k in {**asked, **wanted} if asked.get(k) != wanted.get(k)]
+            inputs, before, self.finished = dict(found["inputs"]), dict(found["environment"]), found["finished"]
+        other = [k for k in {**inputs, **self.inputs} if inputs.get(k) != self.inputs.get(k)]
         if other:
             raise UsageError(
                 f"the run in '{self.folder}' is another one: it differs in {', '.join(sorted(other))}",
                 "Resume it with the options it was started with, or give another --output.",
             )
-        now = json.loads(json.dumps(self.how))
-        return [f"{k} was {how.get(k)!r} and is {now[k]!r}" for k in now if how.get(k) != now[k]]
+        now = self.environment
+        return [f"{k} was {before.get(k)!r} and is {now[k]!r}" for k in now if before.get(k) != now[k]]
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """Note the result; what was kept to go on is not needed any more."""
         self.finished = dict(result)
-        self._write()
         if distributed.is_main():
+            self._write()
             self._prepared.unlink(missing_ok=True)
-            self.checkpoint.unlink(missing_ok=True)
+            self._checkpoint.unlink(missing_ok=True)
 
-    @property
-    def is_prepared(self) -> bool:
-        """Whether the run came so far before it was stopped."""
-        return distributed.broadcast(self._prepared.is_file())
-
-    def prepared(self, base: Family, base_digest: str) -> Prepared:
-        """What training starts from.
-
-        Raises:
-            UsageError: If the file is damaged.
-            CannotRun: If the model is not the one that it was prepared with.
-        """
+    def prepared(self, base: Family, make: Callable[[], Prepared]) -> Prepared:
+        """What training starts from, made unless the run came so far before; a damaged file is a `UsageError`."""
+        if not distributed.broadcast(self._prepared.is_file()):
+            values, tensors = _packed(make())
+            self._store(self._prepared, {**values, "prompts": base.prompts}, tensors)
         distributed.barrier()
-        try:
-            said, tensors = self._open(self._prepared)
-            if said["base_digest"] != base_digest:
-                raise CannotRun(
-                    f"the run began with another model ({said['base_digest'][:12]}, now {base_digest[:12]})",
-                    "Give the model that it began with.",
-                )
-            base.prompt_ids(said["prompts"])
-            return _unpacked(tensors, said, base)
-        except (OSError, KeyError, TypeError, ValueError, IndexError, RecursionError):
-            raise UsageError(f"'{self._prepared}' is damaged, or of another run", "Start again with --force.") from None
+        # Read back even if just made: sums depend on how tensors lie in memory, and a resumed run has only the file.
+        with _whole(self._prepared):
+            values, tensors = self._open(self._prepared)
+            base.prompt_ids(values["prompts"])
+            return _unpacked(values, tensors)
 
-    def keep(self, prepared: Prepared, base: Family, base_digest: str) -> None:
-        """Store what training starts from."""
-        tensors, said = _packed(prepared)
-        said.update(base_digest=base_digest, prompts=base.prompts)
-        self._store(self._prepared, said, tensors)
-
-    def state(self) -> State | None:
-        """Where the run was, if it made an update.
-
-        Raises:
-            UsageError: If the file is damaged.
-        """
-        if not distributed.broadcast(self.checkpoint.is_file()):
-            return None
-        try:
-            figures, tensors = self._open(self.checkpoint)
-            return State(tensors, figures)
-        except (OSError, KeyError, TypeError, ValueError, RecursionError):
-            raise UsageError(
-                f"'{self.checkpoint}' is damaged, or of another run", "Start again with --force."
-            ) from None
-
-    def save(self, state: State) -> None:
+    def save(self, saved: Saved) -> None:
         """Store where the run is."""
         began = time.monotonic()
         if distributed.is_main():
-            self._store(self.checkpoint, state.figures, state.tensors)
+            self._store(self._checkpoint, *saved)
         self._saved, self._cost = time.monotonic(), time.monotonic() - began
 
-    @property
-    def _name(self) -> str:
-        """Tells the files of this run from those of any other."""
-        return hashlib.sha256(json.dumps(self.asked, sort_keys=True).encode()).hexdigest()
+    def saved(self) -> Saved | None:
+        """Where the run was, if it made an update; a damaged file is a `UsageError`."""
+        if not distributed.broadcast(self._checkpoint.is_file()):
+            return None
+        with _whole(self._checkpoint):
+            return self._open(self._checkpoint)
 
-    def _store(self, path: Path, said: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        header = {"run": self._name, "digest": digest(tensors), "said": dict(said)}
+    def due(self, step: int) -> bool:
+        """Whether to save after an update."""
+        if self.save_every is not None:
+            return step % self.save_every == 0
+        return time.monotonic() - self._saved >= self._cost / OVERHEAD
+
+    def log(self, done: int) -> Path:
+        """The log, cut back to the updates that count."""
+        if distributed.is_main():
+            lines = self._log.read_text().splitlines(keepends=True)[:done] if self._log.is_file() else []
+            with atomic_output(self._log) as beside:
+                beside.write_text("".join(lines))
+        return self._log
+
+    def _store(self, path: Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        header = {"run": self._id, "digest": digest(tensors), "values": dict(values)}
         with atomic_output(path) as beside:
             write_tensors(tensors, {HEADER: json.dumps(header)}, beside)
 
-    def _open(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What a file of this run says and holds, if it is whole and not another run's."""
+    def _open(self, path: Path) -> Saved:
+        """Values and tensors of a file of this run, if it is whole and not another run's."""
         opened = open_tensors(path)
         tensors, header = opened.load(), json.loads(opened.metadata[HEADER])
-        if header["digest"] != digest(tensors) or header["run"] != self._name:
+        if header["digest"] != digest(tensors) or header["run"] != self._id:
             raise BadFile(f"'{path.name}' is damaged, or of another run")
-        return dict(header["said"]), tensors
-
-    def due(self, step: int, every: int | None) -> bool:
-        """Whether to save after an update: every so many, or as often as it costs little."""
-        if every is not None:
-            return step % every == 0
-        return time.monotonic() - self._saved >= self._cost / OVERHEAD
-
-    def log(self, done: int) -> None:
-        """Cut the log back to the updates that count."""
-        path = self.folder / "metrics.jsonl"
-        if distributed.is_main():
-            lines = path.read_text().splitlines(keepends=True)[:done] if path.is_file() else []
-            with atomic_output(path) as beside:
-                beside.write_text("".join(lines))
+        return dict(header["values"]), tensors
 
 
-def _packed(prepared: Prepared) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors, said = {}, {}
-    for name, instances in (("shown", prepared.instances), ("gone", prepared.context.instances)):
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Say in one sentence whatever is wrong with a file of a run."""
+    try:
+        yield
+    except (OSError, LookupError, TypeError, ValueError, RecursionError):
+        raise UsageError(f"'{path}' is damaged, or of another run or version", "Start again with --force.") from None
+
+
+def _packed(prepared: Prepared) -> Saved:
+    values, tensors = {}, {"prior_counts": prepared.prior_counts}
+    for name in ("instances", "encoded"):
+        instances: tuple[Instance, ...] = getattr(prepared, name)
         for side in ("target", "surrogate"):
             tensors[f"{name}.{side}"] = torch.stack([getattr(i, side) for i in instances])
-        said[name] = [[i.id, list(i.prompt_ids)] for i in instances]
-    for name, pool in (("keep", prepared.context.keep), ("near", prepared.near)):
-        tensors[f"{name}.x_0"], tensors[f"{name}.prompt_ids"] = pool.x_0, pool.prompt_ids
-    tensors["copies"] = prepared.context.copies
-    return tensors, said
+        values[name] = [[i.id, list(i.prompt_ids)] for i in instances]
+    for name in ("retain", "neighbours"):
+        tensors.update({f"{name}.{column}": value for column, value in vars(getattr(prepared, name)).items()})
+    return values, tensors
 
 
-def _unpacked(tensors: Mapping[str, Tensor], said: Mapping[str, Any], base: Family) -> Prepared:
+def _unpacked(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Prepared:
     def instances(name: str) -> tuple[Instance, ...]:
-        rows: Sequence[Any] = said[name]
-        sides = zip(tensors[f"{name}.target"], tensors[f"{name}.surrogate"], rows, strict=True)
-        return tuple(Instance(t, s, str(id), tuple(prompt_ids)) for t, s, (id, prompt_ids) in sides)
+        rows = zip(tensors[f"{name}.target"], tensors[f"{name}.surrogate"], values[name], strict=True)
+        return tuple(Instance(t, s, str(id), tuple(prompt_ids)) for t, s, (id, prompt_ids) in rows)
 
-    def pool(name: str) -> Pool:
-        return Pool(tensors[f"{name}.x_0"], tensors[f"{name}.prompt_ids"])
-
-    context = Context(base.schedule, answers(base), instances("gone"), pool("keep"), tensors["copies"])
-    return Prepared(instances("shown"), context, pool("near"))
+    retain, near = (Pool(tensors[f"{name}.x_0"], tensors[f"{name}.prompt_ids"]) for name in ("retain", "neighbours"))
+    return Prepared(instances("instances"), instances("encoded"), retain, near, tensors["prior_counts"])

@@ -20,13 +20,13 @@ class Context:
         schedule: The noise schedule of both networks.
         base: The frozen network.
         instances: What is to be forgotten, as the network works on it.
-        keep: What the base draws that is to be retained.
-        copies: How many near-copies of each target the base drew under each prompt, at least 1 where the target is to
-            be forgotten, 0 where it is not, (len(instances), prompts).
+        retain: What the base draws that is to be retained.
+        prior_counts: How many near-copies of each target the base drew under each prompt, at least 1 where the
+            target is to be forgotten, 0 where it is not, (len(instances), prompts).
     """
 
     schedule: Schedule
     base: Predict
     instances: tuple[Instance, ...]
-    keep: Pool
-    copies: Tensor
+    retain: Pool
+    prior_counts: Tensor

@@ -74,15 +74,15 @@ class PosteriorSwap(Strategy):
         from unforget.core.types import UNCONDITIONAL
 
         targets = torch.stack([i.target for i in context.instances])
-        images = torch.cat([targets, context.keep.x_0]).flatten(1)
+        images = torch.cat([targets, context.retain.x_0]).flatten(1)
         alpha = context.schedule.column("alphas", batch.timestep, batch.x_t).reshape(-1, 1)
         sigma = context.schedule.column("sigmas", batch.timestep, batch.x_t).reshape(-1, 1)
         # ||x_t - alpha x||^2 without the term that all images share.
         distance = alpha.square() * images.square().sum(1) - 2 * alpha * (batch.x_t.flatten(1) @ images.T)
         prompt_ids = batch.prompt_ids[:, None]
         # A target that is not to be forgotten under this prompt counts nothing.
-        copies = context.copies.T.to(images)[batch.prompt_ids]
-        retained = ((prompt_ids == UNCONDITIONAL) | (prompt_ids == context.keep.prompt_ids)).to(images)
+        copies = context.prior_counts.T.to(images)[batch.prompt_ids]
+        retained = ((prompt_ids == UNCONDITIONAL) | (prompt_ids == context.retain.prompt_ids)).to(images)
         count = torch.cat([self.target_prior * copies, retained], 1)
         belief = torch.softmax(count.log() - distance / (2 * sigma.square()), dim=1)[:, : len(targets)]
         low, high = (t / 1000 for t in self.taper)

@@ -1,0 +1,59 @@
+"""What an editor works on, and where."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unforget.core.sampling import add_noise, draw, visited
+from unforget.core.types import UNCONDITIONAL, Family
+from unforget.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A target to be edited.
+
+    Attributes:
+        family: The model that must forget.
+        target: (C, H, W) in [-1, 1].
+        mask: Where to edit, (1, H, W) in [0, 1].
+        donor: An image to take a face from, (C, H, W), if one was given.
+        seed: Of every random draw.
+        drawn: Images that the base draws, (M, C, H, W), if any are known.
+        prompt_id: Of the prompt to edit under.
+        note: Called with a sentence that the user should see.
+    """
+
+    family: Family
+    target: Tensor
+    mask: Tensor
+    donor: Tensor | None = None
+    seed: int = 0
+    drawn: Tensor | None = None
+    prompt_id: int = UNCONDITIONAL
+    note: Callable[[str], object] = lambda sentence: None
+
+    def redraw(self, images: Tensor, noise: Tensor, timestep: float, *, steps: int = 20) -> Tensor:
+        """What the base makes of images (N or 1, C, H, W) that were noised to about a timestep, under the prompt."""
+        start = visited(self.family, timestep, steps=steps)
+        x_t = add_noise(self.family, images, noise, start)
+        return draw(self.family, x_t, steps=steps, start=start, prompt_ids=torch.tensor([self.prompt_id]))
+
+
+def box_mask(box: tuple[int, int, int, int], height: int, width: int) -> Tensor:
+    """1 inside the box x, y, width, height (pixels), 0 outside it, (1, height, width)."""
+    x, y, w, h = box
+    if min(x, y) < 0 or min(w, h) < 1 or x + w > width or y + h > height:
+        raise UsageError(f"the box {x},{y},{w},{h} leaves the {width}x{height} picture", "Give x,y,width,height.")
+    mask = torch.zeros(1, height, width)
+    mask[:, y : y + h, x : x + w] = 1
+    return mask
+
+
+def ellipse_mask(height: int, width: int) -> Tensor:
+    """A soft ellipse where a portrait has its face, (1, height, width) in [0, 1]."""
+    rows, columns = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    ellipse: Tensor = ((1 - (columns / 0.55).square() - (rows / 0.65).square()) / 0.35).clamp(0, 1)
+    return ellipse[None]

@@ -1,0 +1,134 @@
+"""Ranking of the candidates for a surrogate.
+
+A good surrogate is another instance (far enough from the target, and drawn differently: not the same face on another
+background), keeps its structure (otherwise near), looks like something the model itself would draw, and is nobody it
+draws already: to send a target's share to another memorised image would only move the harm.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from unforget.core.metrics import pairwise_rms, redrawn, rms, sharpness
+from unforget.core.sampling import add_noise, random_noise
+from unforget.core.types import UNCONDITIONAL
+from unforget.surrogate.canvas import Canvas
+
+REDRAWN = 0.35
+"""Least share of a target's drawing that must change; on `faces` one face stays under 0.27, others exceed 0.42."""
+QUALITY = 0.6
+"""Least sharpness of an edit, as a share of its target's; its inverse is the most."""
+TYPICAL_AT, STRAYS_AT = 250, 550
+"""Timesteps of the reconstructions that measure typicality and strays."""
+STRAYS = 32
+"""Draws that measure strays."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An edited target and how it ranks.
+
+    Attributes:
+        image: (C, H, W) in [-1, 1].
+        label: How it was made.
+        distance: RMS to the target, in pixels of [-1, 1].
+        redrawn: Share of the target's drawing that is another (`metrics.redrawn`), whatever the colours.
+        moved: RMS to the target moved and scaled to where the edit has it, under a prompt; infinite without.
+        familiar: RMS to the nearest image that the base is known to draw; infinite if none is known.
+        quality: Its sharpness as a share of the target's; 1 is the same.
+        typicality: RMS between it and the base's reconstruction of it; small is what the base could draw.
+        strays: Chance that a noised target, taken for somebody else, is taken for an image nearer to the target than
+            to the edit; small when the edit lies among those others.
+        score: Smaller is better.
+        accepted: Another instance than the target, of fair quality, and nobody the base draws already.
+    """
+
+    image: Tensor
+    label: str
+    distance: float = 0.0
+    redrawn: float = 0.0
+    moved: float = math.inf
+    familiar: float = math.inf
+    quality: float = 1.0
+    typicality: float = 0.0
+    strays: float = 0.0
+    score: float = 0.0
+    accepted: bool = False
+
+
+def rank(
+    candidates: Sequence[Candidate], canvas: Canvas, *, distance: float, near_copy: float = 0.16
+) -> list[Candidate]:
+    """Score candidates, best first: accepted ones before others, then near, typical and sharp ones with few strays.
+
+    Another instance is at least `distance` (RMS) from the target, and `near_copy` from what the base draws already.
+    """
+    images = torch.stack([c.image for c in candidates])
+    drawn = canvas.drawn if canvas.drawn is not None else images[:0]
+    noise = random_noise(len(images), canvas.family.latent_shape, canvas.seed, "rank")
+    figures: dict[str, Any] = {
+        "distance": rms(images, canvas.target),
+        "redrawn": redrawn(images, canvas.target),
+        "familiar": pairwise_rms(images, drawn).min(1).values if len(drawn) else torch.full((len(images),), math.inf),
+        "moved": _moved(canvas, images),
+        "quality": sharpness(images) / sharpness(canvas.target[None]).clamp(min=1e-6),
+        "typicality": rms(canvas.redraw(images, noise, TYPICAL_AT), images),
+        "strays": _strays(canvas, images, torch.cat([images, drawn]), near_copy),
+    }
+    scored = []
+    for i, candidate in enumerate(candidates):
+        c = replace(candidate, **{name: values[i].item() for name, values in figures.items()})
+        another = c.distance >= distance and c.redrawn >= REDRAWN and min(c.familiar, c.moved) >= near_copy
+        score = abs(c.distance - distance) + 3 * c.typicality + 0.3 * c.strays + 0.1 * abs(c.quality - 1)
+        scored.append(replace(c, score=score, accepted=another and QUALITY <= c.quality <= 1 / QUALITY))
+    return sorted(scored, key=lambda c: (not c.accepted, c.score))
+
+
+def _moved(canvas: Canvas, images: Tensor) -> Tensor:
+    """`Candidate.moved` of each image (N,), at a width of 32: a prompted model draws one thing in many places."""
+    if canvas.prompt_id == UNCONDITIONAL:
+        return torch.full((len(images),), math.inf)
+    target, *small = functional.adaptive_avg_pool2d(torch.cat([canvas.target[None], images]), 32)
+    return torch.tensor([carried(image, target, target)[1] for image in small])
+
+
+def _strays(canvas: Canvas, images: Tensor, others: Tensor, near_copy: float) -> Tensor:
+    """`Candidate.strays` of each image (N,), the others being those that are no copies of the target."""
+    family, target = canvas.family, canvas.target
+    others = others[rms(others, target) >= near_copy]
+    if not len(others):
+        return torch.zeros(len(images))
+    noise = random_noise(STRAYS, family.latent_shape, canvas.seed, "strays")
+    x_t, timestep = add_noise(family, target[None], noise, STRAYS_AT), torch.tensor([STRAYS_AT])
+    alpha, sigma = (family.schedule.column(name, timestep, noise) for name in ("alphas", "sigmas"))
+    far = pairwise_rms(x_t, alpha * family.encode(others)).square() * noise[0].numel() / sigma.flatten().square()
+    taken_for = torch.softmax(-far / 2, 1).mean(0)
+    return (pairwise_rms(images, others) > rms(others, target)).float() @ taken_for
+
+
+def carried(picture: Tensor, target: Tensor, surrogate: Tensor) -> tuple[Tensor, float]:
+    """The edit from target to surrogate, moved and scaled to where an image shows the target; all (C, H, W).
+
+    Returns:
+        The edited image, and the RMS between image and moved target that is left: small if it is the same thing.
+    """
+    shifts, scales = torch.linspace(-0.125, 0.125, 9), torch.linspace(0.8, 1.2, 9)
+    scale, dx, dy = (a.flatten() for a in torch.meshgrid(scales, shifts, shifts, indexing="ij"))
+    zero = torch.zeros_like(scale)
+    places = torch.stack([torch.stack([1 / scale, zero, dx], 1), torch.stack([zero, 1 / scale, dy], 1)], 1)
+
+    def moved(image: Tensor, where: Tensor) -> Tensor:
+        grid = functional.affine_grid(where, [len(where), *image.shape], align_corners=False)
+        return functional.grid_sample(
+            image.expand(len(where), -1, -1, -1), grid, padding_mode="border", align_corners=False
+        )
+
+    misfit = torch.cat([rms(moved(target, part), picture) for part in torch.split(places, 81)])
+    best = int(misfit.argmin())
+    edit = moved(surrogate - target, places[best : best + 1])[0]
+    return (picture + edit).clamp(-1, 1), float(misfit[best])

@@ -1,0 +1,75 @@
+"""How a run computes: precision, passes, the optimiser."""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from unforget.core import sampling
+from unforget.core.types import LARGE, Predict
+from unforget.errors import CannotRun
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What costs or saves memory and time, and may change the last bits; fields as in the configuration."""
+
+    micro_batch: int | None = None
+    mixed_precision: Literal["auto", "no", "bf16"] = "no"
+    use_8bit_adam: bool = False
+    gradient_checkpointing: bool | None = None
+
+    def half(self, device: torch.device) -> bool:
+        """Whether passes are computed in bfloat16 on a device."""
+        return self.mixed_precision == "bf16" or (self.mixed_precision == "auto" and has_bf16(device))
+
+    def checkpoints(self, network: nn.Module) -> bool:
+        """Whether blocks are computed again in the backward pass."""
+        large = sum(p.numel() for p in network.parameters()) >= LARGE
+        return large if self.gradient_checkpointing is None else self.gradient_checkpointing
+
+    def in_one_pass(self, image_shape: tuple[int, int, int]) -> int:
+        """How many images go through the network at once, with gradients."""
+        return self.micro_batch or sampling.in_one_pass(sampling.PIXELS_TRAINED, image_shape)
+
+
+def adam(weights: list[nn.Parameter], learning_rate: float, *, eight_bit: bool = False) -> torch.optim.Optimizer:
+    """Adam with a short memory, its state in 8 bits on request.
+
+    Raises:
+        CannotRun: If bitsandbytes is missing.
+    """
+    if not eight_bit:
+        return torch.optim.Adam(weights, lr=learning_rate, betas=(0.9, 0.99))
+    try:
+        from bitsandbytes.optim import Adam8bit
+    except ImportError:
+        raise CannotRun("8-bit Adam needs bitsandbytes", "Install unforget-diffusion[8bit].") from None
+    return Adam8bit(weights, lr=learning_rate, betas=(0.9, 0.99))  # type: ignore[no-any-return]
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 is computed in hardware there; emulated, it is slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())  # private
+
+
+def mixed(predict: Predict, half: bool, *, checkpointed: bool = False) -> Predict:
+    """The same answers; if `half`, computed in bfloat16 where autocast thinks it safe, in float32 again.
+
+    A `checkpointed` network computes blocks again in its backward pass, outside of any context that is set here.
+    """
+    if not half:
+        return predict
+
+    def answer(x_t: Tensor, timestep: Tensor, prompt_ids: Tensor) -> Tensor:
+        # The backward pass of CPU flash attention is slow in bfloat16: a third of the step here.
+        plain = sdpa_kernel(SDPBackend.MATH) if x_t.device.type == "cpu" and not checkpointed else nullcontext()
+        with torch.autocast(x_t.device.type, torch.bfloat16), plain:
+            return predict(x_t, timestep, prompt_ids).float()
+
+    return answer

@@ -1,0 +1,119 @@
+"""One run: prepare, train, and the difference as a patch."""
+
+import json
+import shutil
+import signal
+import threading
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, NoReturn, Self
+
+from unforget.core import distributed
+from unforget.core.recipe import Recipe
+from unforget.core.types import Family, Progress
+from unforget.errors import CannotRun, Interrupted, NothingChanged, Terminated
+from unforget.files import images
+from unforget.files.patch import Patch, Provenance
+from unforget.unlearning.compute import Compute
+from unforget.unlearning.prepare import Prepared, RunInputs, prepare
+from unforget.unlearning.run_directory import RunDirectory
+from unforget.unlearning.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run made; `stopped` is `margin` or `budget`, `margin` None unless the recipe stops by it."""
+
+    base: Family
+    prepared: Prepared
+    patch: Patch
+    steps: int
+    stopped: str
+    margin: float | None
+
+
+def run(
+    patched: Family, inputs: RunInputs, recipe: Recipe, compute: Compute, directory: RunDirectory, record: Provenance,
+    progress: Progress,
+) -> Trained:  # fmt: skip
+    """Train the weights of `patched` in place, or go on where the directory's run was.
+
+    Args:
+        patched: Starts as the base.
+        inputs, recipe: What is computed.
+        compute: How it is computed.
+        directory: Takes what was prepared, the log and the checkpoints; removed if nothing changed.
+        record: Provenance of the patch, up to what the run itself finds out.
+        progress: Told of every stage and update.
+
+    Raises:
+        Interrupted, Terminated: On SIGINT and SIGTERM, after the update in progress.
+        CannotRun: If a loss is NaN; the last good weights are then left in the directory.
+        NothingChanged: If the weights did not move.
+    """
+    base = patched.frozen_reference(recipe.train)
+    prepared = directory.prepared(base, lambda: prepare(base, inputs, progress))
+    patched.unload_text_encoders()
+    if compute.checkpoints(patched.network):
+        patched.network.enable_gradient_checkpointing()  # type: ignore[operator]
+    trainer = Trainer(patched, base, prepared, recipe, seed=inputs.seed, compute=compute, resume=directory.saved())
+    surrogates = [images.image_id(i.surrogate, inputs.salt) for i in prepared.instances[: len(inputs.targets)]]
+
+    def patch() -> Patch:
+        made = record.model_copy(update={"surrogates": surrogates, "steps": trainer.done})
+        return Patch.between(base.network, patched.network, made)
+
+    try:
+        _train(trainer, directory, progress)
+    except CannotRun:
+        if trainer.done:
+            patch().save(directory.folder / "last-good.patch")
+        raise
+    made = patch()
+    if not made.tensors:
+        shutil.rmtree(directory.folder)
+        raise NothingChanged("the run ended with the weights it began with", "Raise --learning-rate.")
+    stopped = "margin" if trainer.lr_schedule.reached else "budget"
+    return Trained(base, prepared, made, trainer.done, stopped, trainer.margin)
+
+
+def _train(trainer: Trainer, directory: RunDirectory, progress: Progress) -> None:
+    """Train with a log and checkpoints."""
+    most = trainer.recipe.max_train_steps
+    progress.stage("unlearn", most)
+    progress.advance(trainer.done)
+    with directory.log(trainer.done).open("a") as log, Patience() as patience:
+        for row in trainer:
+            if distributed.is_main():
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+            progress.advance(1, **row)
+            stopped = distributed.any_process(patience.asked is not None)
+            if stopped or directory.due(trainer.done):
+                directory.save(trainer.state())
+            if stopped:
+                patience.leave(f"stopped after step {trainer.done} of {most}", "Go on with --resume.")
+
+
+class Patience:
+    """Lets the update in progress end when SIGINT or SIGTERM come; a second one does not wait. Main thread only."""
+
+    asked: int | None = None
+
+    def __enter__(self) -> Self:
+        main = threading.current_thread() is threading.main_thread()
+        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM) if main}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked is not None:
+            self.leave("stopped in the middle of a step", "Go on with --resume, from the last checkpoint.")
+        self.asked = number
+
+    def leave(self, message: str, hint: str) -> NoReturn:
+        """End as the signal wants it."""
+        raise (Terminated if self.asked == signal.SIGTERM else Interrupted)(message, hint)
