@@ -98,9 +98,9 @@ def _read_instances(
     for path, target in zip(targets, ids, strict=True):
         if made and target not in promised:
             progress.note(f"{path} is not among the targets that the patch was made for")
-    prompt_ids = prompt_ids(base, config.prompt or [p for m in made for p in m.all_prompts])
+    rows = prompt_ids(base, config.prompt or [p for m in made for p in m.all_prompts])
     triples = zip(read_targets, read_surrogates or read_targets, ids, strict=True)
-    once = {id: Instance(target, surrogate, id, prompt_ids) for target, surrogate, id in triples}
+    once = {id: Instance(target, surrogate, id, rows) for target, surrogate, id in triples}
     return tuple(once.values()), bool(surrogates)
 
 
