@@ -69,8 +69,8 @@ def write(
     here = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"), finalize=escaped, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-        filters={"number": number, "recipe": _recipe, "versions": _versions},
     )  # fmt: skip
+    here.filters |= {"number": number, "recipe": _recipe, "versions": _versions}
     text = here.get_template("card.md.jinja").render(
         metadata=data.to_yaml(), manifest=manifest, repo=repo, is_adapter=form.is_adapter, code=code,
         images=_copied(images, folder / "images"),
