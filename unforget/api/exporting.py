@@ -15,7 +15,7 @@ from unforget.errors import CannotRun, UsageError
 from unforget.exports import card, placement
 from unforget.exports.exporter import ExportRequest, write_export
 from unforget.exports.formats import FORMATS
-from unforget.exports.manifest import ExportManifest
+from unforget.exports.manifest import ExportManifest, Verified
 from unforget.files.patch import Stack
 from unforget.files.storage import BadFile
 
@@ -52,7 +52,8 @@ def export(config: ExportConfig, progress: Progress | None = None) -> Exported:
     request = ExportRequest(
         config.model, options(config), Stack.load(config.patch, config.scale), config.format, config.dtype,
         config.max_shard_size, config.seed, config.force_rounding,
-        (config.report, config.patch[-1].with_suffix(".run") / "verify.json"), versions(),
+        Verified.of(config.report) if config.report else None, config.patch[-1].with_suffix(".run") / "verify.json",
+        versions(),
     )  # fmt: skip
     try:
         with placement.atomic_export(config.output) as out:

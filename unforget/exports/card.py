@@ -57,12 +57,11 @@ def write(
         The path of the card.
     """
     form, (repo, revision) = FORMATS[manifest.format], _hub_id(manifest.base)
-    fields = {"base_model": repo, "base_model_relation": "adapter" if form.is_adapter else "finetune"} if repo else {}
+    fields: dict[str, Any] = {"license": "other", **_licence(base_card)}
+    if repo:
+        fields |= {"base_model": repo, "base_model_relation": "adapter" if form.is_adapter else "finetune"}
     tags = ["unforget", "machine-unlearning", *(["lora"] if form.is_adapter else [])]
-    data = ModelCardData(
-        **{"license": "other", **_licence(base_card)}, **fields, library_name="diffusers", pipeline_tag=family.task,
-        tags=tags,
-    )  # fmt: skip
+    data = ModelCardData(**fields, library_name="diffusers", pipeline_tag=family.task, tags=tags)
     opened = f'"{repo or "path/to/the/base"}"' + (f', revision="{revision}"' if revision else "")
     code = form.usage.format(base=opened, network=family.network, options=_options(folder, manifest))
     code = f"import torch\n{code}" if "=torch." in code else code

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token
-from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]  # of its HTTP library
 from huggingface_hub.utils import (  # type: ignore[attr-defined]  # no __all__, but documented there
     are_progress_bars_disabled,
     disable_progress_bars,

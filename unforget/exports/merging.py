@@ -90,11 +90,6 @@ class Merge:
             if there.is_floating_point():
                 stats.meter.largest = max(stats.meter.largest, *(float(e.abs()) for e in there.aminmax()))
             advance(1)
-            if name not in names and self.base[name].dtype == there.dtype == self._wanted(self.base[name]):
-                # As it is, everywhere: what is written later is digested on its way from the disk.
-                patched.add(name, there)
-                written.add(name, there)
-                continue
             before = self.base[name].make()
             weight = before.to(there.dtype)
             if not torch.equal(weight, there.cpu()):

@@ -14,10 +14,10 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from unforget import families
 from unforget.core.types import Family
-from unforget.exports.formats.base import Advance, Format, Job, check_written, header, watched
+from unforget.exports.formats.base import Format, Job, Written, header
 from unforget.exports.manifest import PATH, ExportManifest
 from unforget.families import weights
-from unforget.files.storage import BadFile, Digested, Lazy, read_json, write_json, write_tensors
+from unforget.files.storage import BadFile, Lazy, read_json, write_json, write_tensors
 
 STEM = "diffusion_pytorch_model"
 WEIGHTS = re.compile(r"[\w-]+?(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -41,12 +41,10 @@ here = "."  # this folder, or the id of this repository
 pipe = DiffusionPipeline.from_pretrained(here{options})"""
 
     def size(self, job: Job) -> int:
-        """Of the network and of what is copied."""
         files = copies(job.origin.home, job.family.network)[0] if job.origin.home else {}
         return super().size(job) + sum(f.stat().st_size for f in files.values())
 
-    def write(self, job: Job, manifest: ExportManifest, out: Path, advance: Advance) -> None:
-        """All parts, the network's merged tensors, and `unforget.json`: what the base's said, and the manifest."""
+    def write(self, job: Job, manifest: ExportManifest, out: Path) -> None:
         network, home, missing = job.family.network, job.origin.home, list[str]()
         (out / network).mkdir(parents=True)
         if home is not None:
@@ -61,15 +59,12 @@ pipe = DiffusionPipeline.from_pretrained(here{options})"""
             weights.save_parts(opened, out, missing or [n for n in opened.pipeline.components if n != network])
             write_json(dict(job.config), out / network / "config.json")
         _clean_all(out)
-        digested = Digested()
-        _write_shards(out / network, watched(job.merge.tensors(), advance), job, manifest, digested)
-        check_written(digested, manifest)
+        _write_shards(job, manifest, out / network)
         hints = families.hints(home) if home is not None else families.Hints()
         value = {k: v for k, v in hints.model_dump(mode="json").items() if v not in (None, [])}
         write_json({**value, "made": manifest.model_dump(mode="json")}, out / "unforget.json")
 
-    def load(self, job: Job, out: Path, rest: Family | None) -> Family:
-        """By `from_pretrained`."""
+    def load(self, job: Job, out: Path) -> Family:
         return weights.folder(out, job.options, job.merge.dtype, job.compute)
 
 
@@ -133,16 +128,16 @@ def _rest_dtype(job: Job) -> torch.dtype | None:
     return max(found & {torch.float32, torch.float16, torch.bfloat16}, key=str, default=None)
 
 
-def _write_shards(
-    folder: Path, tensors: dict[str, Lazy], job: Job, manifest: ExportManifest, digested: Digested
-) -> None:
+def _write_shards(job: Job, manifest: ExportManifest, folder: Path) -> None:
     """The network's weights as diffusers lays them out: one file, or shards and their index."""
+    tensors, written = job.merge.tensors(), Written(job)
     split = split_state_dict_into_shards_factory(
-        dict(tensors), get_storage_size=lambda lazy: lazy.size, max_shard_size=job.max_shard_size,
+        dict[str, Any](tensors), get_storage_size=lambda lazy: lazy.size, max_shard_size=job.max_shard_size,
         filename_pattern=f"{STEM}{{suffix}}.safetensors",
     )  # fmt: skip
     for name, members in split.filename_to_tensors.items():
-        write_tensors({n: tensors[n] for n in members}, header(job, manifest), folder / name, digested=digested)
+        write_tensors({n: tensors[n] for n in members}, header(job, manifest), folder / name, digested=written)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(index, folder / f"{STEM}.safetensors.index.json")
+    written.check(manifest)

@@ -11,20 +11,16 @@ from torch import Tensor
 
 from unforget.core.types import Family
 from unforget.errors import CannotRun, UsageError
-from unforget.exports.formats.base import Advance, Format, Job
+from unforget.exports.formats.base import HASH, Format, Job, model_spec
 from unforget.exports.manifest import ExportManifest
 from unforget.exports.merging import MergeStats
-from unforget.exports.model_spec import HASH
-from unforget.exports.rounding import NAMES
 from unforget.families import weights
 from unforget.files.patch import Stack, side_by_side
 from unforget.files.storage import digest, write_json, write_tensors
 
 
 class Lora(Format):
-    """What `pipeline.load_lora_weights` opens: several patches, each with its scale, as one LoRA.
-
-    A single patch in full is as it was trained.
+    """What `pipeline.load_lora_weights` opens: several patches, each with its scale, as one; one in full as trained.
 
     Raises:
         UsageError: If a patch holds anything else than factors.
@@ -34,19 +30,18 @@ class Lora(Format):
     kind = "lora"
     is_folder = True
     is_adapter = True
+    file: ClassVar[str] = "pytorch_lora_weights.safetensors"
     usage = """\
 from diffusers import DiffusionPipeline
 
 here = "."  # this folder, or the id of this repository
 pipe = DiffusionPipeline.from_pretrained({base})
 pipe.load_lora_weights(here, weight_name="pytorch_lora_weights.safetensors")"""
-    file: ClassVar[str] = "pytorch_lora_weights.safetensors"
 
     def __init__(self, stack: Stack, dtype: torch.dtype | None) -> None:
         if any(p.provenance.adapter is None for p in stack.patches):
-            raise UsageError(
-                "the patch holds whole weights, not a LoRA", "Unlearn with --train lora, or export diffusers."
-            )
+            hint = "Unlearn with --train lora, or export diffusers."
+            raise UsageError("the patch holds whole weights, not a LoRA", hint)
         (patch, scale), *more = pairs = stack.pairs()
         if not more and scale == 1:
             adapter = patch.provenance.adapter or {}
@@ -55,58 +50,49 @@ pipe.load_lora_weights(here, weight_name="pytorch_lora_weights.safetensors")"""
             tensors, self.rank = side_by_side(pairs)
             self.alpha = self.rank
         self.factors = {n: t.to(dtype or t.dtype) for n, t in tensors.items()}
-        super().__init__(stack, next(iter(self.factors.values())).dtype)
         if not all(bool(t.isfinite().all()) for t in self.factors.values()):
             raise CannotRun("a factor does not fit into float16, which ends at 65504", "Give --dtype bfloat16.")
+        super().__init__(stack, next(iter(self.factors.values())).dtype)
 
-    def precision(self, own: torch.dtype, compute: torch.dtype) -> torch.dtype:
-        """The network stays as it is computed with: the factors lie beside its weights."""
-        return compute
-
-    def said(self, job: Job, stats: MergeStats) -> tuple[str, str]:
+    def digest(self, stats: MergeStats) -> str:
         """Of the factors by the network's names, the same in both layouts."""
-        assert self.dtype is not None
-        return NAMES[self.dtype], digest(self.factors)
+        return digest(self.factors)
 
     def size(self, job: Job) -> int:
-        """Of the factors."""
         return sum(t.numel() * t.itemsize for t in self.factors.values())
 
-    def config(self, base: str | None) -> dict[str, Any]:
-        """PEFT's configuration. `base` is the name of the base, never a path."""
+    def write(self, job: Job, manifest: ExportManifest, out: Path) -> None:
+        said = {f"{job.family.network}.{k}": v for k, v in self._config(None).items()}
+        more = {"lora_adapter_metadata": json.dumps(said, indent=2, sort_keys=True)}
+        self._write(job, manifest, out, f"{job.family.network}.", more)
+
+    def _write(self, job: Job, manifest: ExportManifest, out: Path, prefix: str, more: dict[str, str]) -> None:
+        out.mkdir()
+        header = {"format": "pt", **manifest.header(), **model_spec(job, manifest), **more}
+        header["modelspec.architecture"] += "/lora"
+        write_tensors({f"{prefix}{n}": t for n, t in self.factors.items()}, header, out / self.file, hash_key=HASH)
+
+    def _config(self, base: str | None) -> dict[str, Any]:
+        """PEFT's configuration; `base` is the name of the base, never a path."""
         from peft import LoraConfig
 
         config: dict[str, Any] = LoraConfig(r=self.rank, lora_alpha=self.alpha, inference_mode=True).to_dict()  # type: ignore[no-untyped-call]
         layers = sorted({name.rsplit(".lora_", 1)[0] for name in self.factors})
         return {**config, "target_modules": layers, "base_model_name_or_path": base}
 
-    def write(self, job: Job, manifest: ExportManifest, out: Path, advance: Advance) -> None:
-        """Factors under the network's name in the pipeline, PEFT's configuration in the header."""
-        said = {f"{job.family.network}.{k}": v for k, v in self.config(None).items()}
-        more = {"lora_adapter_metadata": json.dumps(said, indent=2, sort_keys=True)}
-        self._write(job, manifest, out, f"{job.family.network}.", more)
-
-    def _write(self, job: Job, manifest: ExportManifest, out: Path, prefix: str, more: dict[str, str]) -> None:
-        out.mkdir()
-        header = {"format": "pt", **manifest.header(), **job.spec.header(manifest), **more}
-        header["modelspec.architecture"] += "/lora"
-        write_tensors({f"{prefix}{n}": t for n, t in self.factors.items()}, header, out / self.file, hash_key=HASH)
-
-    def load(self, job: Job, out: Path, rest: Family | None) -> Family:
-        """The base opened anew."""
+    def load(self, job: Job, out: Path) -> Family:
         return weights.load(job.ref, job.options)
 
     def put_on(self, base: Family, out: Path) -> dict[str, Tensor]:
         """The factors as the stock loader read them, now beside the base's weights."""
         return weights.with_lora(base, out)
 
-    def reopen(self, job: Job, manifest: ExportManifest, out: Path, rest: Family | None) -> Family:
-        """With the factors on, compared in whatever precision the loader holds them."""
-        base = self.load(job, out, rest)
+    def reopen(self, job: Job, manifest: ExportManifest, out: Path) -> Family:
+        """The base with the factors on, compared in whatever precision the loader holds them."""
+        base = self.load(job, out)
         read = self.put_on(base, out)
-        if set(read) != set(self.factors) or not all(
-            torch.equal(read[n].cpu(), t.to(read[n].dtype)) for n, t in self.factors.items()
-        ):
+        same = (torch.equal(t.cpu(), self.factors[n].to(t.dtype)) for n, t in read.items() if n in self.factors)
+        if set(read) != set(self.factors) or not all(same):
             raise CannotRun("the LoRA does not read back as it was written", "Nothing was kept; check the disk.")
         return base
 
@@ -115,6 +101,7 @@ class Peft(Lora):
     """What `PeftModel.from_pretrained` opens."""
 
     kind = "peft"
+    file = "adapter_model.safetensors"
     usage = """\
 from diffusers import DiffusionPipeline
 from peft import PeftModel
@@ -122,13 +109,10 @@ from peft import PeftModel
 here = "."  # this folder, or the id of this repository
 pipe = DiffusionPipeline.from_pretrained({base})
 pipe.{network} = PeftModel.from_pretrained(pipe.{network}, here)"""
-    file = "adapter_model.safetensors"
 
-    def write(self, job: Job, manifest: ExportManifest, out: Path, advance: Advance) -> None:
-        """Factors under PEFT's names, and its configuration beside."""
+    def write(self, job: Job, manifest: ExportManifest, out: Path) -> None:
         self._write(job, manifest, out, "base_model.model.", {})
-        write_json(self.config(manifest.base), out / "adapter_config.json")
+        write_json(self._config(manifest.base), out / "adapter_config.json")
 
     def put_on(self, base: Family, out: Path) -> dict[str, Tensor]:
-        """By PEFT."""
         return weights.with_peft(base, out)
