@@ -143,7 +143,7 @@ def test_nothing_a_user_wrote_breaks_it(tmp_path):
     for format in ("diffusers", "lora", "peft"):
         everything = made(
             format, [AppliedPatch(scale=0.5, provenance=odd)], verified=wrong, rounding=rounding, versions={EVIL: EVIL},
-            base=EVIL, dtype=EVIL,
+            base=EVIL,
         )  # fmt: skip
         text = write(tmp_path / format, everything)
         assert set(metadata(text)) <= {"library_name", "license", "pipeline_tag", "tags"}

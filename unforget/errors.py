@@ -72,7 +72,7 @@ class NothingChanged(UnforgetError):
 HIDDEN = "***"
 """What stands in a message where a secret stood."""
 _SECRETS = (
-    (re.compile(r"(?i)\b(bearer|basic)\s+[^\s'\",]+"), rf"\1 {HIDDEN}"),
+    (re.compile(r"(?i)\b(bearer|authorization\W+basic)\s+[^\s'\",]+"), rf"\1 {HIDDEN}"),
     (re.compile(r"(://)[^/\s@]*@"), rf"\1{HIDDEN}@"),
     (re.compile(r"(https?://[^\s?'\"]+\?)[^\s'\"]+"), rf"\1{HIDDEN}"),  # signed addresses of storage
     (re.compile(r"\b(?:hf_(?:jwt_|oauth_)?|api_org_)[A-Za-z0-9]{6,}[\w.-]*|\beyJ[\w-]+\.[\w-]+\.[\w-]+"), HIDDEN),
