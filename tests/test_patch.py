@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from unforget.errors import CannotRun, UsageError
-from unforget.files.patch import HEADER, Patch, Provenance, Stack, bits, joined, plain, take_off
+from unforget.files.patch import HEADER, Patch, Provenance, Stack, joined, plain
 from unforget.files.storage import digest, write_tensors
 
 
@@ -138,41 +138,13 @@ def test_one_patch_in_full_is_exact_and_half_of_it_is_half(patch, network):
     torch.testing.assert_close(half[1].weight, network[1].weight + 0.05)
 
 
-def test_within_a_block_and_then_as_it_was(patch, network):
-    before = weights(network)
-    stack = Stack((patch, lora(network, 1)), (2.0, -1.0))
-    with stack.on(network):
-        assert not torch.equal(network[1].weight, before["1.weight"])
-    assert same(weights(network), before)
-    with pytest.raises(ZeroDivisionError), stack.on(network):
-        1 / 0  # noqa: B018
-    assert same(weights(network), before)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_delta_is_put_on_and_taken_off_bit_for_bit(network, dtype):
-    network.to(dtype)
-    base, after = weights(network), twin(network.float()).to(dtype)
-    network.to(dtype)
-    with torch.no_grad():
-        for p in after.parameters():
-            p += torch.randn(p.shape, generator=torch.Generator().manual_seed(3)).to(dtype) * 1e-2
-    found = weights(after)
-    tensors = {n: bits(base[n], found[n]) for n in base}
-    delta = Patch(tensors, made(network, holds="bits", patched_digest=digest(found)))
-    Stack((delta,)).apply(network)
-    assert same(weights(network), found)
-    with pytest.raises(CannotRun, match="the patch was made for"):
-        Stack((delta,)).apply(network)
-    take_off(delta, network)
-    assert same(weights(network), base)
-    with pytest.raises(CannotRun, match="the delta makes"):
-        take_off(delta, network)
-
-
-def test_only_a_delta_is_taken_off(patch, network):
-    with pytest.raises(UsageError, match="only a delta"):
-        take_off(patch, network)
+def test_a_patch_of_bits_is_no_patch(patch, tmp_path):
+    """Deltas of earlier versions, which no longer go on."""
+    write_tensors(
+        patch.tensors, {HEADER: json.dumps({**patch.provenance.model_dump(), "holds": "bits"})}, tmp_path / "a"
+    )
+    with pytest.raises(UsageError, match="not a patch of this version: holds"):
+        Patch.load(tmp_path / "a")
 
 
 def test_the_digest_of_a_stack_is_that_of_the_patched_network(patch, network):

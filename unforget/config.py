@@ -124,8 +124,8 @@ class ExportConfig(PatchedConfig):
     """`unforget export`."""
 
     patch: tuple[Path, ...] = Field(min_length=1, description="patch to put on the base; repeats, in order")
-    output: Path = Field(description="folder to write, or file for transformer, single-file and delta")
-    format: Literal["diffusers", "lora", "peft", "transformer", "single-file", "delta"] = Field(
+    output: Path = Field(description="folder to write, or file for transformer and single-file")
+    format: Literal["diffusers", "lora", "peft", "transformer", "single-file"] = Field(
         "diffusers", description="layout of the export"
     )
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
@@ -134,7 +134,6 @@ class ExportConfig(PatchedConfig):
     max_shard_size: str = Field(
         "10GB", pattern=r"^[1-9]\d*([KMGT]B)?$", description="largest file with weights, of the format diffusers"
     )
-    take_off: bool = Field(False, description="take a delta off the model that it made")
     report: Path | None = Field(None, description="JSON report of `unforget verify`; the one beside the patch")
     force_rounding: bool = Field(False, description="write it although rounding loses the change")
     card: bool = Field(True, description="write a model card into folders")
@@ -151,14 +150,8 @@ class ExportConfig(PatchedConfig):
 
     @model_validator(mode="after")
     def _together(self) -> Self:
-        if self.take_off and self.format in ("lora", "peft", "delta"):
-            raise ValueError(f"take_off goes with diffusers, transformer and single-file, not with {self.format}")
-        if self.take_off and (len(self.patch) != 1 or self.scale not in ((), (1.0,))):
-            raise ValueError("take_off takes one delta, whole")
         if self.format in ("transformer", "single-file") and self.output.suffix != ".safetensors":
             raise ValueError(f"output is a file that ends in .safetensors, found '{self.output}'")
-        if self.format == "delta" and self.dtype is not None:
-            raise ValueError("a delta holds bits, which have no other dtype")
         return self
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+import os
+import re
 
 
 class ExitCode(enum.IntEnum):
@@ -65,3 +67,24 @@ class NothingChanged(UnforgetError):
     """The run ended and the model still says what it said."""
 
     code = ExitCode.FAILED
+
+
+HIDDEN = "***"
+"""What stands in a message where a secret stood."""
+_SECRETS = (
+    (re.compile(r"(?i)\b(bearer|authorization\W+basic)\s+[^\s'\",]+"), rf"\1 {HIDDEN}"),
+    (re.compile(r"(://)[^/\s@]*@"), rf"\1{HIDDEN}@"),
+    (re.compile(r"(https?://[^\s?'\"]+\?)[^\s'\"]+"), rf"\1{HIDDEN}"),  # signed addresses of storage
+    (re.compile(r"\b(?:hf_(?:jwt_|oauth_)?|api_org_)[A-Za-z0-9]{6,}[\w.-]*|\beyJ[\w-]+\.[\w-]+\.[\w-]+"), HIDDEN),
+)
+
+
+def redacted(text: str, *secrets: str | None) -> str:
+    """The text without secrets, those of the environment included, and without what looks like a token or password."""
+    known = [*secrets, *(os.environ.get(n) for n in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "UNFORGET_SALT"))]
+    for secret in sorted(filter(None, known), key=len, reverse=True):
+        for form in (secret, repr(secret)[1:-1]):
+            text = text.replace(form, HIDDEN)
+    for pattern, instead in _SECRETS:
+        text = pattern.sub(instead, text)
+    return text

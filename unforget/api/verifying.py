@@ -19,6 +19,7 @@ from unforget.reports.contact_sheet import Row, evidence_rows, sheet
 from unforget.reports.html import page
 from unforget.reports.junit import junit
 from unforget.reports.markdown import markdown
+from unforget.unlearning.prepare import prompt_ids
 from unforget.verification import compare as verification
 from unforget.verification import probes
 from unforget.verification.context import VerifyContext

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from unforget.errors import ExitCode, Terminated, UnforgetError
+from unforget.errors import ExitCode, Terminated, UnforgetError, redacted
 
 if TYPE_CHECKING:
     from unforget.core.types import Progress
@@ -150,7 +150,7 @@ def console_progress() -> Iterator[Progress]:
 
 
 def _note(sentence: str) -> None:
-    err.print(f"note: {_plain(_redacted(sentence))}", style="yellow", soft_wrap=True)
+    err.print(f"note: {_plain(redacted(sentence))}", style="yellow", soft_wrap=True)
 
 
 @contextmanager
@@ -193,18 +193,10 @@ def _fail(message: str, hint: str, code: ExitCode, error: BaseException) -> NoRe
         raise error
     where = f"process {PROCESS}: " if PROCESS else ""
     loud = Console(stderr=True, highlight=False)
-    loud.print(f"[bold red]error:[/] {where}{_plain(_redacted(message))}", soft_wrap=True)
+    loud.print(f"[bold red]error:[/] {where}{_plain(redacted(message))}", soft_wrap=True)
     if hint:
         loud.print(f"  {_plain(hint)}", soft_wrap=True)
     raise typer.Exit(code) from None
-
-
-def _redacted(text: str) -> str:
-    """Without secrets that a library may have put into its own message."""
-    known = [os.environ.get(name) for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "UNFORGET_SALT")]
-    for secret in known:
-        text = text.replace(secret, "***") if secret else text
-    return re.sub(r"hf_[A-Za-z0-9]{8,}", "***", text)
 
 
 def _plain(text: str) -> str:

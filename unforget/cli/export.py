@@ -36,14 +36,14 @@ def export(
     scale: Scales = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder to write; a file for transformer, single-file and delta."),
+        typer.Option("--output", "-o", help="Folder to write; a file for transformer and single-file."),
     ] = None,
     format: Annotated[
         str | None,
         typer.Option(
             help="diffusers: a folder for `from_pretrained`. lora: for `load_lora_weights`. peft: for `PeftModel`. "
-            "transformer: the network in one file with diffusers' names. single-file: the original layout of SD3. "
-            "delta: what changes, to the bit, which can be taken off again. [default: diffusers]"
+            "transformer: the network in one file with diffusers' names. single-file: the original layout. "
+            "[default: diffusers]"
         ),
     ] = None,
     dtype: Annotated[
@@ -55,9 +55,6 @@ def export(
         typer.Option(
             "--max-shard-size", "--max_shard_size", help="Largest file with weights, diffusers. [default: 10GB]"
         ),
-    ] = None,
-    take_off: Annotated[
-        bool | None, typer.Option("--take-off", help="The other way: take a delta off the model that it made.")
     ] = None,
     report: Annotated[
         Path | None,
@@ -112,7 +109,7 @@ def export(
         with console_progress() as progress:
             done = command(resolved, progress)
         if as_json:
-            made = done.made.model_dump(mode="json")
+            made = done.manifest.model_dump(mode="json")
             print_json({"output": str(done.output), "url": done.url, **made})
         else:
             typer.echo(done.url or str(done.output))
@@ -120,7 +117,7 @@ def export(
 
 @app.command()
 def show(
-    path: Annotated[Path, typer.Argument(help="Patch, delta, exported file or folder, or any .safetensors file.")],
+    path: Annotated[Path, typer.Argument(help="Patch, exported file or folder, or any .safetensors file.")],
     as_json: AsJson = False,
 ) -> None:
     """Say where a patch or an export came from: base, targets (by digest), recipe, rounding, verdict, versions.

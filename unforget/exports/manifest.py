@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -17,12 +17,8 @@ from unforget.verification.report import Report, Verdict
 
 MAX_REPORT = 2**24
 """Largest report that is read, bytes."""
-
-Format = Literal["diffusers", "lora", "peft", "transformer", "single-file", "delta"]
-FOLDERS = ("diffusers", "lora", "peft")
-"""Formats that are folders; the others are files."""
 HEADER = "unforget.made"
-"""Key of `Made` in the header of a safetensors file."""
+"""Key of an `ExportManifest` in the header of a safetensors file."""
 PATH = re.compile(r"(/|~|\.{1,2}/|[A-Za-z]:[\\/]|\\\\|file:).*", re.DOTALL)
 """Texts that name a place on somebody's disk."""
 
@@ -37,8 +33,8 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
-class Part(_Record):
-    """A patch that is in an export."""
+class AppliedPatch(_Record):
+    """A patch that is in an export, and the share of it that is."""
 
     scale: float
     provenance: Provenance
@@ -72,27 +68,22 @@ class Verified(_Record):
 
     @classmethod
     def of(cls, path: Path) -> Self:
-        """From a JSON report.
-
-        Raises:
-            UsageError: If the file is none.
-        """
+        """From a JSON report; UsageError if the file is none."""
         try:
             found = Report.model_validate(read_json(path, most=MAX_REPORT))
             content = path.read_bytes()
         except (OSError, ValidationError, ValueError):
             raise UsageError(f"'{path}' is not a report of `unforget verify`", "Give what --report wrote.") from None
         return cls(
-            verdict=found.verdict, level=found.level, summary=found.summary,
+            **found.model_dump(include={"verdict", "level", "summary", "candidate_digest", "versions"}),
             targets={t.id: t.verdict for t in found.targets}, report_digest=hashlib.sha256(content).hexdigest(),
-            candidate_digest=found.candidate_digest, versions=found.versions,
         )  # fmt: skip
 
 
-class Made(_Record):
+class ExportManifest(_Record):
     """Where an export came from. It holds no picture, no path and no date: equal exports are equal bytes."""
 
-    format: Format
+    format: str
     dtype: str
     """Precision of the network's floating-point tensors: float32, bfloat16 or float16."""
     base: str
@@ -102,7 +93,7 @@ class Made(_Record):
     """Of the network with the patches on, in the precision in which this tool computes with it."""
     digest: str
     """Of the network's tensors, or the factors, as they were written."""
-    patches: list[Part]
+    patches: list[AppliedPatch]
     rounding: Rounding | None = None
     """None where nothing is rounded."""
     verified: Verified | None = None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from unforget.errors import CannotRun
-from unforget.exports.manifest import Made, Rounding
+from unforget.exports.manifest import ExportManifest, Rounding
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -100,12 +100,14 @@ class Meter:
         return {n: cosine for n, cosine in found.items() if cosine >= TOLD}
 
 
-def judged(meter: Meter, made: Made, *, lora: bool, force: bool, note: Callable[[str], Any]) -> Rounding | None:
+def judge(
+    meter: Meter, manifest: ExportManifest, *, lora: bool, force: bool, note: Callable[[str], Any]
+) -> Rounding | None:
     """What rounding did, if it did anything.
 
     Args:
         meter: What was measured.
-        made: The export, with the verdict of `unforget verify` where there is one.
+        manifest: Of the export, with the verdict of `unforget verify` where there is one.
         lora: Whether it could be written as a LoRA instead.
         force: Write it all the same.
         note: Told where some of the change is lost.
@@ -113,18 +115,18 @@ def judged(meter: Meter, made: Made, *, lora: bool, force: bool, note: Callable[
     Raises:
         CannotRun: If the change is lost, unless these very bits were verified.
     """
-    found = meter.rounding(made.dtype)
+    found, verified = meter.rounding(manifest.dtype), manifest.verified
     if found.error < EXACT:
         return None
     if found.cosine >= TOLD:
         return found
     sentence = (
-        f"rounded to {made.dtype}, the change has cosine {found.cosine:.3f} with what was meant, "
+        f"rounded to {manifest.dtype}, the change has cosine {found.cosine:.3f} with what was meant, "
         f"and {found.still:.0%} of its numbers come out as they were"
     )
-    proven = made.digest == made.patched_digest and made.verified is not None
-    if found.cosine < LOST and not force and not (proven and made.verified.verdict in ("forgotten", "allowed")):  # type: ignore[union-attr]
-        ways = [f"--dtype {name} (cosine {cosine:.4f})" for name, cosine in meter.remedies(made.dtype).items()]
+    proven = verified is not None and manifest.digest == manifest.patched_digest
+    if found.cosine < LOST and not force and not (proven and verified and verified.verdict in ("forgotten", "allowed")):
+        ways = [f"--dtype {name} (cosine {cosine:.4f})" for name, cosine in meter.remedies(manifest.dtype).items()]
         ways += ["--format lora, which leaves the base's weights alone"] if lora else []
         raise CannotRun(sentence, f"Give {', or '.join(ways)}." if ways else "Say --force-rounding to write it.")
     note(sentence)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -18,7 +17,7 @@ from unforget.files.storage import BadFile, Digested, Opened, atomic_output, dig
 
 HEADER = "unforget"
 """Key of our entry in the header of a safetensors file."""
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+WRITTEN = "Give the file that `unforget unlearn` wrote."
 
 
 class LedgerEntry(BaseModel):
@@ -38,9 +37,8 @@ class Provenance(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal[2] = 2
-    holds: Literal["weights", "lora", "bits"] = "weights"
-    """Whole weights as they are afterwards; the factors of a LoRA; or what tells the bits of the weights before from
-    those after (their exclusive or, which puts the patch on and takes it off)."""
+    holds: Literal["weights", "lora"] = "weights"
+    """Whole weights as they are afterwards, or the factors of a LoRA."""
     base: str
     """What the user called the base."""
     base_digest: str
@@ -83,11 +81,7 @@ class Provenance(BaseModel):
 
 
 def provenance(path: Path) -> Provenance:
-    """What the header of a patch says, without its tensors.
-
-    Raises:
-        UsageError: If the file is missing or is no patch.
-    """
+    """What the header of a patch says, without its tensors; UsageError if the file is missing or is no patch."""
     return _opened(path)[0]
 
 
@@ -104,9 +98,6 @@ def _opened(path: Path) -> tuple[Provenance, Opened]:
         raise UsageError(f"'{path}' is not a patch of this version: {where}", WRITTEN) from None
     except BadFile as error:
         raise UsageError(f"'{path}' is not a patch: {error}", WRITTEN) from None
-
-
-WRITTEN = "Give the file that `unforget unlearn` wrote."
 
 
 @dataclass(frozen=True)
@@ -141,11 +132,7 @@ class Patch:
 
     @classmethod
     def load(cls, path: Path) -> Patch:
-        """Read a patch.
-
-        Raises:
-            UsageError: If the file is missing, is no patch, or is damaged.
-        """
+        """Read a patch; UsageError if the file is missing, is no patch, or is damaged."""
         made, opened = _opened(path)
         tensors = opened.load()
         if digest(tensors) != made.digest:
@@ -165,30 +152,20 @@ class Patch:
 
     def difference(self, name: str, weight: Tensor) -> Tensor:
         """What it adds to one of the base's tensors, in float32."""
-        if self.provenance.adapter is not None:
+        if adapter := self.provenance.adapter:
             module = name.removesuffix(".weight")
             down, up = (self.tensors[f"{module}.lora_{side}.weight"].float() for side in "AB")
-            added = self.provenance.adapter["alpha"] / self.provenance.adapter["rank"] * (up @ down)
-            return added.to(weight.device)
+            return (adapter["alpha"] / adapter["rank"] * (up @ down)).to(weight.device)
         return self.after(name, weight).float() - weight.float()
 
     def after(self, name: str, weight: Tensor) -> Tensor:
         """One of the base's tensors with this patch on, in its own precision; a LoRA is added in float32."""
-        found = self.tensors.get(name)
-        if self.provenance.holds == "bits":
-            assert found is not None
-            return (weight.cpu().view(found.dtype) ^ found).view(weight.dtype).to(weight.device)
         if self.provenance.holds == "weights":
-            assert found is not None
-            return found.to(weight)
+            return self.tensors[name].to(weight)
         return (weight.float() + self.difference(name, weight)).to(weight.dtype)
 
     def check(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Refuse a network that has no place for it, or numbers that are none.
-
-        Raises:
-            CannotRun: With the first tensor that does not fit.
-        """
+        """Refuse a network that has no place for it, or numbers that are none: CannotRun names the first tensor."""
         rank = (self.provenance.adapter or {}).get("rank", 0)
         for name in self.names():
             fits = name in shapes
@@ -217,11 +194,7 @@ class Stack:
 
     @classmethod
     def load(cls, paths: Sequence[Path], scales: Sequence[float] = ()) -> Stack:
-        """Read patches.
-
-        Raises:
-            UsageError: If one is no patch, or holds another one already.
-        """
+        """Read patches; UsageError if one is no patch, or holds another one already."""
         found = cls(tuple(Patch.load(p) for p in paths), tuple(scales))
         held = {e.digest for p in found.patches for e in p.provenance.earlier}
         digests = [p.digest for p in found.patches]
@@ -262,11 +235,7 @@ class Stack:
         return found.hexdigest()
 
     def check(self, network: nn.Module, name: str) -> None:
-        """Refuse another network than the one that the patches were made for.
-
-        Raises:
-            CannotRun: If it is another one, or a patch has no place in it.
-        """
+        """CannotRun unless the network is the one that the patches were made for, and each has a place in it."""
         state = network.state_dict()
         found = digest(state)
         for patch in self.patches:
@@ -280,11 +249,7 @@ class Stack:
 
     @torch.no_grad()
     def apply(self, network: nn.Module, *, name: str = "the model") -> None:
-        """Put the patches on their base, in place, a tensor at a time.
-
-        Raises:
-            CannotRun: If `network` is not the base that they were made for; it is then as it was.
-        """
+        """Put the patches on their base, in place, a tensor at a time; what `check` refuses stays as it is."""
         self.check(network, name)
         state = network.state_dict()
         for changed in self.names():
@@ -294,49 +259,6 @@ class Stack:
         """Copies of the tensors that change."""
         names = set(self.names())
         return {n: t.clone() for n, t in network.state_dict().items() if n in names}
-
-    @contextlib.contextmanager
-    def on(self, network: nn.Module, *, name: str = "the model") -> Iterator[None]:
-        """The network with the patches on, for the length of a block; afterwards it has the bits that it had."""
-        before = self.before(network)
-        try:
-            self.apply(network, name=name)
-            yield
-        finally:
-            network.load_state_dict(before, strict=False)
-
-
-def check_on(patch: Patch, network: nn.Module, name: str) -> None:
-    """Refuse a network that a delta cannot be taken off.
-
-    Raises:
-        UsageError: If the patch does not hold bits.
-        CannotRun: If the network is not what the patch makes of its base.
-    """
-    made = patch.provenance
-    if made.holds != "bits":
-        raise UsageError("only a delta can be taken off", "Make one with `unforget export --format delta`.")
-    state = network.state_dict()
-    if (found := digest(state)) != made.patched_digest:
-        raise CannotRun(
-            f"the delta makes {made.patched_digest[:12]}, {name} is {found[:12]}", "Give the model that it made."
-        )
-    patch.check({n: t.shape for n, t in state.items()})
-
-
-@torch.no_grad()
-def take_off(patch: Patch, network: nn.Module, *, name: str = "the model") -> None:
-    """Turn a patched network back into its base, exactly; raises as `check_on` does."""
-    check_on(patch, network, name)
-    state = network.state_dict()
-    for changed in patch.names():
-        state[changed].copy_(patch.after(changed, state[changed]))
-
-
-def bits(before: Tensor, after: Tensor) -> Tensor:
-    """What tells the bits of two tensors apart: integers of their width, zero where nothing changed."""
-    width = INTEGERS[before.dtype.itemsize]
-    return before.cpu().contiguous().view(width) ^ after.cpu().contiguous().view(width)
 
 
 def plain(network: nn.Module) -> dict[str, Tensor]:
@@ -348,19 +270,15 @@ def plain(network: nn.Module) -> dict[str, Tensor]:
 def joined(stack: Stack, patch: Patch, state: Mapping[str, Tensor]) -> Patch:
     """A patch that was trained upon a stack, as one of the base, with the ledger of those it began with.
 
-    LoRAs lie side by side: rank and factors are those of all together. Anything else becomes whole weights.
-
-    Args:
-        stack: What the run began with.
-        patch: What it changed.
-        state: The network's tensors with the stack on.
+    LoRAs lie side by side: rank and factors are those of all together. Anything else becomes whole weights. `state` is
+    the network's tensors with the stack on.
     """
     if not stack.patches:
         return patch
-    made = [p.provenance for p in stack.patches]
-    ledger = [e for m in made for e in m.earlier]
-    for p, m in zip(stack.patches, made, strict=True):
-        ledger.append(LedgerEntry(digest=p.digest, targets=m.targets, surrogates=m.surrogates, prompts=m.prompts))
+    ledger = [e for p in stack.patches for e in p.provenance.earlier]
+    for p in stack.patches:
+        said = p.provenance.model_dump(include={"targets", "surrogates", "prompts"})
+        ledger.append(LedgerEntry(digest=p.digest, **said))
     parts = [*stack.pairs(), (patch, 1.0)]
     if all(p.provenance.holds == "lora" for p, _ in parts):
         tensors, rank = side_by_side(parts)
@@ -375,17 +293,15 @@ def joined(stack: Stack, patch: Patch, state: Mapping[str, Tensor]) -> Patch:
 
 def side_by_side(parts: Sequence[tuple[Patch, float]]) -> tuple[dict[str, Tensor], int]:
     """The factors of several LoRAs as those of one whose alpha is its rank, and that rank."""
-    ranks = [(p.provenance.adapter or {})["rank"] for p, _ in parts]
-    total, tensors = sum(ranks), {}
+    tensors, total = {}, sum((p.provenance.adapter or {})["rank"] for p, _ in parts)
     for name in sorted({n for p, _ in parts for n in p.tensors}):
         dim = 0 if name.endswith(".lora_A.weight") else 1
         shown = next(p.tensors[name] for p, _ in parts if name in p.tensors)
-        pieces = []
-        for (patch, scale), rank in zip(parts, ranks, strict=True):
-            size = list(shown.shape)
-            size[dim] = rank
-            factor = patch.tensors.get(name, torch.zeros(size, dtype=shown.dtype))
+        size, pieces = list(shown.shape), []
+        for patch, scale in parts:
             adapter = patch.provenance.adapter or {}
-            pieces.append(factor if dim == 0 else factor * (scale * adapter["alpha"] / rank))
+            size[dim] = adapter["rank"]
+            factor = patch.tensors.get(name, torch.zeros(size, dtype=shown.dtype))
+            pieces.append(factor if dim == 0 else factor * (scale * adapter["alpha"] / adapter["rank"]))
         tensors[name] = torch.cat(pieces, dim).contiguous()
     return tensors, total

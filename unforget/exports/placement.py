@@ -16,12 +16,8 @@ SPARE = 2**20
 """Bytes for what is written beside the tensors."""
 
 
-def replaceable(output: Path, inputs: Sequence[Path]) -> None:
-    """Refuse a place whose content is not to be lost, whatever the user forces.
-
-    Raises:
-        UsageError: If it holds what is read here, or is a folder that is no model.
-    """
+def check_replaceable(output: Path, inputs: Sequence[Path]) -> None:
+    """UsageError for a place whose content is not to be lost, whatever the user forces: inputs, or no model."""
     place = output.resolve()
     for path in inputs:
         if path.exists() and (path.resolve() == place or place in path.resolve().parents):
@@ -30,49 +26,39 @@ def replaceable(output: Path, inputs: Sequence[Path]) -> None:
         raise UsageError(f"the folder '{output}' holds something that is no model", "Give another --output.")
 
 
-def room(output: Path, needed: int) -> None:
-    """Refuse what does not fit on the disk, before any of it is written.
-
-    Raises:
-        CannotRun: With both figures.
-    """
+def check_room(output: Path, needed: int) -> None:
+    """CannotRun, before any of it is written, for what does not fit on the disk."""
     free = shutil.disk_usage(output.parent).free
     if needed + SPARE > free:
         raise CannotRun(
-            f"the export takes {_size(needed)}, the disk of '{output}' has {_size(free)} left",
+            f"the export takes {needed / 1e6:,.1f} MB, the disk of '{output.name}' has {free / 1e6:,.1f} MB left",
             "Make room, or give an --output on another disk.",
         )
 
 
-def _size(number: float) -> str:
-    for unit in ("bytes", "kB", "MB", "GB"):
-        if number < 1000 or unit == "GB":
-            break
-        number /= 1000
-    return f"{number:.3g} {unit}" if number < 1000 else f"{number:.0f} {unit}"
-
-
 @contextmanager
-def beside(output: Path) -> Iterator[Path]:
-    """An empty folder beside the output, on the same disk, that is gone afterwards whatever happens."""
+def atomic_export(output: Path) -> Iterator[Path]:
+    """A path for a file or folder, in a working folder on the same disk, that takes the output's place at the end.
+
+    Whatever stops the writer, what was there before stays; it goes only when the new one stands.
+    """
     work = output.with_name(f".{output.name}.partial")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:
-        yield work
+        yield work / output.name
+        _place(work / output.name, output, work / ".before")
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def place(made: Path, output: Path) -> None:
-    """Move a whole export to its place. What was there goes only when the new one stands."""
+def _place(made: Path, output: Path, before: Path) -> None:
     for file in [made] if made.is_file() else [f for f in made.rglob("*") if f.is_file()]:
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
     if not output.exists() or (output.is_file() and made.is_file()):
         os.replace(made, output)
         return
-    before = made.with_name("before")
     os.replace(output, before)
     try:
         os.replace(made, output)

@@ -1,0 +1,143 @@
+"""A diffusers folder: the network anew, in shards, and every other part copied as it is."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+
+from unforget import families
+from unforget.core.types import Family
+from unforget.exports.formats.base import Format, Job, Written, header
+from unforget.exports.manifest import PATH, ExportManifest
+from unforget.families import weights
+from unforget.files.storage import BadFile, Lazy, read_json, write_json, write_tensors
+
+STEM = "diffusion_pytorch_model"
+WEIGHTS = re.compile(r"[\w-]+?(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+"""Files with weights, and indexes of such; a variant has a word more between two dots."""
+TEXTS = (".json", ".txt", ".model")
+CONTENT = ("vocab.json", "tokenizer.json")
+"""Large files of words, in which a slash is a word."""
+LICENCES = re.compile(r"(LICEN[CS]E|NOTICE)[\w-]*(\.(md|txt))?", re.IGNORECASE)
+NAMES = ("_name_or_path", "name_or_path")
+
+
+class DiffusersFolder(Format):
+    """What the stock pipeline's `from_pretrained` opens."""
+
+    kind = "diffusers"
+    is_folder = True
+    usage = """\
+from diffusers import DiffusionPipeline
+
+here = "."  # this folder, or the id of this repository
+pipe = DiffusionPipeline.from_pretrained(here{options})"""
+
+    def size(self, job: Job) -> int:
+        files = copies(job.origin.home, job.family.network)[0] if job.origin.home else {}
+        return super().size(job) + sum(f.stat().st_size for f in files.values())
+
+    def write(self, job: Job, manifest: ExportManifest, out: Path) -> None:
+        network, home, missing = job.family.network, job.origin.home, list[str]()
+        (out / network).mkdir(parents=True)
+        if home is not None:
+            files, missing = copies(home, network)
+            for to, start in files.items():
+                (out / to).parent.mkdir(exist_ok=True)
+                shutil.copyfile(start, out / to)  # follows links, of which the hub's cache is made
+        if home is None or missing:
+            # Pickled or inside a single file: read by the loader, and written in the precision in which it lies there.
+            opened: Any = families.load(job.ref, replace(job.options, t5=True, rest_dtype=_rest_dtype(job)))
+            opened.set_network(None)
+            weights.save_parts(opened, out, missing or [n for n in opened.pipeline.components if n != network])
+            write_json(dict(job.config), out / network / "config.json")
+        _clean_all(out)
+        _write_shards(job, manifest, out / network)
+        hints = families.hints(home) if home is not None else families.Hints()
+        value = {k: v for k, v in hints.model_dump(mode="json").items() if v not in (None, [])}
+        write_json({**value, "made": manifest.model_dump(mode="json")}, out / "unforget.json")
+
+    def load(self, job: Job, out: Path) -> Family:
+        return weights.folder(out, job.options, job.merge.dtype, job.compute)
+
+
+def copies(home: Path, network: str) -> tuple[dict[Path, Path], list[str]]:
+    """What of a base's folder goes into the new one, but for the weights of the network.
+
+    Returns:
+        The files by their places in the new folder, and the parts whose weights are in no form that can be copied.
+    """
+    said = [f for f in home.iterdir() if f.name == "model_index.json" or (LICENCES.fullmatch(f.name) and f.is_file())]
+    found, missing = {Path(f.name): f for f in said}, []
+    if not (home / network).is_dir():  # all in the root, as old DDPM repositories
+        found[Path(network, "config.json")] = home / "config.json"
+        found[Path("scheduler", "scheduler_config.json")] = home / "scheduler_config.json"
+        return found, []
+    for part in _parts(home):
+        files = [f for f in sorted((home / part).iterdir()) if f.is_file()] if (home / part).is_dir() else []
+        held = [f for f in files if WEIGHTS.fullmatch(f.name)]
+        texts = [f for f in files if f.suffix in TEXTS and ".index." not in f.name]
+        if part != network:
+            texts += held
+            if not held and any(f.name == "config.json" for f in files):
+                missing.append(part)
+        found |= {Path(part, f.name): f for f in texts}
+    return found, missing
+
+
+def _parts(home: Path) -> list[str]:
+    """The parts that a pipeline's index lists and that are not null; plain names only."""
+    listed = {n: v for n, v in read_json(home / "model_index.json").items() if isinstance(v, list) and v}
+    return sorted(n for n, v in listed.items() if v[0] is not None and re.fullmatch(r"\w+", n))
+
+
+def _clean_all(folder: Path) -> None:
+    """Take what names a place on a disk out of every JSON file; the others stay to the byte."""
+    for path in folder.rglob("*.json"):
+        if path.name not in CONTENT and ".index." not in path.name:
+            try:
+                value = json.loads(path.read_text())
+            except ValueError:
+                raise BadFile(f"'{path.relative_to(folder)}' is not JSON") from None
+            if (cleaned := _clean(value)) != value:
+                path.write_text(json.dumps(cleaned, indent=2) + "\n")
+
+
+def _clean(value: Any) -> Any:
+    """JSON without the entries that say where something lay."""
+    if isinstance(value, dict):
+        lies = {k for k, v in value.items() if k in NAMES or (isinstance(v, str) and PATH.fullmatch(v) and len(v) > 2)}
+        return {k: _clean(v) for k, v in value.items() if k not in lies}
+    return [_clean(v) for v in value] if isinstance(value, list) else value
+
+
+def _rest_dtype(job: Job) -> torch.dtype | None:
+    """The precision of a single file's other parts; None for a base of another kind."""
+    if job.origin.file is None:
+        return None
+    mark = torch.float64  # a type that says which names are the network's in the layout of the file
+    marked = {n: Lazy(mark, t.shape, t.make) for n, t in job.merge.base.items()}
+    found = {t.dtype for t in weights.checkpoint(job.origin, marked, job.config).values()}
+    return max(found & {torch.float32, torch.float16, torch.bfloat16}, key=str, default=None)
+
+
+def _write_shards(job: Job, manifest: ExportManifest, folder: Path) -> None:
+    """The network's weights as diffusers lays them out: one file, or shards and their index."""
+    tensors, written = job.merge.tensors(), Written(job)
+    split = split_state_dict_into_shards_factory(
+        dict[str, Any](tensors), get_storage_size=lambda lazy: lazy.size, max_shard_size=job.max_shard_size,
+        filename_pattern=f"{STEM}{{suffix}}.safetensors",
+    )  # fmt: skip
+    for name, members in split.filename_to_tensors.items():
+        write_tensors({n: tensors[n] for n in members}, header(job, manifest), folder / name, digested=written)
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(index, folder / f"{STEM}.safetensors.index.json")
+    written.check(manifest)
