@@ -37,15 +37,7 @@ class Optimization:
 
 @dataclass(frozen=True)
 class Step:
-    """What one update saw and did.
-
-    Attributes:
-        number: Counted from 1.
-        forget, retain: The two losses before the update.
-        gram: Inner products of their gradients.
-        weights: What the surgery answered.
-        norm: Norm of the combined gradient before clipping.
-    """
+    """What one update, counted from 1, saw and did: losses and gradients are those before it."""
 
     number: int
     forget: float
@@ -53,6 +45,7 @@ class Step:
     gram: Gram
     weights: Weights
     norm: float
+    """Of the combined gradient before clipping."""
 
     @property
     def finite(self) -> bool:
@@ -69,19 +62,11 @@ def run(
     optimization: Optimization,
     done: int = 0,
 ) -> Iterator[Step]:
-    """Minimise both losses over the optimizer's parameters, one update a pair of batches.
+    """Minimise two mean losses over the optimizer's parameters, one update a pair (forget batch, retain batch).
 
-    Args:
-        batches: Pairs (forget batch, retain batch).
-        forget, retain: Scalar mean losses of such batches.
-        surgery: Rule that weighs the two gradients.
-        optimization: The optimizer and what goes with it.
-        done: Updates that were made before, from which the steps count on.
-
-    Yields:
-        A `Step` after every update. One that is not finite was not applied.
+    Steps count on from `done`. One that is not finite was not applied.
     """
-    optimizer, scheduler, micro_batch = optimization.optimizer, optimization.scheduler, optimization.micro_batch
+    optimizer, micro_batch = optimization.optimizer, optimization.micro_batch
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     for number, (forget_batch, retain_batch) in enumerate(batches, done + 1):
         forget_loss, g_f = _gradient(forget, forget_batch, parameters, micro_batch)
@@ -95,8 +80,8 @@ def run(
         step = Step(number, forget_loss, retain_loss, gram, weights, norm)
         if step.finite:
             optimizer.step()
-            if scheduler is not None:
-                scheduler.step()
+            if optimization.scheduler is not None:
+                optimization.scheduler.step()
         optimizer.zero_grad()
         yield step
 

@@ -54,14 +54,11 @@ def draw(
     decode: bool = True,
     advance: Callable[[int], object] = lambda n: None,
 ) -> Tensor:
-    """Sample images from `noise` (or from noised x_0 at `start`) a batch at a time, (N, C, H, W) in [-1, 1].
+    """Sample images (N, C, H, W) in [-1, 1] from noise, or from x_t at timestep `start`, a batch at a time.
 
     Args:
-        family: The model.
-        noise: What to start from, (N, ...).
         steps: Steps of a whole sampling run.
-        start: Timestep to start from, if not pure noise.
-        prompt_ids: Prompts, (N,), or (1,) for the same everywhere; none unless given.
+        prompt_ids: (N,), or (1,) for the same everywhere; none unless given.
         decode: Whether to return images, and not x_0.
         advance: Told how many images are done.
     """

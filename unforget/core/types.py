@@ -9,7 +9,7 @@ a model without prompts).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -30,19 +30,14 @@ LARGE = 500_000_000
 
 @dataclass(frozen=True)
 class Instance:
-    """One image to forget and what the model may generate instead, as images or encoded.
-
-    Attributes:
-        target: (C, H, W).
-        surrogate: Its replacement, same shape.
-        id: First 16 hex digits of the salted digest of the target's pixels.
-        prompt_ids: Under which it is to be forgotten.
-    """
+    """One image to forget and what the model may generate instead, each (C, H, W), as images or encoded."""
 
     target: Tensor
     surrogate: Tensor
     id: str
+    """First 16 hex digits of the salted digest of the target's pixels."""
     prompt_ids: tuple[int, ...] = (UNCONDITIONAL,)
+    """Under which it is to be forgotten."""
 
 
 @dataclass(frozen=True)
@@ -71,22 +66,15 @@ class Pool:
 
 @dataclass(frozen=True)
 class Noised:
-    """All that a denoising loss needs of a batch.
-
-    Attributes:
-        x_0: Clean images or latents, (B, C, H, W).
-        noise: Standard normal, (B, C, H, W).
-        timestep: Noise levels, (B,).
-        x_t: x_0 with the noise added, (B, C, H, W).
-        x_s: What each must become (the surrogate of each target), or x_0 itself for what is to be retained.
-        prompt_ids: (B,).
-    """
+    """All that a denoising loss needs of a batch: (B, C, H, W), and (B,) for `timestep` and `prompt_ids`."""
 
     x_0: Tensor
     noise: Tensor
     timestep: Tensor
     x_t: Tensor
+    """x_0 with the noise added."""
     x_s: Tensor
+    """What each must become (the surrogate of each target), or x_0 itself for what is to be retained."""
     prompt_ids: Tensor
 
 
@@ -169,14 +157,11 @@ class Family(Protocol):
 
 @dataclass
 class Progress:
-    """Where a command's progress goes; the default is nowhere. `cli` draws it.
+    """Where a command's progress goes; the default is nowhere. `cli` draws it."""
 
-    Attributes:
-        stage: Called with a title and a total when a piece of work starts.
-        advance: Called with the number of units done, and figures worth showing.
-        note: Called with a sentence that the user should see.
-    """
-
-    stage: Callable[[str, int], Any] = field(default=lambda title, total: None)
-    advance: Callable[..., Any] = field(default=lambda n=1, **figures: None)
-    note: Callable[[str], Any] = field(default=lambda sentence: None)
+    stage: Callable[[str, int], Any] = lambda title, total: None
+    """Called with a title and a total when a piece of work starts."""
+    advance: Callable[..., Any] = lambda n=1, **figures: None
+    """Called with the number of units done, and figures worth showing."""
+    note: Callable[[str], Any] = lambda sentence: None
+    """Called with a sentence that the user should see."""

@@ -105,7 +105,7 @@ class Lazy:
 
 @dataclass(frozen=True)
 class Opened:
-    """A safetensors file whose header was checked: every tensor can be read, none reaches outside the file."""
+    """A safetensors file whose header was checked: every tensor lies within the file."""
 
     metadata: dict[str, str]
     tensors: dict[str, Lazy]
@@ -134,7 +134,8 @@ def open_tensors(path: Path) -> Opened:
                 begin += tensors[name].size
             return Opened(opened.metadata() or {}, tensors)
     except SafetensorError as error:
-        raise BadFile(f"'{path.name}' is no sound safetensors file: {str(error)[:200]}") from None
+        reason = " ".join(str(error).removeprefix("Error while deserializing header: ").split())
+        raise BadFile(f"'{path.name}' is no sound safetensors file: {reason[:200]}") from None
 
 
 def _stored(path: Path, begin: int, name: str, kind: str, shape: tuple[int, ...]) -> Lazy:
