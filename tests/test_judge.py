@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 
+from unforget.config import Allow, Policy
 from unforget.verification import verdict
-from unforget.verification.policy import Allow, Policy
 from unforget.verification.probes import Finding
 
 POLICY = Policy()

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from unforget.api.common import load, read, writable
+from unforget.api.common import editor_of, load, read, writable
 from unforget.config import EditConfig
 from unforget.core.types import Progress
 from unforget.errors import UsageError
@@ -39,7 +39,7 @@ def edit_surrogate(config: EditConfig, progress: Progress | None = None) -> Edit
     drawn = prepare.drawn(family, digest(family.network.state_dict()), config, progress)
     row = prepare.prompt_ids(family, config.prompt)[-1]
     canvas = Canvas(family, target, mask, donor, config.seed, drawn.x_0, row, progress.note)
-    ranked = prepare.candidates(canvas, config.editor, config, progress)
+    ranked = prepare.candidates(canvas, editor_of(config), config, progress)
     number = config.pick or 1
     if number > len(ranked):
         raise UsageError(f"there is no candidate {number}, only {len(ranked)}", f"Give --pick 1 to {len(ranked)}.")

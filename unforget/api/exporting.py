@@ -22,7 +22,7 @@ from unforget.exports import placing
 from unforget.exports.headers import Model
 from unforget.exports.lora import DIFFUSERS, PEFT, Factors
 from unforget.exports.manifest import FOLDERS, Made, Part, Verified, called
-from unforget.exports.merging import Change, Known, Merge, TakenOff, precision
+from unforget.exports.merging import Change, Known, Merge, precision
 from unforget.exports.rounding import DTYPES, NAMES, judged
 from unforget.exports.writing import Job
 from unforget.families import weights
@@ -72,7 +72,7 @@ def export(config: ExportConfig, progress: Progress | None = None) -> Exported:
             out = work / config.output.name
             meant = _meant(config, stack, factors, reported, work, progress)
             _written(meant, out, progress)
-            if config.format in FOLDERS and config.card and not config.take_off:
+            if config.format in FOLDERS and config.card:
                 _card(config, meant.made, out)
             placing.place(out, config.output)
     except BadFile as error:
@@ -113,7 +113,7 @@ def _opened(config: ExportConfig, stack: Stack, factors: Factors | None, work: P
         family = weights.load(config.model, how)
     if family.kind == "ddpm" and config.format in ("lora", "peft", "single-file"):
         raise UsageError(f"a DDPM has no {config.format}", "Export the format diffusers or transformer.")
-    change: Change = TakenOff(stack.patches[0]) if config.take_off else stack
+    change: Change = stack
     change.check(family.network, config.model)
     origin = weights.source(config.model, family, config.pipeline_config)
     if not origin.tensors:
@@ -125,7 +125,7 @@ def _opened(config: ExportConfig, stack: Stack, factors: Factors | None, work: P
     computed = {n: t.dtype for n, t in family.network.state_dict().items()}
     compute = next(family.network.parameters()).dtype
     own = precision(origin.tensors, computed)
-    dtype = compute if factors or config.format == "delta" else DTYPES.get(config.dtype or "", own)
+    dtype = compute if factors else DTYPES.get(config.dtype or "", own)
     predicts = family.scheduler_config.get("prediction_type", "flow")
     model = Model(
         family.kind, weights.network_config(family.network), (family.image_shape[2], family.image_shape[1]),
@@ -154,7 +154,7 @@ def _meant(
     known = job.merge.put_on(family.network, progress.advance)
     families.trim_memory(job.numbers)
     made = _made(config, job, known, _verified(config, known, reported, progress))
-    if job.factors is None and config.format != "delta":
+    if job.factors is None:
         lora = family.kind == "sd3" and all(p.provenance.adapter is not None for p in stack.patches)
         rounding = judged(known.meter, made, lora=lora, force=config.force_rounding, note=progress.note)
         made = made.model_copy(update={"rounding": rounding})
@@ -194,13 +194,12 @@ def _drawn(family: Family, noise: Tensor, prompt: Sequence[str]) -> Tensor:
 
 def _made(config: ExportConfig, job: Job, known: Known, verified: Verified | None) -> Made:
     """What the export says of itself."""
-    taken = config.take_off
-    pairs = [(p, -1.0 if taken else scale) for p, scale in job.stack.pairs()]
+    pairs = job.stack.pairs()
     first = job.stack.patches[0].provenance
-    digest = known.delta if config.format == "delta" else known.written
+    digest = known.written
     return Made(
         format=config.format, dtype=NAMES[job.factors.dtype if job.factors else job.merge.dtype],
-        base=called(config.model), base_digest=first.patched_digest if taken else first.base_digest,
+        base=called(config.model), base_digest=first.base_digest,
         patched_digest=known.patched, digest=job.factors.digest if job.factors else digest,
         patches=[
             Part(scale=s, provenance=p.provenance.model_copy(update={"base": called(p.provenance.base)}))
@@ -212,8 +211,6 @@ def _made(config: ExportConfig, job: Job, known: Known, verified: Verified | Non
 
 def _report(config: ExportConfig, progress: Progress) -> Verified | None:
     """The report of `unforget verify` that was given, or the one beside the last patch."""
-    if config.take_off:
-        return None
     if config.report is not None:
         return Verified.of(config.report)
     beside = config.patch[-1].with_suffix(".run") / "verify.json"

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unforget import families
-from unforget.api.common import load, options, patience, read, salted, versions, writable
-from unforget.config import UnlearnConfig, recipe
+from unforget.api.common import load, options, patience, read, recipe_of, salted, versions, writable
+from unforget.config import UnlearnConfig
 from unforget.core import distributed, sampling
 from unforget.core.metrics import rms
 from unforget.core.recipe import Recipe
@@ -193,13 +192,6 @@ def _remembered(run: Run, config: UnlearnConfig) -> Unlearned:
     if not config.output.is_file() or provenance(config.output).patched_digest != known.pop("digest", None):
         raise UsageError(f"the run ended, but '{config.output}' is not its patch any more", "Start again with --force.")
     return Unlearned(config.output, run.folder, **known)
-
-
-def recipe_of(config: UnlearnConfig) -> Recipe:
-    """The recipe that a run follows: the one given, or the named one of the model's kind."""
-    if isinstance(config.recipe, Recipe):
-        return config.recipe
-    return recipe(config.recipe.name, families.kind(config.model), **config.recipe.changes)
 
 
 def memory_plan(config: UnlearnConfig) -> dict[str, float]:

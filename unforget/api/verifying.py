@@ -12,6 +12,7 @@ import torch
 
 from unforget import families
 from unforget.api.common import load, options, read, salted, versions, writable
+from unforget.config import Policy, VerifyConfig
 from unforget.core import distributed, sampling
 from unforget.core.types import Family, Instance, Progress
 from unforget.errors import CannotRun, UsageError
@@ -24,8 +25,8 @@ from unforget.reports.junit import junit
 from unforget.reports.markdown import markdown
 from unforget.unlearning import prepare
 from unforget.verification import probes, verdict
-from unforget.verification.policy import Policy, VerifyConfig
 from unforget.verification.report import Calibration, Report, Seen
+from unforget.verification.similarity import Backend, backend
 
 PRIVATE = {"target", "surrogate", "must_retain", "prompt", "retain_prompts", "allow", "similarity"}
 """Settings that name files, prompts or targets: they stay out of the report."""
@@ -54,9 +55,10 @@ def compare(
         The report, and the pictures that it rests on, for a sheet or a page.
     """
     progress = progress or Progress()
-    for backend in config.similarity:
-        backend.check()
-    subject, known = _subject(config, base, candidate, progress)
+    backends = tuple(backend(text) for text in config.similarity)
+    for one in backends:
+        one.check()
+    subject, known = _subject(config, base, candidate, backends, progress)
     suite = probes_of(config)
     if len(subject.instances[0].prompt_ids) == 1:  # no prompt to put in other words
         if "paraphrase" in config.require:
@@ -74,7 +76,7 @@ def compare(
         robustness=verdict.robustness(findings), calibrations=_calibrations(subject), allowed=allowed,
         findings=[_seen(f) for f in findings],
         settings=config.model_dump(mode="json", include=set(Policy.model_fields) - PRIVATE),
-        backends=[b.name for b in config.similarity], base_digest=digest(base.network.state_dict()),
+        backends=[b.name for b in backends], base_digest=digest(base.network.state_dict()),
         candidate_digest=digest(candidate.network.state_dict()), versions=versions(), seconds=seconds,
     ).rounded()  # fmt: skip
     return result, evidence_rows(subject.instances, findings)
@@ -97,11 +99,12 @@ def probes_of(config: VerifyConfig) -> tuple[probes.Probe, ...]:
         made["replay"] = probes.Replay(
             seed=config.replay_seed, steps=config.replay_steps, scheduler=config.replay_scheduler
         )
-    return tuple(made[kind] for kind in config.probes if kind in made)
+    wanted = {*probes.LEVELS[config.level], *config.require}
+    return tuple(made[kind] for kind in probes.KINDS if kind in made and kind in wanted)
 
 
 def _subject(
-    config: VerifyConfig, base: Family, candidate: Family, progress: Progress
+    config: VerifyConfig, base: Family, candidate: Family, backends: tuple[Backend, ...], progress: Progress
 ) -> tuple[probes.Subject, list[str]]:
     """Everything that probes share, and the ids of the targets whose surrogate is known."""
     base_digest = digest(base.network.state_dict())
@@ -113,7 +116,7 @@ def _subject(
     candidate.prompt_ids(base.prompts)  # the same rows in both tables
     subject = probes.Subject(
         base, candidate, instances, torch.stack(keep) if keep else torch.empty(0, *base.image_shape),
-        backends=config.similarity, false_positive_rate=config.false_positive_rate, max_rate=config.max_rate,
+        backends=backends, false_positive_rate=config.false_positive_rate, max_rate=config.max_rate,
         confidence=config.confidence, most=config.samples, paired=config.paired, controls=config.controls,
         steps=config.sampler_steps, seed=config.seed, fresh=digest(candidate.network.state_dict()), stay=stay,
         # Pictures to look at are not stored with the figures.

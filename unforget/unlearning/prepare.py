@@ -33,7 +33,7 @@ def mask(config: EditConfig, family: Family) -> Tensor:
         mask = torch.zeros(1, height, width)
         mask[:, y : y + h, x : x + w] = 1
         return mask
-    if config.editor.kind == "donor":
+    if config.method == "donor":
         rows, columns = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
         ellipse: Tensor = ((1 - (columns / 0.55).square() - (rows / 0.65).square()) / 0.35).clamp(0, 1)
         return ellipse[None]

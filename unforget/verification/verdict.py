@@ -6,8 +6,8 @@ import datetime
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
+from unforget.config import Policy
 from unforget.errors import ExitCode
-from unforget.verification.policy import Policy
 from unforget.verification.probes import Finding
 from unforget.verification.report import Allowed, Check, Outcome, Robustness, Target, Verdict
 
