@@ -49,7 +49,7 @@ def test_sizes(path):
     text = path.read_text()
     assert text.count("\n") <= 400
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef) and module(path) != "cli":
+        if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, f"{node.name} is long"
 
 
@@ -91,7 +91,8 @@ def test_help_does_not_import_torch(command):
         "except SystemExit as e: assert not e.code\n"
         "assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code, *command, "--help"], check=True, capture_output=True)
+    for flag in ("--help", "-h"):
+        subprocess.run([sys.executable, "-c", code, *command, flag], check=True, capture_output=True)
 
 
 UNIONS = [surgery.Surgery, objectives.Objective, objectives.Weighting, editors.Editor, similarity.Backend]

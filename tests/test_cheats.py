@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import DATA, PLANTED
 
-from unforget.verification.policy import VerifyConfig
+from unforget.config import VerifyConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "benchmark"))
 import cheats

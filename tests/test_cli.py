@@ -7,13 +7,14 @@ from conftest import PLANTED
 
 from unforget.api import export, unlearn
 from unforget.config import ExportConfig, UnlearnConfig
-from unforget.core.recipe import Recipe
 from unforget.files.patch import Patch
 
 SHORT = {
     "retain_count": 8,
     "sampler_steps": 4,
-    "recipe": Recipe(max_train_steps=2, forget_batch_size=2, retain_batch_size=2),
+    "max_train_steps": 2,
+    "train_batch_size": 2,
+    "retain_batch_size": 2,
 }
 
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 
+from unforget.config import Allow, Policy
 from unforget.errors import CannotRun
 from unforget.verification import probes
 from unforget.verification.context import Finding
-from unforget.verification.policy import Allow, Policy
 from unforget.verification.probes.base import Probe
 from unforget.verification.probes.replay import Replay
 from unforget.verification.verdict import Judgement

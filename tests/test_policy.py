@@ -4,9 +4,9 @@ import datetime
 
 import pytest
 
+from unforget.api.verifying import probes_of
+from unforget.config import Policy, VerifyConfig, read_policy, resolve
 from unforget.errors import UsageError
-from unforget.verification.policy import Policy, VerifyConfig, read_policy, resolve
-from unforget.verification.similarity import SSCD, Pixels, Structure
 
 GIVEN = {"model": "faces", "patch": "x.patch"}
 
@@ -26,9 +26,7 @@ def here(tmp_path, monkeypatch):
 def test_without_a_policy_the_defaults_hold(here):
     config = resolve(GIVEN)
     assert (config.level, config.max_rate, config.confidence) == ("standard", 0.005, 0.95)
-    assert config.similarity == (Pixels(), Structure())
-    assert "noise_search" not in config.probes
-    assert resolve({**GIVEN, "level": "deep"}).probes[-2:] == ("noise_search", "relearning")
+    assert config.similarity == ("pixels", "structure")
 
 
 def test_options_beat_the_configuration_which_beats_the_policy_which_beats_the_level(here):
@@ -72,13 +70,25 @@ def test_paths_are_relative_to_the_policy(here, tmp_path):
 
 def test_required_probes_run_whatever_the_level(here):
     here('[verify]\nlevel = "quick"\nrequire = ["quantization", "relearning"]\n')
-    assert {"quantization", "relearning"} <= set(resolve(GIVEN).probes)
-    assert "noise_search" not in resolve(GIVEN).probes
+    kinds = [p.kind for p in probes_of(resolve(GIVEN))]
+    assert {"quantization", "relearning"} <= set(kinds)
+    assert not {"noise_search", "replay"} & set(kinds)
+
+
+def test_a_level_says_which_probes_run(here):
+    assert "noise_search" not in [p.kind for p in probes_of(resolve(GIVEN))]
+    assert [p.kind for p in probes_of(resolve({**GIVEN, "level": "deep"}))][-2:] == ["noise_search", "relearning"]
+
+
+def test_a_required_probe_that_does_not_exist_is_refused_by_the_command(here, cli):
+    said = cli("verify", "--model", "faces", "--patch", here("", "x.patch"), "--require", "magic")
+    assert said.exit_code == 2
+    assert "no probe 'magic'" in said.stderr
 
 
 def test_backends_are_named_as_on_the_command_line(here):
     here('[verify]\nsimilarity = ["pixels", "sscd=model.onnx"]\n')
-    assert [type(b) for b in resolve(GIVEN).similarity] == [Pixels, SSCD]
+    assert resolve(GIVEN).similarity == ("pixels", "sscd=model.onnx")
 
 
 ENTRY = '[[verify.allow]]\nid = "{id}"\nreason = "{reason}"\nexpires = {expires}\n'
@@ -93,10 +103,11 @@ def test_an_allow_list_entry_has_an_id_a_reason_and_a_day(here):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("[verify]\nmax_rat = 1\n", "max_rat"),
+        ("[verify]\nmax_rat = 1\n", "no option 'max_rat', did you mean 'max_rate'"),
+        ("[verify]\nfalse_alarm = 0.1\n", "false_alarm is now false_positive_rate"),
         ("[verify]\nmax_rate = 2\n", "less than 1"),
         ('[verify]\nlevel = "thorough"\n', "'quick', 'standard' or 'deep'"),
-        ('[verify]\nrequire = ["magic"]\n', "no probe 'magic'"),
+        ('[verify]\nrequire = ["cast"]\n', "the probe cast is now quantization"),
         ('[verify]\nsimilarity = ["magic"]\n', "no similarity backend 'magic'"),
         ("[verify]\nsimilarity = []\n", "at least 1"),
         ("[verfy]\n", "no use for 'verfy'"),
@@ -106,7 +117,7 @@ def test_an_allow_list_entry_has_an_id_a_reason_and_a_day(here):
         (ENTRY.format(id="0" * 16, reason="", expires="2027-01-31"), "allow.0.reason"),
         (ENTRY.format(id="0" * 16, reason="x", expires='"soon"'), "allow.0.expires"),
         ("[verify]\nsurrogate = ['a.png']\n", "0 target(s) but 1 surrogate(s)"),
-        ("[verify]\ntimestep = [0]\n", "between 1 and 999"),
+        ("[verify]\ntimestep = [0]\n", "timestep.0: input should be greater than 0"),
     ],
 )
 def test_a_wrong_policy_is_refused_in_one_sentence(here, text, sentence):
@@ -125,7 +136,7 @@ def test_what_a_policy_requires_must_be_given(here):
     here('[verify]\nrequire = ["replay"]\n')
     with pytest.raises(UsageError, match="--replay-seed"):
         resolve(GIVEN)
-    assert "replay" in resolve({**GIVEN, "replay_seed": 3}).probes
+    assert resolve({**GIVEN, "replay_seed": 3}).require == ("replay",)
 
 
 def test_the_example_policy_is_one():

@@ -10,6 +10,7 @@ import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
 
 from unforget import families
+from unforget.config import Policy, VerifyConfig
 from unforget.core.metrics import pairwise_rms, rms
 from unforget.core.types import Instance
 from unforget.errors import UsageError
@@ -17,7 +18,6 @@ from unforget.files import images
 from unforget.verification import probes
 from unforget.verification.context import VerifyContext, known_surrogate
 from unforget.verification.near_copies import NearCopyDetector, Radius, calibrate
-from unforget.verification.policy import Policy, VerifyConfig
 from unforget.verification.probes.base import Probe
 from unforget.verification.probes.neighbours import Neighbours
 from unforget.verification.probes.noise_search import NoiseSearch
@@ -36,7 +36,7 @@ def pictures(count, seed=0, size=16):
     return torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 
 
-SMALL = {"similarity": (Pixels(),), "max_rate": 0.2, "paired": 16, "controls": 8, "sampler_steps": 4}
+SMALL = {"similarity": ("pixels",), "max_rate": 0.2, "paired": 16, "controls": 8, "sampler_steps": 4}
 
 
 @pytest.fixture
@@ -300,7 +300,7 @@ def test_revival_trains_a_copy(context):
 def test_other_words_are_asked_where_there_is_a_prompt(sd3):
     row = int(sd3.prompt_ids(["a red square"])[0])
     target, surrogate = pictures(2, 5)
-    policy = Policy(similarity=(Pixels(),), paired=16, sampler_steps=2)
+    policy = Policy(similarity=("pixels",), paired=16, sampler_steps=2)
     context = VerifyContext(sd3, sd3.copy(), (Instance(target, surrogate, "t", (0, row)),), policy)
     found = Paraphrase(draws=2)(context)
     asked = {f.variant for f in found}

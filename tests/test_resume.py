@@ -11,7 +11,6 @@ from conftest import rewrite
 
 from unforget.api import unlearn
 from unforget.config import UnlearnConfig
-from unforget.core.recipe import Recipe
 from unforget.errors import Interrupted, Terminated, UsageError
 from unforget.files import images
 from unforget.files.patch import Patch
@@ -27,17 +26,13 @@ def config(tiny_folder, tmp_path):
     for k, name in enumerate(("target", "surrogate")):
         picture = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(k)) * 2 - 1
         images.write_image(picture, tmp_path / f"{name}.png")
-    how = Recipe(
-        max_train_steps=STEPS, cooldown_steps=8, forget_batch_size=2, retain_batch_size=4, learning_rate=1e-3,
-        stop_margin=-1.0,
-    )  # fmt: skip
 
     def make(name="a", **changes):
         options = {
             "model": str(tiny_folder), "target": (tmp_path / "target.png",), "surrogate": (tmp_path / "surrogate.png",),
-            "output": tmp_path / f"{name}.patch", "recipe": how, "retain_count": 8, "sampler_steps": 2,
-            "num_validation_images": 1,
-            "checkpointing_steps": 1,
+            "output": tmp_path / f"{name}.patch", "retain_count": 8, "sampler_steps": 2, "num_validation_images": 1,
+            "checkpointing_steps": 1, "max_train_steps": STEPS, "cooldown_steps": 8, "train_batch_size": 2,
+            "retain_batch_size": 4, "learning_rate": 1e-3, "stop_margin": -1.0,
         }  # fmt: skip
         return UnlearnConfig(**{**options, **changes})
 
@@ -76,11 +71,10 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(config, monkeypatch, step):
 
 
 def test_lora_too(sd3_folder, config, monkeypatch):
-    how = Recipe(
-        max_train_steps=4, cooldown_steps=2, forget_batch_size=2, retain_batch_size=2, train="lora", rank=2,
-        forget_range=(50, 1000),
-    )  # fmt: skip
-    options = {"model": str(sd3_folder), "recipe": how, "prompt": ("a red square",), "retain_count": 12}
+    options = {
+        "model": str(sd3_folder), "prompt": ("a red square",), "retain_count": 12, "max_train_steps": 4,
+        "cooldown_steps": 2, "retain_batch_size": 2, "train": "lora", "rank": 2, "forget_range": (50, 1000),
+    }  # fmt: skip
     unlearn(config("whole", **options))
     stop_at(monkeypatch, 2)
     with pytest.raises(Interrupted):

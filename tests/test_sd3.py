@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from unforget import families
-from unforget.config import ExportConfig, UnlearnConfig, recipe
+from unforget.config import ExportConfig, UnlearnConfig, VerifyConfig
 from unforget.core import sampling
 from unforget.errors import CannotRun, UsageError
 from unforget.families import Options
@@ -28,7 +28,6 @@ from unforget.files.patch import Patch, Stack
 from unforget.surrogate.canvas import Canvas
 from unforget.surrogate.editors import Inpaint, Instruct, SDEdit
 from unforget.unlearning.compute import mixed
-from unforget.verification.policy import VerifyConfig
 
 RED, BLUE, GREEN = CAPTIONS
 NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
@@ -209,7 +208,7 @@ def test_a_gated_model_says_how_to_get_it():
 
 # The commands, on random weights: that the plumbing holds, not that anything is learnt.
 
-SHORT = {"max_train_steps": 3, "forget_batch_size": 2, "retain_batch_size": 2, "learning_rate": 1e-2, "rank": 2}
+SHORT = {"max_train_steps": 3, "train_batch_size": 2, "retain_batch_size": 2, "learning_rate": 1e-2, "rank": 2}
 
 
 @pytest.fixture
@@ -223,11 +222,10 @@ def pictures(tmp_path):
 def unlearned(folder, home, *, prompts=(RED,), **changes):
     from unforget import unlearn
 
-    how = recipe("default", "sd3", **{**SHORT, **changes})
     return unlearn(UnlearnConfig(
         model=str(folder), target=(home / "target.png",), surrogate=(home / "surrogate.png",), prompt=prompts,
-        output=home / "x.patch", recipe=how, retain_count=12, sampler_steps=3, num_validation_images=1,
-        min_distance=0.01,
+        output=home / "x.patch", retain_count=12, sampler_steps=3, num_validation_images=1,
+        min_distance=0.01, **{**SHORT, **changes},
     ))  # fmt: skip
 
 
@@ -268,7 +266,7 @@ def test_unlearn_verify_export(sd3_folder, pictures, stock):
 def test_training_all_weights(sd3_folder, pictures):
     from unforget import export
 
-    result = unlearned(sd3_folder, pictures, train="full", prompts=())
+    result = unlearned(sd3_folder, pictures, train="full", rank=None, prompts=())
     patch = Patch.load(result.output)
     assert patch.provenance.adapter is None
     assert not any("lora" in n for n in patch.tensors)

@@ -1,7 +1,7 @@
-"""Make a diffusion model stop producing one picture, and prove it.
+"""Make a diffusion model stop producing one image, and prove it.
 
 The commands of the `unforget` tool as functions: `edit_surrogate`, `unlearn`, `verify`, `export`, each with its
-configuration. They are imported when first asked for, so that `import unforget` costs nothing.
+configuration, and `show`. They are imported when first asked for, so that `import unforget` costs nothing.
 """
 
 from __future__ import annotations
@@ -10,11 +10,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unforget.api import edit_surrogate, export, unlearn, verify
-    from unforget.config import EditConfig, ExportConfig, UnlearnConfig, recipe
+    from unforget.api import edit_surrogate, export, show, unlearn, verify
+    from unforget.config import EditConfig, ExportConfig, UnlearnConfig, VerifyConfig
     from unforget.core.recipe import Recipe
     from unforget.errors import UnforgetError
-    from unforget.verification.policy import VerifyConfig
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,15 +25,14 @@ __all__ = [
     "VerifyConfig",
     "edit_surrogate",
     "export",
-    "recipe",
+    "show",
     "unlearn",
     "verify",
 ]
 
 _HOME = {
-    **dict.fromkeys(("edit_surrogate", "unlearn", "verify", "export"), "api"),
-    **dict.fromkeys(("EditConfig", "UnlearnConfig", "ExportConfig", "recipe"), "config"),
-    "VerifyConfig": "verification.policy",
+    **dict.fromkeys(("edit_surrogate", "unlearn", "verify", "export", "show"), "api"),
+    **dict.fromkeys(("EditConfig", "UnlearnConfig", "ExportConfig", "VerifyConfig"), "config"),
     "Recipe": "core.recipe",
     "UnforgetError": "errors",
 }

@@ -28,12 +28,12 @@ from tables import row, table
 
 from unforget import UnlearnConfig, VerifyConfig, families, unlearn, verify
 from unforget.api import compare
+from unforget.config import Policy
 from unforget.core import sampling
 from unforget.core.metrics import rms
 from unforget.core.types import Family, Instance
 from unforget.files import images
 from unforget.verification.context import VerifyContext
-from unforget.verification.policy import Policy
 from unforget.verification.sequential import plan
 from unforget.verification.similarity import pairwise
 

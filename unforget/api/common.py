@@ -1,20 +1,28 @@
-"""What every command needs: a model, a picture, a place to write."""
+"""What every command needs: a model, an image, a place to write, and strategies in the place of flat options."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from unforget import families
-from unforget.config import ModelConfig
+from unforget.config import EditConfig, ImageConfig, ModelConfig, RecipeOptions, UnlearnConfig
+from unforget.config import writable as writable
+from unforget.config.base import option_of
 from unforget.core import distributed
+from unforget.core.recipe import Recipe
 from unforget.core.types import Family, Progress
 from unforget.errors import UsageError
+from unforget.families.spec import FAMILIES, FamilySpec
 from unforget.files import images
+from unforget.surrogate.editors import Editor
 
 
 def load(config: ModelConfig) -> Family:
@@ -37,26 +45,90 @@ def options(config: ModelConfig, like: Family | None = None) -> families.Options
     )
 
 
-def read(path: Path, family: Family, config: ModelConfig, progress: Progress) -> Tensor:
-    """A picture of the model's size, (C, H, W) in [-1, 1]."""
+def read(path: Path, family: Family, config: ImageConfig, progress: Progress) -> Tensor:
+    """An image of the model's size, (C, H, W) in [-1, 1]."""
     return images.read_image(path, family.image_shape, resize=config.resize, note=progress.note)
 
 
-def writable(path: Path, force: bool) -> None:
-    """Refuse before any work what could not be written after it."""
-    if path.exists() and not force:
-        raise UsageError(f"'{path}' exists", "Say --force to overwrite it, or give another --output.")
-    home = path.parent
-    if not home.is_dir():
-        raise UsageError(f"there is no folder '{home}'", "Make it first.")
-    if not os.access(home, os.W_OK):
-        raise UsageError(f"the folder '{home}' cannot be written", "Give another --output.")
+def spec_of(ref: str) -> FamilySpec:
+    """The row of the family that `ref` names."""
+    kind = families.kind(ref)
+    return next(spec for spec in FAMILIES if spec.name == kind)
+
+
+def recipe_of(config: UnlearnConfig) -> Recipe:
+    """The recipe that a run follows: the named one of the model's family, with the changes of the configuration.
+
+    Raises:
+        UsageError: If the family has no such recipe or scope, or an option belongs to another strategy.
+    """
+    spec = spec_of(config.model)
+    recipe = resolve_recipe(spec.recipes, config)
+    if recipe.train not in spec.scopes:
+        raise UsageError(f"{spec.name} has no --train {recipe.train}", f"Give --train {' or '.join(spec.scopes)}.")
+    return recipe
+
+
+FIELDS = {
+    "surgery_eta": "eta", "surgery_share": "share", "weighting_beta": "beta", "weighting_cap": "cap",
+    "retain_weight": "retain", "train_batch_size": "forget_batch_size",
+}  # fmt: skip
+"""What a recipe and its strategies call an option, where it is not the same."""
+
+
+def resolve_recipe(recipes: Mapping[str, Recipe], config: RecipeOptions) -> Recipe:
+    """The recipe of a family that a configuration names, with what it changes.
+
+    A strategy that is the recipe's own keeps the recipe's options; another one begins with its defaults.
+
+    Raises:
+        UsageError: If there is no such recipe, or an option belongs to a strategy that is not chosen.
+    """
+    if config.recipe not in recipes:
+        raise UsageError(f"there is no recipe '{config.recipe}'", f"Known: {', '.join(recipes)}.")
+    given = {n: v for n in RecipeOptions.model_fields if n != "recipe" and (v := getattr(config, n)) is not None}
+    values = recipes[config.recipe].model_dump()
+    _choose(values, "objective", given)
+    objective = type(recipes[config.recipe]).model_validate(values).objective
+    values["objective"] = objective.model_dump()  # with its own weighting, where another one was chosen
+    _choose(values["objective"], "weighting", given)
+    _choose(values, "surgery", given)
+    parts = {
+        "objective": values["objective"],
+        "weighting": values["objective"]["weighting"],
+        "surgery": values["surgery"],
+    }
+    kinds = {name: part["kind"] for name, part in parts.items()}
+    if wrong := config.misplaced({**kinds, "train": given.get("train", values["train"])}):
+        raise UsageError(wrong, "See `unforget unlearn --help`.")
+    for name, value in given.items():
+        which = option_of(RecipeOptions.model_fields[name]).of[:1]
+        parts.get(which[0] if which else "", values)[FIELDS.get(name, name)] = value
+    return Recipe.model_validate(values)
+
+
+def _choose(values: dict[str, Any], name: str, given: dict[str, Any]) -> None:
+    """Put the chosen strategy in the place of another one, with its defaults."""
+    chosen = given.pop(name, values[name]["kind"])
+    if chosen != values[name]["kind"]:
+        values[name] = {"kind": chosen}
+
+
+def editor_of(config: EditConfig) -> Editor:
+    """The editor that a configuration names."""
+    said = {
+        "strengths": config.strength, "seeds": config.candidates, "steps": config.editor_steps,
+        "instruction": config.instruction, "model": config.editor_model if config.method == "instruct" else None,
+    }  # fmt: skip
+    given = {name: value for name, value in said.items() if value}
+    editor: Editor = TypeAdapter(Editor).validate_python({"kind": config.method, **given})
+    return editor
 
 
 def salted(base_digest: str) -> str:
-    """The salt of the ids of pictures: the base, and $UNFORGET_SALT where a team keeps a secret.
+    """The salt of the ids of images: the base, and $UNFORGET_SALT where a team keeps a secret.
 
-    Ids of one picture differ from base to base; with a secret nobody without it can tell which picture an id names.
+    Ids of one image differ from base to base; with a secret nobody without it can tell which image an id names.
     """
     return f"{base_digest}/{os.environ.get('UNFORGET_SALT', '')}/"
 

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unforget.api.common import load, read, writable
+from unforget.api.common import editor_of, load, read, writable
 from unforget.config import EditConfig
 from unforget.core.types import Family, Progress
 from unforget.errors import UsageError
 from unforget.files import images, storage
 from unforget.reports.contact_sheet import candidate_sheet
 from unforget.surrogate.canvas import Canvas, box_mask, ellipse_mask
-from unforget.surrogate.editors import Editor, candidates
+from unforget.surrogate.editors import candidates
 from unforget.unlearning.prepare import Drawer, prompt_ids, retain_set
 
 
@@ -52,11 +52,6 @@ def edit_surrogate(config: EditConfig, progress: Progress | None = None) -> Edit
         progress.note("the candidate is too near the target or of another quality; look at the sheet before using it")
     rows = [{"pick": i, **{k: v for k, v in asdict(c).items() if k != "image"}} for i, c in enumerate(ranked, 1)]
     return Edited(config.output, shown, number, rows)
-
-
-def editor_of(config: EditConfig) -> Editor:
-    """The editor that a configuration names."""
-    return config.editor
 
 
 def _mask(config: EditConfig, family: Family, *, soft: bool) -> Tensor:

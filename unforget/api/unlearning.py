@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unforget import families
-from unforget.api.common import load, options, read, salted, versions, writable
+from unforget.api.common import load, options, read, recipe_of, salted, versions, writable
 from unforget.config import UnlearnConfig
-from unforget.config import recipe as named_recipe
 from unforget.core import distributed
 from unforget.core.metrics import rms
 from unforget.core.recipe import Recipe
@@ -91,13 +89,6 @@ def unlearn(config: UnlearnConfig, progress: Progress | None = None) -> Unlearne
     ended |= _before_and_after(trained, patched, config.output, config.num_validation_images, progress)
     directory.finish({**ended, "digest": made})
     return Unlearned(config.output, folder, **ended)
-
-
-def recipe_of(config: UnlearnConfig) -> Recipe:
-    """The recipe that a run follows: the one given, or the named one of the model's kind."""
-    if isinstance(config.recipe, Recipe):
-        return config.recipe
-    return named_recipe(config.recipe.name, families.kind(config.model), **config.recipe.changes)
 
 
 def memory_plan(config: UnlearnConfig) -> dict[str, float]:

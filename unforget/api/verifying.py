@@ -9,6 +9,7 @@ import torch
 
 from unforget import families
 from unforget.api.common import load, options, read, salted, versions, writable
+from unforget.config import Policy, VerifyConfig
 from unforget.core import distributed
 from unforget.core.types import Family, Instance, Progress
 from unforget.errors import CannotRun, UsageError
@@ -23,8 +24,8 @@ from unforget.unlearning.prepare import prompt_ids
 from unforget.verification import compare as verification
 from unforget.verification import probes
 from unforget.verification.context import VerifyContext
-from unforget.verification.policy import Policy, VerifyConfig
 from unforget.verification.report import Report
+from unforget.verification.similarity import backend
 
 PRIVATE = {"target", "surrogate", "must_retain", "prompt", "retain_prompts", "allow", "similarity"}
 """Settings that name files, prompts or targets: they stay out of the report."""
@@ -53,8 +54,8 @@ def compare(
         The report, and the images that it rests on, for a sheet or a page.
     """
     progress = progress or Progress()
-    for backend in config.similarity:
-        backend.check()
+    for text in config.similarity:
+        backend(text).check()
     made = [provenance(path) for path in config.patch]
     base_digest = digest(base.network.state_dict())
     instances, surrogates_known = _read_instances(config, base, base_digest, made, progress)

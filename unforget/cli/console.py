@@ -52,6 +52,17 @@ def before_after(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def candidates_table(rows: list[dict[str, Any]]) -> Table:
+    """The best candidates of `edit-surrogate`."""
+    table = Table(title="Candidates, best first")
+    for name in ("pick", "how", "distance", "typicality", "sharpness", "accepted"):
+        table.add_column(name)
+    for row in rows[:10]:
+        figures = (f"{row['distance']:.3f}", f"{row['typicality']:.3f}", f"{row['quality']:.2f}")
+        table.add_row(str(row["pick"]), str(row["label"]), *figures, "yes" if row["accepted"] else "no")
+    return table
+
+
 def checks_table(result: Report) -> Table:
     """What `verify` judged: a row a probe that passed, and every figure that did not."""
     table = Table(title=f"Verify ({result.level}): base beside candidate")

@@ -1,69 +1,159 @@
-"""The options that commands share, under the names that diffusers' training scripts use where they have them."""
+"""From the fields of a configuration to the options of a command: names, types, choices, defaults and help."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
+import typer.core
+from rich.markup import escape
 
-MACHINE, DANGER, REPORTS = "This machine", "Dangerous options", "Reports"
-Model = Annotated[
-    str | None,
-    typer.Option(
-        "--model", "-m", "--pretrained-model-name-or-path", "--pretrained_model_name_or_path",
-        help="Alias (faces, flags, ddpm-celebahq, sd3, sd3.5-medium, sd3.5-large), diffusers folder, .safetensors "
-        "file, or hub id owner/name[@revision].",
-    ),
-]  # fmt: skip
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file; options given here beat it.")]
-Seed = Annotated[int | None, typer.Option(help="Of every random draw. [default: 0]")]
-Resize = Annotated[bool | None, typer.Option("--resize", help="Crop and scale pictures to the model's size.")]
-Force = Annotated[bool | None, typer.Option("--force", help="Overwrite what exists.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps. [default: cpu]", rich_help_panel=MACHINE)]
-Threads = Annotated[int | None, typer.Option(help="CPU threads. [default: all cores]", rich_help_panel=MACHINE)]
-Pickle = Annotated[
-    bool | None,
-    typer.Option("--allow-pickle", help="Also open pickled .bin weights you trust.", rich_help_panel=DANGER),
-]
-Targets = Annotated[list[Path] | None, typer.Option("--target", "-t", help="Picture to forget; repeats.")]
-Surrogates = Annotated[
-    list[Path] | None, typer.Option("--surrogate", "-s", help="What to say instead, one a target, in order.")
-]
-Patches = Annotated[list[Path] | None, typer.Option(help="Patch to put on the base; repeats, in order.")]
-Scales = Annotated[
-    list[float] | None, typer.Option(help="Share of each patch, in the same order. [default: 1, the whole]")
-]
-NearCopy = Annotated[
-    float | None, typer.Option(help="RMS under which two pictures are the same, pixels in [-1, 1]. [default: 0.16]")
-]
-RetainCount = Annotated[
-    int | None,
-    typer.Option(help="Pictures to draw from the base, to keep. [default: 192, more for many prompts]"),
-]
-Prompts = Annotated[
-    list[str] | None,
-    typer.Option("--prompt", "-p", help="Prompt under which the model draws the target; repeats. [default: none]"),
-]
-RetainPrompts = Annotated[
-    Path | None,
-    typer.Option(help="Text file with a prompt a line, for what must stay. [default: the model's, or a built-in list]"),
-]
-Guidance = Annotated[
-    float | None,
-    typer.Option(
-        "--guidance", "--guidance-scale", "--guidance_scale",
-        help="Classifier-free guidance of every draw. [default: the model's, or 7]",
-    ),
-]  # fmt: skip
-Resolution = Annotated[
-    int | None, typer.Option(help="Width and height of pictures, of a text-to-image model. [default: the model's]")
-]
-T5 = Annotated[
-    bool | None, typer.Option("--t5/--no-t5", help="Load the third text encoder, where there is one. [default: yes]")
-]
-PipelineConfig = Annotated[
-    Path | None, typer.Option(help="For a single file offline: a diffusers folder of that model, without weights.")
-]
-MinDistance = Annotated[float | None, typer.Option(help="Least RMS of a made surrogate to its target. [default: 0.2]")]
+from unforget.cli.console import errors
+from unforget.errors import UsageError
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from unforget.config import Config
+
+BODIES: dict[str, tuple[Callable[..., None], str]] = {}
+"""The body of each command whose options are generated, and the name of its configuration."""
+SETTINGS = {"help_option_names": ["-h", "--help"], "token_normalize_func": lambda name: name.replace("_", "-")}
+"""An option may be written with underscores, as in diffusers' scripts."""
+WIDEST = 40
+"""Characters of choices that the column of types has room for."""
+TYPES = (bool, int, float, Path)
+"""What Typer parses; the rest is text until the configuration is checked."""
+
+
+class Commands(typer.core.TyperGroup):
+    """Generates the options of a command when it is run, so that `unforget --help` loads no configuration."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, found, rest = super().resolve_command(ctx, args)
+        if name not in BODIES:
+            return name, found, rest
+        single = typer.Typer(add_completion=False, rich_markup_mode="rich")
+        single.command(name, cls=Command, context_settings=SETTINGS)(_generated(*BODIES[name]))
+        return name, typer.main.get_command(single), rest
+
+
+class Command(typer.core.TyperCommand):
+    """Refuses the options of earlier versions by a sentence that names the new one."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        from unforget.config.base import renamed, spelled
+
+        known = {name for param in self.params for name in (*param.opts, *param.secondary_opts)}
+        with errors():
+            for name in (a.partition("=")[0].replace("_", "-") for a in args if a.startswith("--")):
+                if name not in known and (sentence := renamed(name[2:].replace("-", "_"), spelled)):
+                    raise UsageError(sentence, f"See `{ctx.command_path} --help`.")
+        return super().parse_args(ctx, args)
+
+
+def command(app: typer.Typer, name: str, config: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add a command whose options are the fields of a configuration, and what its body has as keywords beside.
+
+    The body gets the options that were given, by name.
+    """
+
+    def add(body: Callable[..., None]) -> Callable[..., None]:
+        BODIES[name] = body, config
+        app.command(name, help=body.__doc__)(lambda: None)
+        return body
+
+    return add
+
+
+def _generated(body: Callable[..., None], config: str) -> Callable[..., None]:
+    """A function with the signature that Typer makes the command of."""
+    from unforget.config.base import option_of
+
+    model: type[Config] = getattr(import_module("unforget.config"), config)
+    known = model.model_fields
+    fields = {n: _parameter(model, n) for n in _ordered(model) if not option_of(known[n]).hidden}
+    more = {n: p for n, p in inspect.signature(body, eval_str=True).parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+    def run(ctx: typer.Context, **values: Any) -> None:
+        given = {n: values[n] for n in fields if getattr(ctx.get_parameter_source(n), "name", "") != "DEFAULT"}
+        with errors():
+            body(given, **{n: values[n] for n in more})
+
+    context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    parameters = [context, *fields.values(), *more.values()]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    run.__doc__ = body.__doc__
+    return run
+
+
+def _ordered(model: type[Config]) -> list[str]:
+    """The fields, what is required first, then what the command has of its own."""
+    names = dict.fromkeys(
+        n for c in model.__mro__ for n in vars(c).get("__annotations__", {}) if n in model.model_fields
+    )
+    return sorted(names, key=lambda name: not model.model_fields[name].is_required())
+
+
+def _parameter(model: type[Config], name: str) -> inspect.Parameter:
+    """The option of a field."""
+    from unforget.config.base import item, option_of, plain, spelled
+
+    field = model.model_fields[name]
+    said, several, kind, flag = option_of(field), item(field.annotation), plain(field.annotation), spelled(name)
+    single = several or kind
+    typed: Any = single if single in TYPES else str
+    panel = next(vars(c).get("PANEL") for c in reversed(model.__mro__) if name in vars(c).get("__annotations__", {}))
+    choices = _choices(name, single)
+    info = typer.Option(
+        f"{flag}/--no-{flag[2:]}" if typed is bool else flag, *said.names, help=_help(field, choices),
+        show_default=not field.is_required() and (said.words or True), metavar=_metavar(kind, choices),
+        rich_help_panel=said.panel or panel or None, autocompletion=_completion(choices),
+    )  # fmt: skip
+    default = None if said.words or field.default_factory or field.is_required() else field.default
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=list(default) if several and default else default,
+        annotation=Annotated[(list[typed] if several else typed) | None, info],
+    )  # fmt: skip
+
+
+def _help(field: FieldInfo, choices: tuple[str, ...]) -> str:
+    """What the field says, what is too long for the column of types, and when the option may be given."""
+    from unforget.config.base import option_of, spelled
+
+    which, *kinds = option_of(field).of or ("",)
+    parts = [str(field.description)]
+    parts += [f"One of {', '.join(choices)}."] if choices and _metavar(str, choices) is None else []
+    parts += [f"Only for {spelled(which)} {' or '.join(kinds)}."] if which else []
+    return escape(" ".join([*parts, "[required]"] if field.is_required() else parts))
+
+
+def _metavar(kind: Any, choices: tuple[str, ...]) -> str | None:
+    """What stands for the value, where it is not its type."""
+    if choices:
+        text = f"[{'|'.join(choices)}]"
+        return text if len(text) <= WIDEST else None
+    fixed = get_origin(kind) is tuple and get_args(kind)[-1] is not Ellipsis
+    return f"<{','.join(part.__name__ for part in get_args(kind))}>" if fixed else None
+
+
+def _choices(name: str, kind: Any) -> tuple[str, ...]:
+    if name == "require":
+        from unforget.verification.probes import KINDS
+
+        return KINDS
+    return get_args(kind) if get_origin(kind) is Literal else ()
+
+
+def _completion(choices: tuple[str, ...]) -> Callable[[str], list[str]] | None:
+    """What the shell completes."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
+    return complete if choices else None

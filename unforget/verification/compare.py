@@ -42,7 +42,7 @@ def compare(
         verdict=said.verdict, exit_code=said.exit_code, summary=said.summary, level=policy.level, targets=said.targets,
         checks=said.checks, robustness=said.robustness, calibrations=list(_calibrations(context)), allowed=said.allowed,
         findings=[Seen(**f.place, base=dict(f.base), candidate=dict(f.candidate)) for f in findings],
-        backends=[b.name for b in policy.similarity], base_digest=context.base_digest,
+        backends=[b.name for b in context.backends], base_digest=context.base_digest,
         candidate_digest=context.candidate_digest, seconds=seconds, **record,
     )  # fmt: skip
     return report, findings

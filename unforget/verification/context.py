@@ -12,12 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from unforget.config import Policy
 from unforget.core import sampling
 from unforget.core.types import UNCONDITIONAL, Family, Instance
 from unforget.files import cache, images
 from unforget.verification.near_copies import EmbeddedImages, NearCopyDetector
-from unforget.verification.policy import Policy
 from unforget.verification.sequential import Decision, Plan, plan
+from unforget.verification.similarity import Backend, backend
 
 Role = Literal["base", "candidate"]
 ROLES: tuple[Role, Role] = ("base", "candidate")
@@ -85,10 +86,15 @@ class VerifyContext:
         return [(instance, prompt_id) for instance in self.instances for prompt_id in instance.prompt_ids]
 
     @cached_property
+    def backends(self) -> tuple[Backend, ...]:
+        """What detects near-copies, as the policy names it."""
+        return tuple(backend(text) for text in self.policy.similarity)
+
+    @cached_property
     def detector(self) -> NearCopyDetector:
         """Calibrated on what the base draws under the retain prompts."""
         references = self._images("base", self.retain_prompt_ids, 0, self.policy.paired)
-        detector = NearCopyDetector(self.policy.similarity, references, self.policy.false_positive_rate)
+        detector = NearCopyDetector(self.backends, references, self.policy.false_positive_rate)
         self._draws["base", self.retain_prompt_ids] = detector.references
         return detector
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import datetime
 from collections.abc import Collection, Iterator, Sequence
 
+from unforget.config import Policy
 from unforget.errors import CannotRun, ExitCode
 from unforget.verification.context import Finding
-from unforget.verification.policy import Policy
 from unforget.verification.probes.base import Probe, changed
 from unforget.verification.report import Allowed, Check, Place, Robustness, Target, Verdict
 

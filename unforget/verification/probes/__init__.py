@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from unforget.errors import UsageError
 
 if TYPE_CHECKING:
-    from unforget.verification.policy import VerifyConfig
+    from unforget.config import VerifyConfig
     from unforget.verification.probes.base import Probe
 
 LEVELS = ("quick", "standard", "deep")

@@ -6,9 +6,9 @@ from abc import abstractmethod
 from collections.abc import Iterable
 from typing import ClassVar, Literal, Self
 
+from unforget.config import Policy, VerifyConfig
 from unforget.core.types import Instance, Strategy
 from unforget.verification.context import Finding, VerifyContext
-from unforget.verification.policy import Policy, VerifyConfig
 from unforget.verification.report import Check, Outcome, Rule
 
 HALF = 0.5

@@ -1,8 +1,8 @@
 from collections.abc import Iterator
 from typing import ClassVar, Self
 
+from unforget.config import Policy, VerifyConfig
 from unforget.verification.context import ROLES, Finding, VerifyContext
-from unforget.verification.policy import Policy, VerifyConfig
 from unforget.verification.probes.base import Probe, changed, checked
 from unforget.verification.probes.sample import count_hits
 from unforget.verification.report import Check

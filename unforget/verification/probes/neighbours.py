@@ -3,10 +3,10 @@ from typing import ClassVar, Self
 import torch
 from pydantic import Field
 
+from unforget.config import Policy, VerifyConfig
 from unforget.core.metrics import rms
 from unforget.core.types import Instance
 from unforget.verification.context import ROLES, Finding, VerifyContext, known_surrogate
-from unforget.verification.policy import Policy, VerifyConfig
 from unforget.verification.probes.base import Probe, checked
 from unforget.verification.probes.retention import same_seed_drift, spread
 from unforget.verification.report import Check

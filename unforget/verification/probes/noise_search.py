@@ -6,11 +6,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from unforget.config import Policy
 from unforget.core.metrics import rms
 from unforget.core.types import Instance
 from unforget.files.images import eight_bit
 from unforget.verification.context import Finding, Role, VerifyContext
-from unforget.verification.policy import Policy
 from unforget.verification.probes.base import Probe, changed, checked
 from unforget.verification.report import Check, Outcome
 

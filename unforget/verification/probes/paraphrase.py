@@ -3,11 +3,11 @@ from typing import ClassVar, Self
 
 from pydantic import Field
 
+from unforget.config import VerifyConfig
 from unforget.core.metrics import shows
 from unforget.core.types import UNCONDITIONAL, Family, Instance
 from unforget.errors import UsageError
 from unforget.verification.context import Finding, VerifyContext
-from unforget.verification.policy import VerifyConfig
 from unforget.verification.probes.base import NearCopies
 
 WORDINGS = ("{}.", "a picture of {}", "a photo of {}", "{}, high quality", "the {}")

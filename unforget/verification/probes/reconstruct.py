@@ -5,10 +5,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from unforget.config import Policy, VerifyConfig
 from unforget.core.metrics import region, rms, rms_within, sharpness
 from unforget.core.types import Instance
 from unforget.verification.context import Finding, Role, VerifyContext, pixels_digest
-from unforget.verification.policy import Policy, VerifyConfig
 from unforget.verification.probes.base import CHANCE, HALF, Probe, checked
 from unforget.verification.report import Check
 

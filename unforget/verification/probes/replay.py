@@ -5,11 +5,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from unforget.config import VerifyConfig
 from unforget.core.metrics import rms, shows
 from unforget.core.types import Family, Instance
 from unforget.files.images import eight_bit
 from unforget.verification.context import Finding, VerifyContext
-from unforget.verification.policy import VerifyConfig
 from unforget.verification.probes.base import HALF, NearCopies
 
 

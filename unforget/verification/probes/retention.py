@@ -4,10 +4,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from unforget.config import Policy
 from unforget.core.metrics import kernel_distance, pairwise_rms, rms, sharpness
 from unforget.core.types import UNCONDITIONAL
 from unforget.verification.context import ROLES, Finding, VerifyContext
-from unforget.verification.policy import Policy
 from unforget.verification.probes.base import Probe, checked
 from unforget.verification.report import Check
 

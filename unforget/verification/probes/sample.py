@@ -3,11 +3,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from unforget.config import Policy
 from unforget.core.metrics import lower_bound, shows, upper_bound
 from unforget.core.types import UNCONDITIONAL, Instance
 from unforget.verification.context import Finding, VerifyContext
 from unforget.verification.near_copies import EmbeddedImages
-from unforget.verification.policy import Policy
 from unforget.verification.probes.base import Probe, changed, checked
 from unforget.verification.report import Check, Outcome
 from unforget.verification.sequential import Decision

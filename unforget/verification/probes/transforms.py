@@ -6,10 +6,10 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
+from unforget.config import Policy
 from unforget.core.types import Family, Instance
 from unforget.verification.context import Finding, VerifyContext, known_surrogate, pixels_digest
 from unforget.verification.near_copies import EmbeddedImages
-from unforget.verification.policy import Policy
 from unforget.verification.probes.base import HALF, Probe, changed, checked
 from unforget.verification.probes.reconstruct import reconstruction_figures
 from unforget.verification.probes.sample import judge_rate, rate_test

@@ -1,0 +1,269 @@
+"""A field is the option, the TOML key and the Python keyword, by one name; and a wrong one is refused at once."""
+
+import json
+import subprocess
+import sys
+import typing
+
+import pytest
+from conftest import PLANTED
+
+from unforget import config as configs
+from unforget.api import editor_of, recipe_of, resolve_recipe
+from unforget.cli import options
+from unforget.config import EditConfig, ExportConfig, RecipeOptions, UnlearnConfig, VerifyConfig, build
+from unforget.config.base import RENAMED, item, option_of, plain, spelled
+from unforget.core import objectives, surgery
+from unforget.core.recipe import Recipe
+from unforget.core.types import Scope
+from unforget.errors import UsageError
+from unforget.families.spec import FAMILIES
+from unforget.surrogate import editors
+from unforget.verification import similarity
+
+COMMANDS = {
+    "edit-surrogate": EditConfig, "unlearn": UnlearnConfig, "verify": VerifyConfig, "export": ExportConfig,
+}  # fmt: skip
+FIELDS = [(c, m, n) for c, m in COMMANDS.items() for n, f in m.model_fields.items() if not option_of(f).hidden]
+TARGET = PLANTED / "0.png"
+GIVEN = {"model": "faces", "target": TARGET, "output": "x.patch"}
+
+
+def kinds(union) -> tuple[str, ...]:
+    return tuple(k.model_fields["kind"].default for k in typing.get_args(typing.get_args(union)[0]))
+
+
+def command(name):
+    import typer
+
+    return typer.main.get_command(options_app(name))
+
+
+def options_app(name):
+    import typer
+
+    app = typer.Typer(add_completion=False)
+    app.command(name, context_settings=options.SETTINGS)(options._generated(*options.BODIES[name]))
+    return app
+
+
+PARAMS = {name: {p.name: p for p in command(name).params} for name in COMMANDS}
+
+
+@pytest.mark.parametrize(("name", "model", "field"), FIELDS, ids=lambda v: v if isinstance(v, str) else "")
+def test_option_key_and_keyword_are_one(name, model, field):
+    param, said = PARAMS[name][field], model.model_fields[field]
+    assert param.opts[0] == spelled(field)
+    assert param.help and param.help.replace("\\[", "[").startswith(said.description)
+    assert said.description.endswith(".") and len(said.description) > 10
+    default_shows = param.default is not None or isinstance(param.show_default, str)
+    assert default_shows or said.is_required()
+    assert option_of(said).of[:1] in ((), *((n,) for n in model.model_fields))
+
+
+def test_there_are_no_other_options():
+    beside = {"config", "as_json", "dry_run", "policy"}
+    for name, model in COMMANDS.items():
+        assert set(PARAMS[name]) - set(model.model_fields) <= beside
+
+
+def test_choices_are_the_kinds_of_the_strategies():
+    def choices(model, field):
+        return set(typing.get_args(plain(model.model_fields[field].annotation)))
+
+    for field, union in (
+        ("objective", objectives.Objective), ("weighting", objectives.Weighting), ("surgery", surgery.Surgery),
+    ):  # fmt: skip
+        assert choices(UnlearnConfig, field) == set(kinds(union))
+    assert choices(UnlearnConfig, "train") == set(typing.get_args(Scope))
+    assert choices(EditConfig, "method") == set(kinds(editors.Editor))
+    assert set(configs.verify.SIMILARITY) == set(kinds(similarity.Backend))
+
+
+def test_options_of_strategies_are_the_fields_of_their_classes():
+    """What `of` says in a torch-free field is what the classes have."""
+    from unforget.api.common import FIELDS as CALLED
+
+    homes = {"objective": objectives.Objective, "weighting": objectives.Weighting, "surgery": surgery.Surgery}
+    for which, union in homes.items():
+        said = {
+            (kind, CALLED.get(n, n))
+            for n, f in RecipeOptions.model_fields.items()
+            for kind in option_of(f).of[1:]
+            if option_of(f).of[0] == which
+        }
+        classes = typing.get_args(typing.get_args(union)[0])
+        has = {(c.model_fields["kind"].default, n) for c in classes for n in c.model_fields}
+        assert said == {(k, n) for k, n in has if n not in ("kind", "weighting")}
+    own = {CALLED.get(n, n) for n, f in RecipeOptions.model_fields.items() if option_of(f).of[:1] in ((), ("train",))}
+    assert own - {"recipe", "weighting"} == set(Recipe.model_fields)
+
+
+def test_flags_beat_the_file_which_takes_the_flags_names(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(f'target = "{TARGET}"\nmax_train_steps = 5\nretain-batch-size = 3\nforget-range = [50, 650]\n')
+    made = build(UnlearnConfig, {"model": "faces", "max_train_steps": 6}, file)
+    assert (made.max_train_steps, made.retain_batch_size, made.forget_range) == (6, 3, (50, 650))
+    assert (made.target, made.output.name) == ((TARGET,), "0.patch")
+
+
+@pytest.mark.parametrize(
+    ("key", "sentence"),
+    [
+        ("max_train_step = 5", "no option 'max_train_step', did you mean 'max_train_steps'"),
+        ("nonsense = 5", "there is no option 'nonsense'"),
+        ("preview = 5", "preview is now num_validation_images"),
+        ("forget_batch_size = 5", "forget_batch_size is now train_batch_size"),
+        ("recipe = { rank = 8 }", "write its options flat"),
+        ("forget_range = [650, 50]", "0 < low < high"),
+        ("scale = [1]", "0 patch(es) but 1 scale(s)"),
+        ("resume_from_checkpoint = 'other.run'", "is not the run of"),
+    ],
+)
+def test_a_wrong_key_is_refused_by_a_sentence(tmp_path, key, sentence):
+    file = tmp_path / "run.toml"
+    file.write_text(key)
+    with pytest.raises(UsageError) as error:
+        build(UnlearnConfig, GIVEN, file)
+    assert sentence in error.value.message
+
+
+@pytest.mark.parametrize("name", ["false_alarm", "noise_level", "preview", "keep", "take_off"])
+@pytest.mark.parametrize("spell", [spelled, lambda name: f"--{name}=3"], ids=["dashes", "underscores"])
+def test_old_options_name_the_new_one(cli, name, spell):
+    said = cli("verify", "--model", "faces", spell(name), "3")
+    assert said.exit_code == 2
+    new = RENAMED[name]
+    assert f"{spelled(name)} is now {spelled(new)}" in said.stderr if new else "is gone: " in said.stderr
+
+
+def test_a_delta_is_gone(cli):
+    said = cli("export", "--model", "faces", "--patch", "x", "-o", "y", "--format", "delta")
+    assert said.exit_code == 2
+    assert "a LoRA comes off by itself" in said.stderr
+
+
+def test_underscores_are_dashes(cli):
+    shown = cli("unlearn", "--model", "faces", "-t", TARGET, "--max_train_steps", 7, "--learning_rate=0.5", "--dry-run")
+    assert shown.exit_code == 0, shown.output
+    said = json.loads(shown.stdout)
+    assert (said["recipe"]["max_train_steps"], said["recipe"]["learning_rate"]) == (7, 0.5)
+    assert said["output"] == "0.patch"
+
+
+def test_help_keeps_brackets_and_shows_choices_and_completes(cli):
+    page = " ".join(cli("unlearn", "--help").output.replace("│", " ").split())
+    assert "owner/name[@revision]" in page
+    assert "[clean-space|linear|uniform]" in page
+    assert "One of sum, project, pcgrad" in page
+    assert "[default: (the recipe's)]" in page
+    complete = PARAMS["unlearn"]["surgery"].shell_complete
+    context = command("unlearn").make_context("unlearn", [], resilient_parsing=True)
+    assert [c.value for c in complete(context, "p")] == ["project", "pcgrad"]
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["unlearn", "--model", "faces"],
+        ["unlearn", "--model", "faces", "--target", "no.png"],
+        ["unlearn", "--model", "faces", "-t", TARGET, "--lr", "-1"],
+        ["unlearn", "--model", "faces", "-t", TARGET, "--surgery", "magic"],
+        ["unlearn", "--model", "faces", "-t", TARGET, "-o", "no/a.patch"],
+        ["verify", "--model", "faces", "--patch", "x", "--similarity", "magic"],
+        ["verify", "--model", "faces", "--candidate", "x", "--require", "magic"],
+        ["verify", "--model", "faces", "--patch", "x", "--keep", "y.png"],
+        ["export", "--model", "faces", "--patch", "no.patch", "-o", "x"],
+        ["edit-surrogate", "--model", "faces", "--target", "no.png"],
+    ],
+    ids=lambda args: " ".join(str(a) for a in args[:1] + args[-2:]),
+)
+def test_a_usage_error_imports_nothing_heavy(args, tmp_path):
+    code = (
+        "import sys\n"
+        "from unforget.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as e: assert e.code == 2\n"
+        "assert not {'torch', 'diffusers', 'numpy', 'huggingface_hub'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("error: ")
+
+
+def test_options_of_another_strategy_are_refused():
+    for given, sentence in (
+        ({"surgery": "sum", "surgery_eta": 1}, "--surgery-eta belongs to --surgery erasediff, not to sum"),
+        ({"objective": "surrogate", "taper": "5,9"}, "--taper belongs to --objective posterior-swap"),
+        ({"weighting": "linear", "retain_weight": 1}, "--retain-weight belongs to --weighting clean-space or uniform"),
+        ({"train": "full", "rank": 4}, "--rank belongs to --train lora"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            build(UnlearnConfig, {**GIVEN, **given})
+    with pytest.raises(UsageError, match="--donor belongs to --method donor, not to blur"):
+        build(EditConfig, {**GIVEN, "method": "blur", "donor": "x.png"})
+
+
+RECIPES = {spec.name: spec.recipes for spec in FAMILIES}
+
+
+def resolved(family="ddpm", **changes):
+    return resolve_recipe(RECIPES[family], UnlearnConfig(**GIVEN, **changes))
+
+
+def test_a_recipe_begins_with_the_familys_own():
+    for family, recipes in RECIPES.items():
+        for name, recipe in recipes.items():
+            assert resolved(family, recipe=name) == recipe
+    swap = resolved("sd3", retain_weight=3, objective="posterior-swap").objective
+    assert (swap.weighting.retain, swap.weighting.cap, swap.taper) == (3, 1.0, (710, 790))
+
+
+def test_strategies_and_their_options():
+    assert resolved(surgery="erasediff", surgery_eta=0.5).surgery == surgery.EraseDiff(eta=0.5)
+    assert resolved(surgery="fixed-norm").surgery == surgery.FixedNorm()
+    assert resolved(objective="surrogate", distil=True).objective == objectives.Surrogate(distil=True)
+    weighted = resolved(objective="surrogate", weighting="clean-space", weighting_cap=20, retain_weight=12)
+    assert weighted.objective == objectives.Surrogate(weighting=objectives.CleanSpace(cap=20, retain=12))
+    assert resolved(weighting="uniform", target_prior=5).objective.target_prior == 5
+    assert resolved(train_batch_size=3, max_grad_norm=2).forget_batch_size == 3
+    for changes, sentence in (
+        ({"surgery_eta": 1}, "belongs to --surgery erasediff, not to project"),
+        ({"recipe": "paper", "target_prior": 3}, "belongs to --objective posterior-swap, not to surrogate"),
+        ({"rank": 3}, "belongs to --train lora, not to bottleneck"),
+        ({"recipe": "magic"}, "there is no recipe 'magic'"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            resolved(**changes)
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_a_scope_that_the_family_lacks_is_refused_before_anything_is_loaded(cli, monkeypatch, tiny_folder, more):
+    monkeypatch.setattr("unforget.families.load", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr("unforget.families.memory.blueprint", lambda *a, **k: 1 / 0)
+    said = cli("unlearn", "--model", tiny_folder, "-t", TARGET, "--train", "lora", *more)
+    assert said.exit_code == 2
+    assert "Give --train bottleneck or full." in said.stderr
+    with pytest.raises(UsageError, match="lora"):
+        recipe_of(UnlearnConfig(model=str(tiny_folder), target=TARGET, train="lora"))
+
+
+def test_an_editor_from_flat_options():
+    def made(**given):
+        return editor_of(build(EditConfig, {**GIVEN, **given}))
+
+    assert made() == editors.SDEdit()
+    assert made(strength=[0.5, 0.6], candidates=3, editor_steps=4) == editors.SDEdit(
+        strengths=(0.5, 0.6), seeds=3, steps=4
+    )
+    assert made(donor="d.png") == editors.Donor()
+    assert made(mask="m.png") == made(box="1,2,3,4") == editors.Inpaint()
+    assert made(instruction="older") == editors.Instruct(instruction="older")
+    assert made(method="pixelate", mask="m.png") == editors.Pixelate()
+    assert build(EditConfig, {**GIVEN, "box": "1,2,3,4"}).box == (1, 2, 3, 4)
+
+
+def test_fields_that_repeat_take_one_value():
+    made = VerifyConfig(model="faces", patch="x.patch", timestep=300, require="replay", replay_seed=0)
+    assert (made.timestep, made.require) == ((300,), ("replay",))
+    assert item(VerifyConfig.model_fields["timestep"].annotation) is int

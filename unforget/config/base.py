@@ -1,0 +1,225 @@
+"""What the configurations share: how a field says more of its option, and the fields of several commands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, ClassVar, Self, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic.fields import FieldInfo
+
+MACHINE, DANGER = "This machine", "Dangerous options"
+RENAMED = {
+    "false_alarm": "false_positive_rate",
+    "noise_level": "timestep",
+    "noise_levels": "timestep",
+    "preview": "num_validation_images",
+    "keep": "must_retain",
+    "required": "require",
+    "forget_batch_size": "train_batch_size",
+    "editor": "method",
+    "public": "no_private",
+    "take_off": "",
+}
+"""Names that earlier versions had, and what they are now; nothing for what is gone."""
+NO_DELTA = "there are no deltas any more: a LoRA comes off by itself, for anything else keep the base"
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a field says of its option beside its name, type, bounds, default and description.
+
+    Attributes:
+        words: The default in words, where it is no value.
+        names: More spellings. Underscores for dashes, as in diffusers' scripts, are understood for every option.
+        panel: Heading of the help under which it stands; that of its class if empty.
+        of: The field that chooses a strategy, and the choices that have this option.
+        reads: What must lie at the path: file, folder, patch.
+        writes: Whether the path is written, and must be free.
+        hidden: Whether only files and Python can say it.
+    """
+
+    words: str = ""
+    names: tuple[str, ...] = ()
+    panel: str = ""
+    of: tuple[str, ...] = ()
+    reads: str = ""
+    writes: bool = False
+    hidden: bool = False
+
+
+def option(
+    description: str, default: Any = ..., words: str = "", *, names: tuple[str, ...] = (), panel: str = "",
+    of: tuple[str, ...] = (), reads: str = "", writes: bool = False, hidden: bool = False, **bounds: Any,
+) -> Any:  # fmt: skip
+    """A field and its `Option`. A callable default is computed from the fields before it."""
+    said: Any = Option(words or (str(default) if callable(default) else ""), names, panel, of, reads, writes, hidden)
+    given: dict[str, Any] = {"default_factory": default} if callable(default) else {"default": default}
+    return Field(**given, description=description, json_schema_extra={"option": said}, **bounds)
+
+
+def option_of(field: FieldInfo) -> Option:
+    """What a field says of its option."""
+    extra: Any = field.json_schema_extra
+    found: Option = extra["option"] if extra else Option()
+    return found
+
+
+def plain(annotation: Any) -> Any:
+    """A type without None and without what is annotated to it."""
+    while get_origin(annotation) in (Annotated, Union, UnionType):
+        annotation = next(a for a in get_args(annotation) if a is not NoneType)
+    return annotation
+
+
+def item(annotation: Any) -> Any:
+    """The type of one of several values (`tuple[X, ...]`); None for a type that is not several."""
+    args = get_args(plain(annotation))
+    return plain(args[0]) if get_origin(plain(annotation)) is tuple and args[-1] is Ellipsis else None
+
+
+def spelled(name: str) -> str:
+    """A field's name as an option."""
+    return "--" + name.replace("_", "-")
+
+
+def renamed(name: str, spell: Callable[[str], str] = str) -> str:
+    """A sentence about a name that earlier versions had; empty for any other."""
+    if name not in RENAMED:
+        return ""
+    return f"{spell(name)} is now {spell(RENAMED[name])}" if RENAMED[name] else f"{spell(name)} is gone: {NO_DELTA}"
+
+
+class Config(BaseModel):
+    """Frozen, and strict about unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
+    PANEL: ClassVar[str] = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _written(cls, values: Any) -> Any:
+        """One value stands for several, and `1,2,3` for a tuple, as on a command line."""
+        if not isinstance(values, dict):
+            return values
+        for name in values:
+            if name not in cls.model_fields and renamed(name):
+                raise ValueError(renamed(name))
+        return {n: _tupled(cls.model_fields[n], v) if n in cls.model_fields else v for n, v in values.items()}
+
+    @model_validator(mode="after")
+    def _belonging(self) -> Self:
+        chosen = (option_of(f).of[0] for f in type(self).model_fields.values() if option_of(f).of)
+        if wrong := self.misplaced({name: getattr(self, name) for name in chosen}):
+            raise ValueError(wrong)
+        return self
+
+    def misplaced(self, chosen: Mapping[str, str | None]) -> str:
+        """A sentence about an option that was given and that its chosen strategy does not have; empty if all fit."""
+        for name in type(self).model_fields:
+            which, *kinds = option_of(type(self).model_fields[name]).of or ("",)
+            given = name in self.model_fields_set and getattr(self, name) not in (None, ())
+            if given and chosen.get(which) is not None and chosen[which] not in kinds:
+                return f"{spelled(name)} belongs to {spelled(which)} {' or '.join(kinds)}, not to {chosen[which]}"
+        return ""
+
+
+def _tupled(field: FieldInfo, value: Any) -> Any:
+    kind = plain(field.annotation)
+    if get_origin(kind) is not tuple:
+        return value
+    if item(kind) is None:
+        return value.split(",") if isinstance(value, str) else value
+    return () if value is None else value if isinstance(value, (list, tuple)) else (value,)
+
+
+class ModelConfig(Config):
+    """What every command asks about the model and the machine."""
+
+    model: str = option(
+        "Model: an alias (faces, flags, ddpm-celebahq, sd3, sd3.5-medium, sd3.5-large), a diffusers folder, a "
+        ".safetensors file, or a hub id owner/name[@revision].",
+        names=("-m", "--pretrained-model-name-or-path"),
+    )
+    pipeline_config: Path | None = option(
+        "Diffusers folder, weights not needed, or hub id that says what a single file holds.", None, "none"
+    )
+    t5: bool = option("Load the third text encoder, where the model has one.", True)
+    resolution: int | None = option("Width and height of images of a text-to-image model.", None, "the model's", ge=8)
+    guidance: float | None = option(
+        "Classifier-free guidance of every draw.", None, "the model's, or 7", names=("--guidance-scale",), ge=1, le=100
+    )
+    seed: int = option("Seed of every random draw.", 0, ge=0, lt=2**31)
+    force: bool = option("Overwrite what exists.", False)
+    device: str = option("Where to compute: cpu, cuda, cuda:1, mps.", "cpu", panel=MACHINE)
+    threads: int | None = option("CPU threads.", None, "all cores", panel=MACHINE, ge=1)
+    allow_pickle: bool = option(
+        "Also open pickled .bin weights; only from sources that you trust.", False, panel=DANGER
+    )
+
+
+class PromptConfig(Config):
+    """What commands ask about prompts."""
+
+    prompt: tuple[str, ...] = option(
+        "Prompt under which the model draws the target; repeats.", (), "none, or those of the patch", names=("-p",)
+    )
+    retain_prompts: Path | None = option(
+        "Text file, one prompt a line, for what must stay.", None, "the model's, or a built-in list", reads="file"
+    )
+
+
+class ImageConfig(PromptConfig, ModelConfig):
+    """What commands ask that read images."""
+
+    resize: bool = option("Crop and scale images to the model's size.", False)
+
+
+class DrawConfig(ImageConfig):
+    """What commands ask that make surrogates."""
+
+    retain_count: int | None = option(
+        "Number of images to draw from the base, to be retained.", None, "192, more for many prompts", ge=8, le=100_000
+    )
+    sampler_steps: int = option("Sampler steps of those images.", 20, ge=2, le=1000)
+    near_copy: float = option("RMS under which two images are the same one, pixels in [-1, 1].", 0.16, gt=0, lt=2)
+    min_distance: float = option("Least RMS of a made surrogate to its target.", 0.2, gt=0, lt=2)
+
+
+class PatchedConfig(ModelConfig):
+    """What commands ask that take patches."""
+
+    patch: tuple[Path, ...] = option("Patch to put on the base; repeats, in order.", (), "none", reads="patch")
+    scale: tuple[float, ...] = option("Share of each patch, in the same order.", (), "1 for each")
+
+    @field_validator("scale")
+    @classmethod
+    def _bounded(cls, scale: tuple[float, ...]) -> tuple[float, ...]:
+        if not all(0 < abs(s) <= 100 for s in scale):
+            raise ValueError("a scale is a number other than 0, between -100 and 100")
+        return scale
+
+    @model_validator(mode="after")
+    def _scaled(self) -> Self:
+        if self.scale and len(self.scale) != len(self.patch):
+            raise ValueError(f"{len(self.patch)} patch(es) but {len(self.scale)} scale(s)")
+        return self
+
+
+def paired(target: tuple[Path, ...], surrogate: tuple[Path, ...]) -> None:
+    """Refuse surrogates that are not one a target."""
+    if surrogate and len(surrogate) != len(target):
+        raise ValueError(f"{len(target)} target(s) but {len(surrogate)} surrogate(s)")
+
+
+def beside(field: str, suffix: str) -> Callable[[dict[str, Any]], Path]:
+    """The default of an output: the first of a field's paths, in this folder, with another suffix."""
+
+    def path(data: dict[str, Any]) -> Path:
+        first = data[field][0] if isinstance(data[field], tuple) else data[field]
+        return Path(first.with_suffix(suffix).name)
+
+    return path

@@ -1,0 +1,147 @@
+"""From options, TOML files and policies to a checked configuration; and whether the paths that it names will do."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from unforget.config.base import Config, option_of
+from unforget.config.verify import Policy, VerifyConfig
+from unforget.errors import UsageError
+
+C = TypeVar("C", bound=Config)
+LARGEST = 64 << 20
+"""Bytes from which on a TOML file is not read."""
+COMMANDS = {"EditConfig": "edit-surrogate"}
+
+
+def build(kind: type[C], given: Mapping[str, Any], file: Path | None = None) -> C:
+    """A checked configuration: what was given beats the TOML file, which beats the defaults.
+
+    Raises:
+        UsageError: One clause for every field that is wrong.
+    """
+    return _checked(kind, {**read(file), **_stated(given)})
+
+
+def resolve(given: Mapping[str, Any], file: Path | None = None, policy: Path | None = None) -> VerifyConfig:
+    """`build` for `verify`: below the TOML file stands the policy, and below that the presets of the level.
+
+    Args:
+        given: Options by name; None for those not given.
+        file: Configuration, TOML with the same names.
+        policy: `unforget.toml`, or a `pyproject.toml` with `[tool.unforget]`; the one in this folder if None.
+    """
+    agreed, given = read_policy(policy), _stated(given)
+    if "target" in given:
+        agreed.pop("surrogate", None)  # the policy's belong to its own targets
+    return _checked(VerifyConfig, {**agreed, **read(file), **given})
+
+
+def _checked(kind: type[C], values: dict[str, Any]) -> C:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        command = COMMANDS.get(kind.__name__, kind.__name__.removesuffix("Config").lower())
+        raise UsageError(sentence(error, kind), f"See `unforget {command} --help`.") from None
+
+
+def _stated(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in given.items() if v is not None and v != []}
+
+
+def read(file: Path | None) -> dict[str, Any]:
+    """A TOML file as a table, its keys spelt as fields; empty for none."""
+    if file is None:
+        return {}
+    try:
+        if file.stat().st_size > LARGEST:
+            raise ValueError("too large")
+        return {name.replace("-", "_"): value for name, value in tomllib.loads(file.read_text()).items()}
+    except (OSError, ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else error
+        raise UsageError(f"cannot read the configuration '{file}': {reason}", "Give a TOML file.") from None
+
+
+def read_policy(path: Path | None) -> dict[str, Any]:
+    """The keys that a policy sets, its paths made relative to its own folder.
+
+    Raises:
+        UsageError: If the file is missing, or holds what no policy may.
+    """
+    found = path or next((p for p in (Path("unforget.toml"), Path("pyproject.toml")) if _holds(p)), None)
+    if found is None:
+        return {}
+    table = read(found)
+    table = table.get("tool", {}).get("unforget", {}) if found.name == "pyproject.toml" else table
+    keys = table.get("verify", {})
+    unknown = [*(set(table) - {"verify"}), *([] if isinstance(keys, dict) else ["verify"])]
+    if unknown:
+        raise UsageError(f"the policy '{found}' has no use for '{unknown[0]}'", "Its one table is [verify].")
+    keys = {name.replace("-", "_"): value for name, value in keys.items()}
+    try:
+        Policy.model_validate(keys)
+    except ValidationError as error:
+        raise UsageError(f"the policy '{found}' is wrong: {sentence(error, Policy)}", "See docs/verify.md.") from None
+    for name in keys:
+        if option_of(Policy.model_fields[name]).reads:
+            several = isinstance(keys[name], list)
+            keys[name] = [found.parent / p for p in keys[name]] if several else found.parent / keys[name]
+    return keys
+
+
+def _holds(path: Path) -> bool:
+    return path.is_file() and (path.name != "pyproject.toml" or "unforget" in read(path).get("tool", {}))
+
+
+def sentence(error: ValidationError, kind: type[Config]) -> str:
+    """One clause for every field that is wrong, and for an unknown one the nearest name."""
+    parts = []
+    for problem in error.errors():
+        where = ".".join(str(p) for p in problem["loc"])
+        text = problem["msg"].removeprefix("Value error, ")
+        parts.append(f"{where}: {text[0].lower()}{text[1:]}" if where else text)
+        if problem["type"] == "default_factory_not_called":  # of an output, whose target is wrong: said already
+            parts.pop()
+        elif problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(where, kind.model_fields, 1)
+            parts[-1] = f"there is no option '{where}'" + (f", did you mean '{near[0]}'?" if near else "")
+        elif where and problem["type"] != "missing":
+            parts[-1] += f", found {problem['input']!r}"
+    return "; ".join(parts)
+
+
+def check_paths(config: Config) -> None:
+    """Refuse at once what cannot be read, or could not be written after the work.
+
+    Raises:
+        UsageError: About the first such path.
+    """
+    for name, field in type(config).model_fields.items():
+        option, value = option_of(field), getattr(config, name)
+        for path in value if isinstance(value, tuple) else filter(None, [value]):
+            if option.writes and not getattr(config, "resume", False):
+                writable(path, getattr(config, "force", False))
+            elif option.reads and not (path.is_dir() if option.reads == "folder" else path.is_file()):
+                raise UsageError(f"there is no {option.reads} '{path}'", "Check the path.")
+
+
+def writable(path: Path, force: bool) -> None:
+    """Refuse before any work what could not be written after it.
+
+    Raises:
+        UsageError: If it exists, or its folder does not or is read-only.
+    """
+    if path.exists() and not force:
+        raise UsageError(f"'{path}' exists", "Say --force to overwrite it, or give another --output.")
+    home = path.parent
+    if not home.is_dir():
+        raise UsageError(f"there is no folder '{home}'", "Make it first.")
+    if not os.access(home, os.W_OK):
+        raise UsageError(f"the folder '{home}' cannot be written", "Give another --output.")

@@ -1,0 +1,119 @@
+"""The configuration of `unforget unlearn`."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import field_validator, model_validator
+
+from unforget.config.base import MACHINE, Config, DrawConfig, PatchedConfig, beside, option, paired
+
+Pair = tuple[float, float]
+SWAP, LORA, CLEAN = ("objective", "posterior-swap"), ("train", "lora"), ("weighting", "clean-space")
+change = partial(option, default=None, words="the recipe's")
+
+
+class RecipeOptions(Config):
+    """What is computed: a named recipe of the model's family, and what to change in it; None changes nothing."""
+
+    PANEL: ClassVar[str] = "Recipe"
+
+    recipe: str = option("Recipe to begin with: default (ours) or paper (arXiv:2603.10445).", "default")
+    objective: Literal["posterior-swap", "surrogate"] | None = change("What the network learns at noised targets.")
+    target_prior: float | None = change(
+        "How many times more often than the base drew it a target counts.", of=SWAP, gt=0
+    )
+    taper: Pair | None = change("Timesteps low,high between which the swap tapers off to nothing.", of=SWAP)
+    distil: bool | None = change(
+        "Retain what the base predicts at retain images, not the images themselves.", of=("objective", "surrogate")
+    )
+    weighting: Literal["clean-space", "linear", "uniform"] | None = change("How losses are weighted by timestep.")
+    weighting_cap: float | None = change("Largest weight of a timestep.", of=CLEAN, gt=0)
+    weighting_beta: float | None = change(
+        "Slope of the weight over timesteps.", of=("weighting", "linear"), gt=0, le=1e-3
+    )
+    retain_weight: float | None = change("Weight of the retain loss.", of=(*CLEAN, "uniform"), ge=0)
+    surgery: Literal["sum", "project", "pcgrad", "erasediff", "fixed-norm", "forget-only"] | None = change(
+        "How the forget gradient and the retain gradient become one step."
+    )
+    surgery_eta: float | None = change(
+        "Least weight per unit of the forget gradient.", of=("surgery", "erasediff"), ge=0
+    )
+    surgery_share: float | None = change(
+        "Norm of the forget gradient as a share of the retain gradient's.", of=("surgery", "fixed-norm"), gt=0
+    )
+    train: Literal["bottleneck", "full", "lora"] | None = change("Which weights are trained.")
+    rank: int | None = change("Rank of the LoRA.", of=LORA, ge=1, le=1024)
+    lora_alpha: int | None = change("Alpha of the LoRA: its change is scaled by alpha / rank.", of=LORA, ge=1)
+    learning_rate: float | None = change("Learning rate of Adam.", names=("--lr",), gt=0, le=1)
+    max_train_steps: int | None = change("Largest number of updates.", ge=1, le=100_000)
+    warmup_steps: int | None = change("Updates over which the learning rate rises.", ge=0)
+    cooldown_steps: int | None = change("Last updates, over which the learning rate falls.", ge=0)
+    train_batch_size: int | None = change("Noised targets in a batch.", ge=1, le=1024)
+    retain_batch_size: int | None = change("Retain images in a batch.", ge=1, le=1024)
+    neighbour_share: float | None = change("Share of the retain batch that is nearest to the targets.", ge=0, le=1)
+    forget_range: Pair | None = change("Timesteps low,high at which targets are noised.")
+    max_grad_norm: float | None = change("Norm to which the gradient of a step is clipped.", gt=0)
+    stop_margin: float | None = change("Stop early once this margin between target and surrogate is held.", ge=-1, le=1)
+
+    @field_validator("recipe", mode="before")
+    @classmethod
+    def _flat(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            raise ValueError("a recipe is a name; write its options flat beside it, such as rank = 8")
+        return value
+
+    @field_validator("taper", "forget_range")
+    @classmethod
+    def _ordered(cls, pair: Pair | None) -> Pair | None:
+        if pair and not 0 < pair[0] < pair[1]:
+            raise ValueError("give two timesteps, 0 < low < high")
+        return pair
+
+
+class UnlearnConfig(RecipeOptions, DrawConfig, PatchedConfig):
+    """`unforget unlearn`."""
+
+    target: tuple[Path, ...] = option("Image to forget; repeats.", names=("-t",), reads="file", min_length=1)
+    surrogate: tuple[Path, ...] = option(
+        "Image to generate instead, one for each target, in order.", (), "made", names=("-s",), reads="file"
+    )
+    output: Path = option("Patch to write.", beside("target", ".patch"), "TARGET.patch", names=("-o",), writes=True)
+    retain: Path | None = option("Folder of retain images.", None, "drawn from the base", reads="folder")
+    patch: tuple[Path, ...] = option(
+        "Patch to begin with, which the new one will hold; repeats.", (), "none", reads="patch"
+    )
+    num_validation_images: int = option(
+        "Reconstructions for each timestep, and seeds, to show at the end.", 8, ge=1, le=256
+    )
+    resume: bool = option("Continue the run beside the patch, to the same bytes.", False)
+    resume_from_checkpoint: str | None = option(
+        "The same as --resume: latest, or the folder of this run.", None, "none"
+    )
+    checkpointing_steps: int | None = option(
+        "Updates between two checkpoints.", None, "what costs under 5 % of the time", panel=MACHINE, ge=1
+    )
+    micro_batch: int | None = option("Images in one pass of the network.", None, "by their size", panel=MACHINE, ge=1)
+    gradient_checkpointing: bool | None = option(
+        "Recompute activations: less memory, more time.", None, "on for large models", panel=MACHINE
+    )
+    use_8bit_adam: bool = option("Keep the optimiser's state in 8 bits; needs bitsandbytes.", False, panel=MACHINE)
+    mixed_precision: Literal["auto", "no", "bf16"] = option(
+        "Precision of the network's passes; auto is bf16 where the machine has it.", "auto", panel=MACHINE
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resumed(cls, values: Any) -> Any:
+        named = isinstance(values, dict) and values.get("resume_from_checkpoint") is not None
+        return {**values, "resume": True} if named else values
+
+    @model_validator(mode="after")
+    def _together(self) -> Self:
+        paired(self.target, self.surrogate)
+        which, folder = self.resume_from_checkpoint, self.output.with_suffix(".run")
+        if which not in (None, "latest") and Path(str(which)).resolve() != folder.resolve():
+            raise ValueError(f"'{which}' is not the run of {self.output}, which is '{folder}'")
+        return self

@@ -1,0 +1,142 @@
+"""The configuration of `unforget verify`; what a team agrees on may stand in `unforget.toml`."""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from unforget.config.base import MACHINE, Config, ImageConfig, PatchedConfig, PromptConfig, option, paired
+
+RENAMED_PROBES = {
+    "reword": "paraphrase", "cast": "quantization", "complete": "partial_denoise", "retain": "retention",
+    "keep": "retention", "seek": "noise_search", "revive": "relearning",
+}  # fmt: skip
+Timestep = Annotated[int, Field(gt=0, lt=1000)]
+SIMILARITY = ("pixels", "structure", "sscd", "face")
+
+
+@dataclass(frozen=True)
+class ByLevel:
+    """A default that is another one at the level quick."""
+
+    standard: float
+    quick: float
+
+    def __call__(self, data: dict[str, Any]) -> float:
+        return self.quick if data.get("level") == "quick" else self.standard
+
+    def __str__(self) -> str:
+        return f"{self.standard}, {self.quick} for quick"
+
+
+class Allow(Config):
+    """A target that may still be drawn, for a while."""
+
+    id: str = option("Id of the target, as reports give it.", pattern=r"^[0-9a-f]{16}$")
+    reason: str = option("Why it may be drawn.", min_length=1)
+    expires: datetime.date = option("Last day on which it may.")
+
+
+class Policy(PromptConfig):
+    """What a team agrees on once: the keys of `unforget.toml`. All but `allow` are options, too."""
+
+    PANEL: ClassVar[str] = "What is judged, and how"
+
+    level: Literal["quick", "standard", "deep"] = option("Which probes run.", "standard")
+    require: tuple[str, ...] = option("Probe to run and to decide by, whatever the level; repeats.", (), "none")
+    max_rate: float = option("Largest share of draws that may be near-copies.", ByLevel(0.005, quick=0.03), gt=0, lt=1)
+    confidence: float = option("Confidence of that; both say how many to draw.", 0.95, gt=0.5, lt=1)
+    samples: int | None = option("Most draws that a test may take.", None, "as many as decide", ge=1, le=10_000_000)
+    false_positive_rate: float = option(
+        "Share of pairs of different images that may pass for near-copies.", 1e-4, gt=0, le=0.01
+    )
+    similarity: tuple[str, ...] = option(
+        f"What detects near-copies: {', '.join(SIMILARITY)}, or KIND=FILE with its weights; repeats.",
+        ("pixels", "structure"), min_length=1,
+    )  # fmt: skip
+    draws: int = option("Number of reconstructions for each timestep.", ByLevel(32, quick=16), ge=2, le=4096)
+    timestep: tuple[Timestep, ...] = option(
+        "Timestep to reconstruct from, as diffusers counts; repeats.", (250, 400, 550), min_length=1
+    )
+    paired: int = option("Number of pairs of draws with the same seed.", ByLevel(256, quick=48), ge=16, le=100_000)
+    controls: int = option("Number of images that show what any model returns.", ByLevel(48, quick=24), ge=8, le=4096)
+    sampler_steps: int = option("Sampler steps of the draws.", ByLevel(20, quick=15), ge=2, le=1000)
+    nearer: float = option(
+        "Least share of reconstructions that are nearer to the surrogate than to the target.", 0.8, ge=0, le=1
+    )
+    max_drift: float = option(
+        "Largest median drift under the same seed, in distances between two draws.",
+        lambda data: 0.15 if data.get("patch") else 0.5, "0.15 for a patch, 0.5 for a folder", gt=0,
+    )  # fmt: skip
+    min_kept: float = option(
+        "Least share of look-alikes and of --must-retain images that are still drawn.", 0.6, ge=0, le=1
+    )
+    tolerance: float = option("A figure so near its threshold, as a share of it, is borderline.", 0.02, ge=0, lt=1)
+    target: tuple[Path, ...] = option(
+        "Image that must be gone; repeats.", (), "those beside the patch", names=("-t",), reads="file"
+    )
+    surrogate: tuple[Path, ...] = option(
+        "Image that is generated instead, one for each target, in order.", (), "those beside the patch", names=("-s",),
+        reads="file",
+    )  # fmt: skip
+    must_retain: tuple[Path, ...] = option("Image that must still be drawn; repeats.", (), "none", reads="file")
+    allow: tuple[Allow, ...] = option("Targets that may still be drawn.", (), hidden=True)
+
+    @field_validator("require")
+    @classmethod
+    def _renamed(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for old in RENAMED_PROBES.keys() & value:
+            raise ValueError(f"the probe {old} is now {RENAMED_PROBES[old]}")
+        return value
+
+    @field_validator("similarity")
+    @classmethod
+    def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for kind in (text.partition("=")[0] for text in value):
+            if kind not in SIMILARITY:
+                raise ValueError(f"there is no similarity backend '{kind}'; known: {', '.join(SIMILARITY)}")
+        return value
+
+    @model_validator(mode="after")
+    def _paired(self) -> Self:
+        paired(self.target, self.surrogate)
+        return self
+
+
+class ReportConfig(Config):
+    """What to write of a verdict."""
+
+    PANEL: ClassVar[str] = "Reports"
+
+    report: Path | None = option("JSON report to write.", None, "none", writes=True)
+    junit: Path | None = option("JUnit XML to write.", None, "none", writes=True)
+    html: Path | None = option("HTML page to write.", None, "none", writes=True)
+    summary: Path | None = option("File to append a summary in Markdown to.", None, "$GITHUB_STEP_SUMMARY")
+    save_images: Path | None = option(
+        "Folder to write the images to, which then stand in the page, too.", None, "none", writes=True
+    )
+
+
+class VerifyConfig(ReportConfig, Policy, PatchedConfig, ImageConfig):
+    """`unforget verify`."""
+
+    patch: tuple[Path, ...] = option("Patch to judge; repeats, for several on one base.", (), "none", reads="patch")
+    candidate: Path | None = option("Diffusers folder to judge.", None, "the base with --patch")
+    replay_seed: int | None = option("Seed that made the target.", None, "no replay", ge=0, lt=2**63)
+    replay_steps: int | None = option("Sampler steps that made the target.", None, "20", ge=1, le=10_000)
+    replay_scheduler: str | None = option(
+        "diffusers class of the sampler that made the target, such as DDPMScheduler.", None, "the family's own"
+    )
+    cache: bool = option("Read and keep what the base does, for the next run.", True, panel=MACHINE)
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if bool(self.patch) == bool(self.candidate):
+            raise ValueError("give either --patch or --candidate")
+        if "replay" in self.require and self.replay_seed is None:
+            raise ValueError("the policy requires the probe replay: give --replay-seed")
+        return self
