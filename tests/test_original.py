@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from unforget.errors import CannotRun
+from unforget.families.layouts import Piece, grouped, to_diffusers, to_original
 from unforget.families.layouts import sd3 as sd3_layout
-from unforget.families.layouts.sd3 import Piece, grouped, to_diffusers, to_original
 
 SMALL = {
     "sample_size": 8, "patch_size": 2, "in_channels": 16, "out_channels": 16, "attention_head_dim": 4,
@@ -169,6 +169,9 @@ def test_the_vae_there_and_back(widths):
     assert_same(written(layout, weights), checkpoint)
 
 
+PARTS = {1: "text_encoder", 2: "text_encoder_2"}
+
+
 @pytest.mark.parametrize("quant", [False, True])
 @pytest.mark.parametrize("attention", [False, True])
 def test_the_vae_has_what_its_configuration_says(quant, attention):
@@ -193,7 +196,7 @@ def saved(model, folder):
 def test_the_two_clips_are_what_diffusers_reads(tmp_path):
     folders = {which: tmp_path / str(which) for which in (1, 2)}
     files = {which: saved(CLIPTextModelWithProjection(clip(8 * which)), folders[which]) for which in (1, 2)}
-    layouts = {which: sd3_layout.text_encoder(which, files[which]) for which in (1, 2)}
+    layouts = {which: sd3_layout.text_encoder(PARTS[which], files[which]) for which in (1, 2)}
     checkpoint = written(layouts[1], files[1]) | written(layouts[2], files[2])
     assert "text_encoders.clip_g.transformer.text_projection.weight" in checkpoint
     for which in (1, 2):
@@ -209,8 +212,8 @@ def test_the_two_clips_are_what_diffusers_reads(tmp_path):
 
 def test_a_clip_without_the_wrapper_has_the_same_original(tmp_path):
     weights = saved(CLIPTextModel(clip(8)), tmp_path)
-    layout = sd3_layout.text_encoder(1, weights)
-    wrapped = sd3_layout.text_encoder(1, CLIPTextModelWithProjection(clip(8)).state_dict())
+    layout = sd3_layout.text_encoder("text_encoder", weights)
+    wrapped = sd3_layout.text_encoder("text_encoder", CLIPTextModelWithProjection(clip(8)).state_dict())
     projection = "text_encoders.clip_l.transformer.text_projection.weight"
     assert {p.original for p in layout.values()} == {p.original for p in wrapped.values()} - {projection}
     theirs = create_diffusers_clip_model_from_ldm(
@@ -225,13 +228,13 @@ def test_t5_is_what_diffusers_reads(tmp_path):
         vocab_size=20, d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu",
     )).eval()  # fmt: skip
     weights = saved(model, tmp_path)
-    layout = sd3_layout.text_encoder(3, weights)
+    layout = sd3_layout.text_encoder("text_encoder_3", weights)
     checkpoint = written(layout, weights)
     prefix = "text_encoders.t5xxl.transformer."
     assert "encoder.embed_tokens.weight" not in weights
     assert torch.equal(checkpoint[prefix + "shared.weight"], checkpoint[prefix + "encoder.embed_tokens.weight"])
     assert_same(read(layout, checkpoint), weights)
-    whole = sd3_layout.text_encoder(3, model.state_dict())  # both names, no copy
+    whole = sd3_layout.text_encoder("text_encoder_3", model.state_dict())  # both names, no copy
     assert_same(written(whole, model.state_dict()), checkpoint)
 
     def opened(checkpoint):
@@ -278,8 +281,8 @@ def single(pipeline, tmp_path_factory):
     parts = {
         "transformer": sd3_layout.transformer(pipeline.transformer.config),
         "vae": sd3_layout.vae(pipeline.vae.config),
-        "text_encoder": sd3_layout.text_encoder(1, pipeline.text_encoder.state_dict()),
-        "text_encoder_2": sd3_layout.text_encoder(2, pipeline.text_encoder_2.state_dict()),
+        "text_encoder": sd3_layout.text_encoder("text_encoder", pipeline.text_encoder.state_dict()),
+        "text_encoder_2": sd3_layout.text_encoder("text_encoder_2", pipeline.text_encoder_2.state_dict()),
     }
     checkpoint = {}
     for name, layout in parts.items():

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from unforget.core.recipe import Recipe
 from unforget.errors import UsageError
-from unforget.families.spec import FAMILIES
+from unforget.families import FAMILIES
 from unforget.files.storage import MAX_JSON
 from unforget.surrogate.editors import Editor, SDEdit
 

@@ -199,7 +199,7 @@ def recipe_of(config: UnlearnConfig) -> Recipe:
     """The recipe that a run follows: the one given, or the named one of the model's kind."""
     if isinstance(config.recipe, Recipe):
         return config.recipe
-    return recipe(config.recipe.name, families.kind(config.model), **config.recipe.changes)
+    return recipe(config.recipe.name, families.spec_of(config.model).name, **config.recipe.changes)
 
 
 def memory_plan(config: UnlearnConfig) -> dict[str, float]:

@@ -1,8 +1,8 @@
-"""Where the tensors of diffusers lie in an original Stable Diffusion 3 checkpoint, one tensor at a time, both ways.
+"""The original layout of Stable Diffusion 3, as data.
 
 Stability ships SD3 and SD3.5 as one `.safetensors` file with the names of its own code (`mmditx.py`, `sd3_impls.py`,
 `other_impls.py`). diffusers reads that (`diffusers.loaders.single_file_utils`) and cannot write it. The maps here are
-that reader's, turned into data: every tensor of diffusers is one `Piece` of the original, and no bit is lost.
+that reader's: every tensor of diffusers is one `Piece` of the original, and no bit is lost.
 
 A file may hold more, which diffusers drops and no `Piece` names: `text_encoders.*.logit_scale`, the `position_ids` of
 old CLIP files, and what belongs to a T5 in scaled float8 (`scaled_fp8`, `*.scale_weight`).
@@ -11,40 +11,22 @@ old CLIP files, and what belongs to a T5 in scaled float8 (`scaled_fp8`, `*.scal
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from unforget.errors import CannotRun
+from unforget.families.layouts import Layout, Piece
+from unforget.files.storage import Lazy
 
 TRANSFORMER = "model.diffusion_model."
 VAE = "first_stage_model."
 TEXT_ENCODERS = {
-    1: "text_encoders.clip_l.transformer.",
-    2: "text_encoders.clip_g.transformer.",
-    3: "text_encoders.t5xxl.transformer.",
+    "text_encoder": "text_encoders.clip_l.transformer.",
+    "text_encoder_2": "text_encoders.clip_g.transformer.",
+    "text_encoder_3": "text_encoders.t5xxl.transformer.",
 }
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Where a tensor of diffusers lies in the original.
-
-    Args:
-        original: The name there.
-        part: (index, count): part `index` of `count` equal parts along dim 0, as of fused q, k and v.
-        swapped: Its halves along dim 0 change places: (shift, scale) in the original, (scale, shift) in diffusers.
-        convolution: A 1x1 convolution in the original, (out, in, 1, 1), a linear layer in diffusers, (out, in).
-        copies: Further names in the original under which the same tensor is stored again.
-    """
-
-    original: str
-    part: tuple[int, int] = (0, 1)
-    swapped: bool = False
-    convolution: bool = False
-    copies: tuple[str, ...] = ()
 
 
 def _attention(ours: str, projections: Sequence[str], original: str) -> dict[str, Piece]:
@@ -180,19 +162,19 @@ def vae(config: Mapping[str, Any]) -> dict[str, Piece]:
     return _tensors(rules, VAE)
 
 
-def text_encoder(which: int, names: Iterable[str]) -> dict[str, Piece]:
+def text_encoder(part: str, names: Iterable[str]) -> dict[str, Piece]:
     """The tensors of a text encoder, whose names are transformers' in the original, too.
 
     Stock `from_single_file` puts an identity in place of clip_l's `text_projection.weight`, whatever the file holds:
     SD3 takes clip_l's pooled output as it is. Other files may hold one, so it keeps its place here.
 
     Args:
-        which: 1 for clip_l, 2 for clip_g, 3 for t5xxl.
+        part: Of the pipeline.
         names: As a state dict or file of transformers has them: CLIP with `text_model.` (CLIPTextModelWithProjection)
             or without (CLIPTextModel of transformers 5); T5 with its embedding under two names or, as in files, one.
     """
-    names, prefix = list(names), TEXT_ENCODERS[which]
-    if which != 3:
+    names, prefix = list(names), TEXT_ENCODERS[part]
+    if part != "text_encoder_3":
         heads = ("text_model.", "text_projection.")
         return {n: Piece(prefix + (n if n.startswith(heads) else f"text_model.{n}")) for n in names}
     layout = {name: Piece(prefix + name) for name in names}
@@ -204,53 +186,16 @@ def text_encoder(which: int, names: Iterable[str]) -> dict[str, Piece]:
     return layout
 
 
-def grouped(layout: Mapping[str, Piece]) -> dict[str, list[str]]:
-    """Every name of the original, copies included, with the names in diffusers that make it up, in order of part."""
-    found: dict[str, list[str]] = {}
-    for name, piece in sorted(layout.items(), key=lambda item: item[1].part[0]):
-        for original in (piece.original, *piece.copies):
-            found.setdefault(original, []).append(name)
-    return found
+def check(part: str, tensors: Mapping[str, Lazy]) -> None:
+    """Refuse a clip_l whose projection stock `from_single_file` would drop: it puts an identity in its place."""
+    projection = tensors.get("text_projection.weight")
+    if part == "text_encoder" and projection is not None:
+        found = projection.make()
+        if not torch.equal(found, torch.eye(len(found), dtype=found.dtype)):
+            raise CannotRun(
+                "text_encoder has a projection that is not the identity: stock loaders of a single file drop it",
+                "Give the format diffusers or transformer.",
+            )
 
 
-def _parts(tensor: Tensor, count: int, name: str) -> tuple[Tensor, ...]:
-    """Equal parts along dim 0: (count n, ...) as `count` times (n, ...)."""
-    if len(tensor) % count:
-        raise CannotRun(f"'{name}' {tuple(tensor.shape)} is not {count} equal parts", "Give a checkpoint of SD3.")
-    return tensor.reshape(count, len(tensor) // count, *tensor.shape[1:]).unbind()
-
-
-def _swap(tensor: Tensor, name: str) -> Tensor:
-    """The halves of (2 d, ...) in the other order."""
-    return torch.cat(_parts(tensor, 2, name)[::-1])
-
-
-def to_diffusers(piece: Piece, tensor: Tensor) -> Tensor:
-    """diffusers' tensor, a view where it can be, of the original's whole `tensor`, named `piece.original`.
-
-    Raises:
-        CannotRun: If it cannot be divided as it should.
-    """
-    index, count = piece.part
-    if count > 1:
-        tensor = _parts(tensor, count, piece.original)[index]
-    if piece.swapped:
-        tensor = _swap(tensor, piece.original)
-    return tensor.reshape(tensor.shape[:2]) if piece.convolution else tensor
-
-
-def to_original(pieces: Sequence[tuple[Piece, Tensor]]) -> Tensor:
-    """The original's tensor, contiguous, of all of diffusers' that share its name, in any order.
-
-    Raises:
-        CannotRun: If a part is missing, or parts differ in shape or precision: they would not be what they were.
-    """
-    pieces = sorted(pieces, key=lambda item: item[0].part[0])
-    name, count = pieces[0][0].original, pieces[0][0].part[1]
-    if [(p.original, p.part) for p, _ in pieces] != [(name, (i, count)) for i in range(count)]:
-        raise CannotRun(f"'{name}' needs {count} parts, each once", "Give a model that is complete.")
-    if len({(t.shape, t.dtype) for _, t in pieces}) > 1:
-        raise CannotRun(f"the parts of '{name}' differ in shape or dtype", "Give a model of one precision.")
-    parts = [_swap(t, name) if p.swapped else t for p, t in pieces]
-    parts = [t[..., None, None] if p.convolution else t for (p, _), t in zip(pieces, parts, strict=True)]
-    return torch.cat(parts) if count > 1 else parts[0].contiguous()
+LAYOUT = Layout("joint_blocks.", TRANSFORMER, VAE, TEXT_ENCODERS, transformer, vae, text_encoder, check)
