@@ -146,7 +146,7 @@ def meta(cls, config):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_transformer_there_and_back(name):
     config = SMALL | ARCHITECTURES[name]
-    checkpoint, layout = mmdit(config).random(), sd3_layout.transformer(config)
+    checkpoint, layout = mmdit(config).random(), sd3_layout.transformer(meta(SD3Transformer2DModel, config))
     weights = read(layout, checkpoint)
     assert_same(weights, convert_sd3_transformer_checkpoint_to_diffusers(dict(checkpoint)))  # it empties what it gets
     assert shapes_of(weights) == shapes_of(meta(SD3Transformer2DModel, config))
@@ -162,7 +162,7 @@ def test_the_vae_there_and_back(widths):
         "block_out_channels": widths, "down_block_types": VAE["down_block_types"][:n],
         "up_block_types": VAE["up_block_types"][:n],
     }  # fmt: skip
-    checkpoint, layout = autoencoder(config).random(), sd3_layout.vae(config)
+    checkpoint, layout = autoencoder(config).random(), sd3_layout.vae(meta(AutoencoderKL, config))
     weights = read(layout, checkpoint)
     assert_same(weights, convert_ldm_vae_checkpoint(dict(checkpoint), config))
     assert shapes_of(weights) == shapes_of(meta(AutoencoderKL, config))
@@ -176,7 +176,10 @@ PARTS = {1: "text_encoder", 2: "text_encoder_2"}
 @pytest.mark.parametrize("attention", [False, True])
 def test_the_vae_has_what_its_configuration_says(quant, attention):
     config = VAE | {"use_quant_conv": quant, "use_post_quant_conv": quant, "mid_block_add_attention": attention}
-    assert sd3_layout.vae(config).keys() == meta(AutoencoderKL, config).keys()
+    torch.manual_seed(0)
+    weights = AutoencoderKL.from_config(config).state_dict()
+    checkpoint = written(sd3_layout.vae(weights), weights)
+    assert_same(convert_ldm_vae_checkpoint(dict(checkpoint), config), weights)
 
 
 def clip(width):
@@ -279,8 +282,8 @@ def single(pipeline, tmp_path_factory):
     for weights in (folder / "config").rglob("*.safetensors"):
         weights.unlink()
     parts = {
-        "transformer": sd3_layout.transformer(pipeline.transformer.config),
-        "vae": sd3_layout.vae(pipeline.vae.config),
+        "transformer": sd3_layout.transformer(pipeline.transformer.state_dict()),
+        "vae": sd3_layout.vae(pipeline.vae.state_dict()),
         "text_encoder": sd3_layout.text_encoder("text_encoder", pipeline.text_encoder.state_dict()),
         "text_encoder_2": sd3_layout.text_encoder("text_encoder_2", pipeline.text_encoder_2.state_dict()),
     }
@@ -332,7 +335,11 @@ def test_parts_come_whole_and_alike():
 
 
 def test_what_the_original_does_not_know_is_refused():
-    with pytest.raises(CannotRun, match="layer_norm"):
-        sd3_layout.transformer(SMALL | {"num_layers": 2, "qk_norm": "layer_norm"})
-    with pytest.raises(CannotRun, match="AttnDownEncoderBlock2D"):
-        sd3_layout.vae(VAE | {"down_block_types": ["DownEncoderBlock2D"] * 3 + ["AttnDownEncoderBlock2D"]})
+    config = SMALL | {"num_layers": 2, "qk_norm": "layer_norm"}
+    with pytest.raises(CannotRun, match=r"no place for 'transformer_blocks\.0\.attn\.norm_q\.bias'"):
+        sd3_layout.transformer(meta(SD3Transformer2DModel, config))
+    with pytest.raises(CannotRun, match="no place for 'x'"):
+        sd3_layout.transformer(["x"])
+    config = VAE | {"down_block_types": ["DownEncoderBlock2D"] * 3 + ["AttnDownEncoderBlock2D"]}
+    with pytest.raises(CannotRun, match=r"no place for 'encoder\.down_blocks\.3\.attentions"):
+        sd3_layout.vae(meta(AutoencoderKL, config))

@@ -128,7 +128,7 @@ def test_sockets_are_blocked_here():
 def test_local_models_ask_nobody(ref, folder, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     if ref == "file":
-        save_file({"joint_blocks.0": torch.ones(1)}, tmp_path / "x.safetensors")
+        save_file({"model.diffusion_model.joint_blocks.0.x": torch.ones(1)}, tmp_path / "x.safetensors")
         with pytest.raises(UsageError, match="does not say what its model is made of"):
             families.load(str(tmp_path / "x.safetensors"))
     else:

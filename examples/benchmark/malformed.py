@@ -129,7 +129,7 @@ def sound(folder: Path) -> None:
     state = sd3.transformer.state_dict()
     made = made.model_copy(update={"base": "sd3", "base_digest": digest(state)})
     Patch({n: t + 0.01 for n, t in state.items() if "attn.to_q" in n}, made).save(folder / "b.patch")
-    layout = sd3_layout.transformer(sd3.transformer.config) | sd3_layout.vae(sd3.vae.config)
+    layout = sd3_layout.transformer(sd3.transformer.state_dict()) | sd3_layout.vae(sd3.vae.state_dict())
     tensors = {**sd3.transformer.state_dict(), **sd3.vae.state_dict()}
     names = layouts.grouped(layout)
     single = {n: layouts.to_original([(layout[d], tensors[d]) for d in inner]) for n, inner in names.items()}

@@ -21,14 +21,6 @@ class LatentTextToImage(DiffusionModel):
     """A latent text-to-image pipeline behind the `Family` protocol; x_0 is the scaled, shifted posterior mean.
 
     Prompts are embedded once, by `prompt_ids`; after `unload_text_encoders` only known prompts work.
-
-    Args:
-        spec: The row.
-        pipeline: The loaded pipeline; an optional text encoder may be None.
-        name: What the user called it.
-        options: `guidance` and `resolution` replace the model's own; `device` is where network, autoencoder and, while
-            they embed, text encoders work.
-        hints: What its folder says.
     """
 
     def __init__(
@@ -135,19 +127,10 @@ class LatentTextToImage(DiffusionModel):
     def inpaint(
         self, picture: Tensor, mask: Tensor, *, prompt_id: int, strength: float, count: int, steps: int, seed: int
     ) -> Tensor:
-        """Fills of a masked picture by the same weights, through diffusers' inpainting pipeline.
+        """`count` fills (count, 3, H, W) of a picture (3, H, W) in [-1, 1] where the mask (1, H, W) is 1.
 
-        Args:
-            picture: (3, H, W) in [-1, 1].
-            mask: (1, H, W), 1 where to fill.
-            prompt_id: Of the prompt.
-            strength: Share of the schedule that is done again.
-            count: How many fills.
-            steps: Steps of a whole sampling run.
-            seed: Of the first; the others follow.
-
-        Returns:
-            (count, 3, H, W) in [-1, 1].
+        By the same weights in diffusers' inpainting pipeline, from the share `strength` of the schedule; `seed` is the
+        first one's, and the others follow.
         """
         import diffusers
 

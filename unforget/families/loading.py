@@ -36,31 +36,25 @@ class Hints(BaseModel):
 
 @dataclass(frozen=True)
 class Options:
-    """How to open a model; see `load`.
-
-    Without a precision the network's and that of the rest are the family's choice. A network that is given is not
-    loaded again.
-    """
+    """How to open a model; `resolution` and `guidance` replace the model's own."""
 
     allow_pickle: bool = False
+    """Also open `.bin` weights, with torch's restricted unpickler."""
     device: str = "cpu"
     resolution: int | None = None
     guidance: float | None = None
     pipeline_config: Path | None = None
+    """A diffusers folder, or a hub id, that says what a single file holds."""
     t5: bool = True
+    """Whether to load optional text encoders."""
     network_dtype: torch.dtype | None = None
     rest_dtype: torch.dtype | None = None
     network: Any = None
+    """Taken instead of the model's own, which is not loaded then."""
 
 
 def load(ref: str, options: Options | None = None) -> Family:
     """The model that `ref` names: an alias, a diffusers folder, a single file, or a hub id `owner/name[@revision]`.
-
-    Args:
-        ref: What the user said.
-        options: `allow_pickle` also opens `.bin` weights (with torch's restricted unpickler); `device` is where the
-            weights go; `resolution` and `guidance` replace the model's own; `pipeline_config` is a diffusers folder
-            that says what a single file holds; without `t5` an optional text encoder is left out.
 
     Raises:
         UsageError: If `ref` names nothing that can be opened, or only pickled weights.
@@ -140,9 +134,6 @@ def hints(folder: Path) -> Hints:
 def editor(ref: str) -> tuple[Any, str]:
     """An instruction editor, any diffusers pipeline that takes an image and a prompt, and the name of its licence.
 
-    Args:
-        ref: Hub id `owner/name[@revision]`, or a folder.
-
     Raises:
         UsageError: If the pipeline takes no image and prompt.
         CannotRun: If opening it failed.
@@ -188,7 +179,12 @@ def _spec(source: str, ref: str) -> FamilySpec:
     path = Path(source)
     if path.is_file():
         return _spec_of_single(path, ref)
-    name = _class_name(path) if path.is_dir() else _class_on_hub(source, ref)
+    if path.is_dir():
+        name = _class_name(path)
+    else:
+        from diffusers import DiffusionPipeline
+
+        name = opening(ref, source, lambda: DiffusionPipeline.load_config(**where(source))["_class_name"])
     for spec in families.FAMILIES:
         if spec.pipeline_class == name:
             return spec
@@ -205,33 +201,20 @@ def _spec_of_single(file: Path, ref: str) -> FamilySpec:
         raise UsageError(f"'{ref}' cannot be opened: {error}", "Get it again.") from None
     with_layout = [spec for spec in families.FAMILIES if spec.layout is not None]
     for spec in with_layout:
-        if spec.layout is not None and any(spec.layout.mark in name for name in names):
+        if spec.layout is not None and any(n.startswith(spec.layout.mark) for n in names):
             return spec
     known = ", ".join(spec.title for spec in with_layout)
     raise UsageError(f"'{ref}' is a checkpoint of no family that has such", f"Give one of: {known}; or a folder.")
 
 
 def _class_name(folder: Path) -> str:
-    index = folder / "model_index.json"
+    index, hint = folder / "model_index.json", "Give the folder that `pipeline.save_pretrained` wrote."
     if not index.is_file():
-        raise UsageError(
-            f"'{folder}' has no model_index.json", "Give the folder that `pipeline.save_pretrained` wrote."
-        )
+        raise UsageError(f"'{folder}' has no model_index.json", hint)
     try:
         return str(read_json(index)["_class_name"])
     except (ValueError, KeyError, TypeError):
-        raise UsageError(
-            f"'{index}' does not name a pipeline class", "Save the pipeline again with diffusers."
-        ) from None
-
-
-def _class_on_hub(source: str, ref: str) -> Any:
-    def ask() -> Any:
-        from diffusers import DiffusionPipeline
-
-        return DiffusionPipeline.load_config(**where(source))["_class_name"]
-
-    return opening(ref, source, ask)
+        raise UsageError(f"'{index}' does not name a pipeline class", hint) from None
 
 
 def where(source: str) -> dict[str, str]:

@@ -30,35 +30,30 @@ RUNTIME = 0.5 * 2**30
 def trim_memory(numbers: int) -> None:
     """Give freed memory back, after what was done with a network of so many numbers, if they are many.
 
-    glibc keeps what lies between pieces in use, and that can be gigabytes: the table of positions of an SD3 alone takes
-    1.3 GiB while it is computed, in float64.
+    glibc keeps what lies between pieces in use, which can be gigabytes: SD3's table of positions takes 1.3 GiB while it
+    is computed, in float64.
     """
-    if numbers <= LARGE:
-        return
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    if numbers > LARGE:
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes of a run, by what they are for.
-
-    Attributes:
-        runtime: Interpreter and libraries (on the CPU).
-        weights: The network, and the autoencoder where there is one.
-        base: A frozen second copy, unless an adapter is trained.
-        gradients: Of both losses and their combination.
-        optimizer: Two moments of every trained weight.
-        activations: What autograd keeps of the largest pass.
-    """
+    """Bytes of a run, by what they are for."""
 
     runtime: int
     weights: int
+    """The network, and the autoencoder where there is one."""
     base: int
+    """A frozen second copy, unless an adapter is trained."""
     gradients: int
+    """Of both losses and their combination."""
     optimizer: int
+    """Two moments of every trained weight."""
     activations: int
+    """What autograd keeps of the largest pass."""
 
     @property
     def peak(self) -> int:
@@ -72,23 +67,16 @@ class Plan:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A network without content.
-
-    Attributes:
-        spec: The row of its family.
-        network: The module.
-        latent_shape, image_shape: (C, H, W) of what it works on, and of a picture.
-        beside: Bytes of what is loaded beside it.
-    """
+    """A network without content, (C, H, W) of what it works on and of an image, and bytes of what is beside it."""
 
     spec: FamilySpec
     network: Any
     latent_shape: tuple[int, int, int]
     image_shape: tuple[int, int, int]
-    beside: int
+    beside: int = 0
 
     def forward(self, n: int) -> Tensor:
-        """One pass over so many images."""
+        """One pass over n images."""
         shapes = self.latent_shape, *self.spec.conditioning_shapes(self.network.config)
         x_t, *conditioning = (torch.empty(n, *s, device="meta", dtype=self.network.dtype) for s in shapes)
         return self.spec.call(self.network, x_t, torch.zeros(n, device="meta"), conditioning)
@@ -117,33 +105,30 @@ def _blueprint(ref: str, source: str, spec: FamilySpec, options: Options) -> Blu
     dtype = dtype_of(spec, config)
     with torch.device("meta"):
         network = network_class(spec).from_config(config).to(dtype)
-    if not spec.prompted:
-        return Blueprint(spec, network, pixels(config), pixels(config), 0)
+    if not spec.inpaint_class:
+        return Blueprint(spec, network, pixels(config), pixels(config))
     parts = AutoencoderKL.load_config(**where(source), subfolder="vae")
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(parts).to(getattr(torch, spec.vae_dtype) if spec.vae_dtype else dtype)
     factor = 2 ** (len(parts["block_out_channels"]) - 1)
-    beside = sum(p.numel() * p.element_size() for p in vae.parameters())
-    return Blueprint(spec, network, *shapes(spec, config, factor, ref, options.resolution), beside)
+    return Blueprint(spec, network, *shapes(spec, config, factor, ref, options.resolution), _bytes(vae.parameters()))
+
+
+def _bytes(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def reckon(found: Blueprint, scope: Scope, rank: int, *, micro_batch: int, checkpointing: bool, half: bool) -> Plan:
-    """What a run of a scope takes.
+    """What a run of a scope takes, with `micro_batch` images in one pass, which `half` computes in 16 bits.
 
-    Args:
-        found: The network.
-        scope: What is trained.
-        rank: Of the adapter, where it is one.
-        micro_batch: Images in one pass.
-        checkpointing: Whether blocks are computed again instead of kept.
-        half: Whether passes are computed in 16 bits.
+    With `checkpointing` blocks are computed again instead of kept.
     """
     from unforget.families.model import trainable
 
     network = found.network
-    weights = sum(p.numel() * p.element_size() for p in network.parameters())
+    weights = _bytes(network.parameters())
     trained = trainable(found.spec, network, scope, rank=rank, alpha=1, seed=0)
-    mine = sum(p.numel() * p.element_size() for p in trained)
+    mine = _bytes(trained)
     network.requires_grad_(False)
     for p in trained:
         p.requires_grad_(True)
@@ -152,11 +137,9 @@ def reckon(found: Blueprint, scope: Scope, rank: int, *, micro_batch: int, check
         network.enable_gradient_checkpointing()
         # The inputs of all blocks, and one block's inside while it is computed again.
         kept = _kept(found, micro_batch) + kept // found.spec.blocks(network.config)
-    narrow = half and next(network.parameters()).dtype == torch.float32
-    return Plan(
-        int(RUNTIME), weights + found.beside, 0 if scope == "lora" else weights, 3 * mine, 2 * mine,
-        kept // 2 if narrow else kept,
-    )  # fmt: skip
+    if half and next(network.parameters()).dtype == torch.float32:
+        kept //= 2
+    return Plan(int(RUNTIME), weights + found.beside, 0 if scope == "lora" else weights, 3 * mine, 2 * mine, kept)
 
 
 def _kept(found: Blueprint, n: int) -> int:

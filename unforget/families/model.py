@@ -18,14 +18,7 @@ from unforget.families.spec import FamilySpec, check_scope
 
 
 class DiffusionModel:
-    """A stock pipeline and the row of its family; subclasses say what images and prompts are to the network.
-
-    Args:
-        spec: The row.
-        pipeline: The loaded pipeline.
-        name: What the user called it.
-        device: Where the network works.
-    """
+    """A stock pipeline and the row of its family; subclasses say what images and prompts are to the network."""
 
     latent_shape: tuple[int, int, int]
     image_shape: tuple[int, int, int]

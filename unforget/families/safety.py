@@ -42,12 +42,9 @@ STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
 
 def check(folder: Path, spec: FamilySpec, allow_pickle: bool) -> None:
-    """Refuse a folder that is not what it says. Parts that are never loaded are not looked at.
+    """Refuse a diffusers folder, nested or flat, that is not what it says; parts that are never loaded apart.
 
-    Args:
-        folder: A diffusers folder, nested or flat.
-        spec: The row of its family.
-        allow_pickle: Whether weights may be pickled; those are then left to torch's restricted unpickler.
+    Pickled weights, where allowed, are left to torch's restricted unpickler.
 
     Raises:
         UsageError: If its files are not those of a model.
@@ -64,12 +61,7 @@ def check(folder: Path, spec: FamilySpec, allow_pickle: bool) -> None:
 
 
 def check_single(file: Path, spec: FamilySpec, config: Path) -> None:
-    """Refuse a single file that is none, or a configuration for it that asks for more than it holds.
-
-    Args:
-        file: The checkpoint.
-        spec: The row of its family.
-        config: A diffusers folder of that model; its weights, if any, are not looked at.
+    """Refuse a single file, or a diffusers folder for it whose configuration asks for more than the file holds.
 
     Raises:
         UsageError: If either is not what it says.
@@ -81,17 +73,11 @@ def check_single(file: Path, spec: FamilySpec, config: Path) -> None:
             if isinstance(value, list) and _part(name, value)[1]:
                 for table in sorted((config / name).glob("*config.json")):
                     _check_numbers(read_json(table), f"{name}/{table.name}")
-        asked = read_json(config / spec.network / "config.json")
+        network = _made("diffusers", spec.network_class, read_json(config / spec.network / "config.json"))
     except (BadFile, OSError, AttributeError) as error:
         reason = error if isinstance(error, BadFile) else f"'{config}' is no diffusers folder"
         raise UsageError(
             f"'{file}' cannot be opened: {reason}", "Get it again, or give another --pipeline-config."
-        ) from None
-    try:
-        network = _made("diffusers", spec.network_class, asked)
-    except Exception as error:
-        raise UsageError(
-            f"'{config}' describes no {spec.network_class}: {error}", "Give another --pipeline-config."
         ) from None
     wanted = sum(p.numel() for p in network.parameters())
     held = sum(math.prod(t.shape) for t in tensors.values())
@@ -205,13 +191,11 @@ def _check_numbers(value: Any, where: str, key: str = "", depth: int = 0) -> Non
 
 def _fits(config: Any, name: str, library: str, class_name: str, tensors: Mapping[str, Lazy]) -> None:
     """Compare what a configuration asks for with what the file holds."""
-    try:
-        part = _made(library, class_name, config)
-    except Exception as error:  # whatever a library makes of a configuration that is none
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BadFile(f"{name}/config.json describes no {class_name}: {reason[:120]}") from None
+    part = _made(library, class_name, config)
     there = {_named(n, library): tuple(t.shape) for n, t in tensors.items()}
-    for tensor, shape in ((_named(n, library), tuple(t.shape)) for n, t in _own(part)):
+    stored = set(part.state_dict())
+    own = [*part.named_parameters(), *((n, t) for n, t in part.named_buffers() if n in stored)]  # each tensor once
+    for tensor, shape in ((_named(n, library), tuple(t.shape)) for n, t in own):
         if tensor not in there:
             raise CannotRun(f"'{name}' lacks '{tensor}'", "Get the model again.")
         if there[tensor] != shape and not (len(there[tensor]) == len(shape) + 2 and there[tensor][:-2] == shape):
@@ -231,14 +215,12 @@ def _named(name: str, library: str) -> str:
     return name
 
 
-def _own(part: Any) -> list[tuple[str, Any]]:
-    """A part's tensors, those once that have several names (T5's embedding)."""
-    stored = set(part.state_dict())
-    return [*part.named_parameters(), *((n, t) for n, t in part.named_buffers() if n in stored)]
-
-
 def _made(library: str, class_name: str, config: Any) -> Any:
-    """A part without content."""
-    kind = getattr(import_module(library), class_name)
-    with torch.device("meta"):
-        return kind.from_config(config) if library == "diffusers" else kind(kind.config_class.from_dict(config))
+    """A part without content, as a configuration describes it."""
+    try:
+        kind = getattr(import_module(library), class_name)
+        with torch.device("meta"):
+            return kind.from_config(config) if library == "diffusers" else kind(kind.config_class.from_dict(config))
+    except Exception as error:  # whatever a library makes of a configuration that is none
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadFile(f"the configuration describes no {class_name}: {reason[:120]}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -36,26 +37,18 @@ STEM = STEMS["diffusers"]
 
 @dataclass(frozen=True)
 class Source:
-    """Where a loaded model came from.
-
-    Attributes:
-        tensors: Of its network as they lie on disk, by the names they have in it; empty where they cannot be read so:
-            pickled weights, or a layout that diffusers translates while it loads.
-        metadata: Of the file that holds them, the first shard's.
-        home: Folder with the configuration of all parts; None for a single file that came without one.
-        file: The single file, if it is one.
-        layout: Of single files of its family, if it has such.
-    """
+    """Where a loaded model came from."""
 
     tensors: Mapping[str, Lazy]
+    """Of its network as they lie on disk, by their names in it; none where they cannot be read so: if they are pickled,
+    or diffusers translates them while it loads."""
     metadata: dict[str, str]
+    """Of the file that holds them, the first shard's."""
     home: Path | None
+    """Folder with the configuration of all parts; None for a single file that came without one."""
     file: Path | None = None
+    """The single file, if it is one."""
     layout: Layout | None = None
-
-    def flat(self, part: str) -> bool:
-        """Whether the folder has the layout of old DDPM repositories, all in its root."""
-        return self.home is not None and not (self.home / part).is_dir()
 
 
 def source(ref: str, family: Family, pipeline_config: Path | None) -> Source:
@@ -68,13 +61,13 @@ def source(ref: str, family: Family, pipeline_config: Path | None) -> Source:
     try:
         if home is None:
             single = open_tensors(Path(ref))
-            tensors = _matching(_named(spec, [single], family.network.config), family.network)
+            tensors = _tensors(spec, [single], family.network)
             return Source(tensors, single.metadata, pipeline_config, Path(ref), spec.layout)
         part = home / spec.network
         found = opened(part if part.is_dir() else home, STEM, variant(home, spec.network))
     except BadFile as error:
         raise CannotRun(f"cannot read the weights of '{ref}': {error}", "Get the model again.") from None
-    tensors = _matching(_named(spec, found, family.network.config), family.network)
+    tensors = _tensors(spec, found, family.network)
     return Source(tensors, found[0].metadata if found else {}, home, layout=spec.layout)
 
 
@@ -115,7 +108,7 @@ def _built(spec: FamilySpec, config: Mapping[str, Any], found: list[Opened], dty
     if (numbers := sum(p.numel() for p in network.parameters())) <= LARGE:
         return None
     families.trim_memory(numbers)
-    tensors = _matching(_named(spec, found, network.config), network)
+    tensors = _tensors(spec, found, network)
     for name, lazy in tensors.items():
         value = lazy.make()
         value = value.to(dtype) if value.is_floating_point() else value
@@ -123,17 +116,15 @@ def _built(spec: FamilySpec, config: Mapping[str, Any], found: list[Opened], dty
     return network.eval() if tensors else None
 
 
-def _named(spec: FamilySpec, found: list[Opened], config: Any) -> dict[str, Lazy]:
-    """The tensors of a network's files under diffusers' names, which some have and others get."""
-    tensors = {name: lazy for one in found for name, lazy in one.tensors.items()}
-    if spec.layout is None or not any(name.startswith(spec.layout.prefix) for name in tensors):
-        return tensors
-    return from_original(tensors, spec.layout.network(config))
+def _tensors(spec: FamilySpec, found: list[Opened], network: nn.Module) -> dict[str, Lazy]:
+    """The tensors of a network's files under diffusers' names, in its order, if they are all of its and nothing else.
 
-
-def _matching(tensors: Mapping[str, Lazy], network: nn.Module) -> Mapping[str, Lazy]:
-    """The tensors in the network's order, if they are all of its and nothing else."""
-    wanted = {n: tuple(t.shape) for n, t in network.state_dict().items()}
+    Of a single file in the original layout, whatever else it holds.
+    """
+    tensors, state = {n: lazy for one in found for n, lazy in one.tensors.items()}, network.state_dict()
+    if spec.layout is not None and any(name.startswith(spec.layout.mark) for name in tensors):
+        tensors = from_original(tensors, spec.layout.network(state))
+    wanted = {n: tuple(t.shape) for n, t in state.items()}
     return {n: tensors[n] for n in wanted} if {n: t.shape for n, t in tensors.items()} == wanted else {}
 
 
@@ -145,12 +136,12 @@ def checkpoint(origin: Source, network: Mapping[str, Lazy], config: Any) -> dict
     """
     layout = origin.layout
     assert layout is not None
-    found = originals(network, layout.network(config))
+    found = originals(network, layout.network(network))
     if origin.file is not None:
         return {**open_tensors(origin.file).tensors, **found}
     assert origin.home is not None
-    vae = read_json(origin.home / "vae" / "config.json")
-    found |= originals(_part(origin.home / "vae", STEM), layout.vae(vae))
+    tensors = _part(origin.home / "vae", STEM)
+    found |= originals(tensors, layout.vae(tensors))
     for name in layout.text_encoders:
         if (origin.home / name).is_dir():
             tensors = _part(origin.home / name, STEMS["transformers"])
@@ -175,19 +166,17 @@ def large(family: Family) -> bool:
 @contextmanager
 def quiet() -> Iterator[None]:
     """No warnings of the libraries: of parts that are absent on purpose, of casts that are meant."""
-    from diffusers.utils import logging as ours
-    from transformers.utils import logging as theirs
-
-    before = ours.get_verbosity(), theirs.get_verbosity()
-    ours.set_verbosity_error()
-    theirs.set_verbosity_error()  # type: ignore[no-untyped-call]
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    before = [logger.level for logger in loggers]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
             yield
     finally:
-        ours.set_verbosity(before[0])
-        theirs.set_verbosity(before[1])
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def folder(path: Path, options: Options, dtype: torch.dtype, rest: torch.dtype) -> Family:

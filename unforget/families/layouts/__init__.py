@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +14,9 @@ from unforget.files.storage import Lazy
 
 @dataclass(frozen=True)
 class Piece:
-    """Where a tensor of diffusers lies in the original.
+    """Where a tensor of diffusers lies in the original; no bit is lost either way.
 
-    Args:
+    Attributes:
         original: The name there.
         part: (index, count): part `index` of `count` equal parts along dim 0, as of fused q, k and v.
         swapped: Its halves along dim 0 change places: (shift, scale) in the original, (scale, shift) in diffusers.
@@ -37,21 +36,17 @@ class Layout:
     """The names in the original single file of a family.
 
     Attributes:
-        mark: A part of a tensor's name that no other family's files have.
-        prefix: Of the network's tensors.
-        vae_prefix: Of the autoencoder's.
-        text_encoders: Prefixes of the text encoders, by part.
-        network, vae: The pieces of every tensor, by configuration.
-        text_encoder: The pieces of every tensor, by part and the tensors' names in files of transformers.
+        mark: How the names of some of the network's tensors begin, and no other family's.
+        vae_prefix, text_encoders: How those of the other parts begin, the text encoders' by part.
+        network, vae, text_encoder: The pieces of every tensor, by the tensors' names (of a part) in diffusers.
         check: Refuses a text encoder, by part and tensors, that stock loaders would not read back from the file.
     """
 
     mark: str
-    prefix: str
     vae_prefix: str
     text_encoders: Mapping[str, str]
-    network: Callable[[Mapping[str, Any]], dict[str, Piece]]
-    vae: Callable[[Mapping[str, Any]], dict[str, Piece]]
+    network: Callable[[Iterable[str]], dict[str, Piece]]
+    vae: Callable[[Iterable[str]], dict[str, Piece]]
     text_encoder: Callable[[str, Iterable[str]], dict[str, Piece]]
     check: Callable[[str, Mapping[str, Lazy]], None]
 
@@ -68,14 +63,11 @@ def grouped(layout: Mapping[str, Piece]) -> dict[str, list[str]]:
 def _parts(tensor: Tensor, count: int, name: str) -> tuple[Tensor, ...]:
     """Equal parts along dim 0: (count n, ...) as `count` times (n, ...)."""
     if len(tensor) % count:
-        raise CannotRun(
-            f"'{name}' {tuple(tensor.shape)} is not {count} equal parts", "Give a checkpoint that is complete."
-        )
+        raise CannotRun(f"'{name}' {tuple(tensor.shape)} is not {count} equal parts", "Get the checkpoint again.")
     return tensor.reshape(count, len(tensor) // count, *tensor.shape[1:]).unbind()
 
 
 def _swap(tensor: Tensor, name: str) -> Tensor:
-    """The halves of (2 d, ...) in the other order."""
     return torch.cat(_parts(tensor, 2, name)[::-1])
 
 
@@ -122,13 +114,7 @@ def from_original(tensors: Mapping[str, Lazy], layout: Mapping[str, Piece]) -> d
 
 
 def originals(tensors: Mapping[str, Lazy], layout: Mapping[str, Piece]) -> dict[str, Lazy]:
-    """The tensors under the original's names; q, k and v are put together when they are wanted.
-
-    Raises:
-        CannotRun: If there is a tensor that the original has no place for, or one is missing.
-    """
-    if strange := sorted(set(tensors) ^ set(layout)):
-        raise CannotRun(f"the original layout and '{strange[0]}' do not go together", "Give the format diffusers.")
+    """The tensors under the original's names; q, k and v are put together when they are wanted."""
 
     def one(names: list[str]) -> Lazy:
         first, piece = tensors[names[0]], layout[names[0]]
