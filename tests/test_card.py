@@ -16,7 +16,8 @@ from peft import LoraConfig, get_peft_model
 
 from unforget.exports import card
 from unforget.exports.manifest import AppliedPatch, ExportManifest, Rounding, Verified, called
-from unforget.families.spec import DDPM, SD3
+from unforget.families.ddpm import SPEC as DDPM
+from unforget.families.sd3 import SPEC as SD3
 from unforget.files.patch import LedgerEntry, Provenance
 from unforget.files.storage import digest
 

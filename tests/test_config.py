@@ -17,7 +17,7 @@ from unforget.core import objectives, surgery
 from unforget.core.recipe import Recipe
 from unforget.core.types import Scope
 from unforget.errors import UsageError
-from unforget.families.spec import FAMILIES
+from unforget.families import FAMILIES
 from unforget.surrogate import editors
 from unforget.verification import similarity
 

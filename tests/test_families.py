@@ -1,14 +1,23 @@
+import ast
+import inspect
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import diffusers
 import pytest
 import torch
+import transformers
 from conftest import rewrite, tiny_pipeline
 from diffusers import DDIMScheduler
+from safetensors.torch import save_file
 
 from unforget import families
 from unforget.core import sampling
 from unforget.errors import CannotRun, UsageError
+from unforget.families.spec import tokenizer
 from unforget.files.patch import digest
 
 
@@ -77,6 +86,57 @@ def test_another_network_is_carried(tiny):
     tiny.set_network(other)
     with torch.no_grad():
         torch.testing.assert_close(tiny.predict(x, index, index), other(x, index).sample)
+
+
+@pytest.mark.parametrize("spec", families.FAMILIES, ids=lambda spec: spec.name)
+def test_a_row_is_whole(spec):
+    """Names that are looked up only when they are needed exist, and what a row says goes together."""
+    pipeline, network = getattr(diffusers, spec.pipeline_class), getattr(diffusers, spec.network_class)
+    parts = {*inspect.signature(pipeline.__init__).parameters}
+    assert {spec.network, *spec.text_encoders, *map(tokenizer, spec.text_encoders), *spec.passed} <= parts
+    assert {"default", "paper"} <= set(spec.recipes)
+    assert all(how.train in spec.scopes for how in spec.recipes.values())
+    assert ("lora" in spec.scopes) == bool(spec.lora_targets)
+    assert ("bottleneck" in spec.scopes) == (spec.bottleneck is not None)
+    assert ("single-file" in spec.formats) == (spec.layout is not None)
+    assert issubclass(getattr(diffusers, spec.sampler), diffusers.SchedulerMixin)
+    assert issubclass(network, diffusers.ModelMixin)
+    assert all(hasattr(transformers, name) for name in spec.text_encoders.values())
+    assert not spec.inpaint_class or hasattr(diffusers, spec.inpaint_class)
+    refs = [ref for ref in families.EMBEDDED if families.spec_of(ref) is spec]
+    assert refs or spec.prompted
+
+
+@pytest.mark.parametrize("spec", families.FAMILIES, ids=lambda spec: spec.name)
+def test_a_scope_that_a_family_has_not_is_refused_before_anything_is_loaded(spec):
+    for scope in ("bottleneck", "full", "lora"):
+        if scope in spec.scopes:
+            families.check_scope(spec, scope)
+        else:
+            with pytest.raises(UsageError, match=f"has no --train {scope}") as caught:
+                families.check_scope(spec, scope)
+            assert caught.value.hint == f"Give --train {' or '.join(spec.scopes)}."
+
+
+def test_no_code_outside_a_family_s_file_asks_for_its_name():
+    names = {spec.name for spec in families.FAMILIES}
+    for path in Path(families.__file__).parent.glob("*.py"):
+        if path.stem in names or path.name == "__init__.py":
+            continue
+        words = {n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)}
+        assert not words & names, path
+
+
+def test_the_rows_are_there_without_diffusers():
+    code = "import sys, unforget.families as f; f.spec_of('faces'); sys.exit('diffusers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_single_file_of_no_family(tmp_path):
+    save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(1)}, tmp_path / "x.safetensors")
+    refused(UsageError, tmp_path / "x.safetensors", "is a checkpoint of no family that has such")
+    (tmp_path / "x.safetensors").write_bytes(b"nothing of the kind")
+    refused(UsageError, tmp_path / "x.safetensors", "cannot be opened")
 
 
 def refused(error, folder, sentence, **options):

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from unforget.errors import CannotRun
+from unforget.families.layouts import Piece, grouped, to_diffusers, to_original
 from unforget.families.layouts import sd3 as sd3_layout
-from unforget.families.layouts.sd3 import Piece, grouped, to_diffusers, to_original
 
 SMALL = {
     "sample_size": 8, "patch_size": 2, "in_channels": 16, "out_channels": 16, "attention_head_dim": 4,
@@ -146,7 +146,7 @@ def meta(cls, config):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_transformer_there_and_back(name):
     config = SMALL | ARCHITECTURES[name]
-    checkpoint, layout = mmdit(config).random(), sd3_layout.transformer(config)
+    checkpoint, layout = mmdit(config).random(), sd3_layout.transformer(meta(SD3Transformer2DModel, config))
     weights = read(layout, checkpoint)
     assert_same(weights, convert_sd3_transformer_checkpoint_to_diffusers(dict(checkpoint)))  # it empties what it gets
     assert shapes_of(weights) == shapes_of(meta(SD3Transformer2DModel, config))
@@ -162,18 +162,24 @@ def test_the_vae_there_and_back(widths):
         "block_out_channels": widths, "down_block_types": VAE["down_block_types"][:n],
         "up_block_types": VAE["up_block_types"][:n],
     }  # fmt: skip
-    checkpoint, layout = autoencoder(config).random(), sd3_layout.vae(config)
+    checkpoint, layout = autoencoder(config).random(), sd3_layout.vae(meta(AutoencoderKL, config))
     weights = read(layout, checkpoint)
     assert_same(weights, convert_ldm_vae_checkpoint(dict(checkpoint), config))
     assert shapes_of(weights) == shapes_of(meta(AutoencoderKL, config))
     assert_same(written(layout, weights), checkpoint)
 
 
+PARTS = {1: "text_encoder", 2: "text_encoder_2"}
+
+
 @pytest.mark.parametrize("quant", [False, True])
 @pytest.mark.parametrize("attention", [False, True])
 def test_the_vae_has_what_its_configuration_says(quant, attention):
     config = VAE | {"use_quant_conv": quant, "use_post_quant_conv": quant, "mid_block_add_attention": attention}
-    assert sd3_layout.vae(config).keys() == meta(AutoencoderKL, config).keys()
+    torch.manual_seed(0)
+    weights = AutoencoderKL.from_config(config).state_dict()
+    checkpoint = written(sd3_layout.vae(weights), weights)
+    assert_same(convert_ldm_vae_checkpoint(dict(checkpoint), config), weights)
 
 
 def clip(width):
@@ -193,7 +199,7 @@ def saved(model, folder):
 def test_the_two_clips_are_what_diffusers_reads(tmp_path):
     folders = {which: tmp_path / str(which) for which in (1, 2)}
     files = {which: saved(CLIPTextModelWithProjection(clip(8 * which)), folders[which]) for which in (1, 2)}
-    layouts = {which: sd3_layout.text_encoder(which, files[which]) for which in (1, 2)}
+    layouts = {which: sd3_layout.text_encoder(PARTS[which], files[which]) for which in (1, 2)}
     checkpoint = written(layouts[1], files[1]) | written(layouts[2], files[2])
     assert "text_encoders.clip_g.transformer.text_projection.weight" in checkpoint
     for which in (1, 2):
@@ -209,8 +215,8 @@ def test_the_two_clips_are_what_diffusers_reads(tmp_path):
 
 def test_a_clip_without_the_wrapper_has_the_same_original(tmp_path):
     weights = saved(CLIPTextModel(clip(8)), tmp_path)
-    layout = sd3_layout.text_encoder(1, weights)
-    wrapped = sd3_layout.text_encoder(1, CLIPTextModelWithProjection(clip(8)).state_dict())
+    layout = sd3_layout.text_encoder("text_encoder", weights)
+    wrapped = sd3_layout.text_encoder("text_encoder", CLIPTextModelWithProjection(clip(8)).state_dict())
     projection = "text_encoders.clip_l.transformer.text_projection.weight"
     assert {p.original for p in layout.values()} == {p.original for p in wrapped.values()} - {projection}
     theirs = create_diffusers_clip_model_from_ldm(
@@ -225,13 +231,13 @@ def test_t5_is_what_diffusers_reads(tmp_path):
         vocab_size=20, d_model=8, d_kv=4, d_ff=16, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu",
     )).eval()  # fmt: skip
     weights = saved(model, tmp_path)
-    layout = sd3_layout.text_encoder(3, weights)
+    layout = sd3_layout.text_encoder("text_encoder_3", weights)
     checkpoint = written(layout, weights)
     prefix = "text_encoders.t5xxl.transformer."
     assert "encoder.embed_tokens.weight" not in weights
     assert torch.equal(checkpoint[prefix + "shared.weight"], checkpoint[prefix + "encoder.embed_tokens.weight"])
     assert_same(read(layout, checkpoint), weights)
-    whole = sd3_layout.text_encoder(3, model.state_dict())  # both names, no copy
+    whole = sd3_layout.text_encoder("text_encoder_3", model.state_dict())  # both names, no copy
     assert_same(written(whole, model.state_dict()), checkpoint)
 
     def opened(checkpoint):
@@ -276,10 +282,10 @@ def single(pipeline, tmp_path_factory):
     for weights in (folder / "config").rglob("*.safetensors"):
         weights.unlink()
     parts = {
-        "transformer": sd3_layout.transformer(pipeline.transformer.config),
-        "vae": sd3_layout.vae(pipeline.vae.config),
-        "text_encoder": sd3_layout.text_encoder(1, pipeline.text_encoder.state_dict()),
-        "text_encoder_2": sd3_layout.text_encoder(2, pipeline.text_encoder_2.state_dict()),
+        "transformer": sd3_layout.transformer(pipeline.transformer.state_dict()),
+        "vae": sd3_layout.vae(pipeline.vae.state_dict()),
+        "text_encoder": sd3_layout.text_encoder("text_encoder", pipeline.text_encoder.state_dict()),
+        "text_encoder_2": sd3_layout.text_encoder("text_encoder_2", pipeline.text_encoder_2.state_dict()),
     }
     checkpoint = {}
     for name, layout in parts.items():
@@ -329,7 +335,11 @@ def test_parts_come_whole_and_alike():
 
 
 def test_what_the_original_does_not_know_is_refused():
-    with pytest.raises(CannotRun, match="layer_norm"):
-        sd3_layout.transformer(SMALL | {"num_layers": 2, "qk_norm": "layer_norm"})
-    with pytest.raises(CannotRun, match="AttnDownEncoderBlock2D"):
-        sd3_layout.vae(VAE | {"down_block_types": ["DownEncoderBlock2D"] * 3 + ["AttnDownEncoderBlock2D"]})
+    config = SMALL | {"num_layers": 2, "qk_norm": "layer_norm"}
+    with pytest.raises(CannotRun, match=r"no place for 'transformer_blocks\.0\.attn\.norm_q\.bias'"):
+        sd3_layout.transformer(meta(SD3Transformer2DModel, config))
+    with pytest.raises(CannotRun, match="no place for 'x'"):
+        sd3_layout.transformer(["x"])
+    config = VAE | {"down_block_types": ["DownEncoderBlock2D"] * 3 + ["AttnDownEncoderBlock2D"]}
+    with pytest.raises(CannotRun, match=r"no place for 'encoder\.down_blocks\.3\.attentions"):
+        sd3_layout.vae(meta(AutoencoderKL, config))

@@ -79,7 +79,7 @@ def build(folder: Path) -> Path:
     """The model and the patch; written once."""
     from sd3_medium import pipeline
 
-    from unforget.families.sd3 import LORA_TARGETS
+    from unforget.families.sd3 import SPEC
 
     if not (folder / "model_index.json").is_file():
         pipe = pipeline()
@@ -93,7 +93,7 @@ def build(folder: Path) -> Path:
         state, tensors, g = network.state_dict(), {}, torch.Generator().manual_seed(0)
         for name, weight in state.items():
             module, _, kind = name.rpartition(".")
-            if kind == "weight" and any(module.endswith(f".{t}") for t in LORA_TARGETS):
+            if kind == "weight" and any(module.endswith(f".{t}") for t in SPEC.lora_targets):
                 out, rest = weight.shape
                 tensors[f"{module}.lora_A.weight"] = torch.randn(16, rest, generator=g) * 0.02
                 tensors[f"{module}.lora_B.weight"] = torch.randn(out, 16, generator=g) * 0.02

@@ -34,6 +34,7 @@ from tables import row, table
 from test_similarity import Mean, mean_colour_onnx
 
 from unforget.cli import app
+from unforget.families import layouts
 from unforget.families.layouts import sd3 as sd3_layout
 from unforget.files import images
 from unforget.files.patch import Patch, Provenance
@@ -128,10 +129,10 @@ def sound(folder: Path) -> None:
     state = sd3.transformer.state_dict()
     made = made.model_copy(update={"base": "sd3", "base_digest": digest(state)})
     Patch({n: t + 0.01 for n, t in state.items() if "attn.to_q" in n}, made).save(folder / "b.patch")
-    layout = sd3_layout.transformer(sd3.transformer.config) | sd3_layout.vae(sd3.vae.config)
+    layout = sd3_layout.transformer(sd3.transformer.state_dict()) | sd3_layout.vae(sd3.vae.state_dict())
     tensors = {**sd3.transformer.state_dict(), **sd3.vae.state_dict()}
-    names = sd3_layout.grouped(layout)
-    single = {n: sd3_layout.to_original([(layout[d], tensors[d]) for d in inner]) for n, inner in names.items()}
+    names = layouts.grouped(layout)
+    single = {n: layouts.to_original([(layout[d], tensors[d]) for d in inner]) for n, inner in names.items()}
     write_tensors(single, {}, folder / "sd3.safetensors")
     (folder / "m.onnx").write_bytes(mean_colour_onnx())
     torch.jit.script(Mean()).save(str(folder / "m.pt"))

@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 from unforget.api import memory_plan
 from unforget.config import UnlearnConfig, recipe
 from unforget.core.types import Instance, Pool
-from unforget.families.sd3 import LORA_TARGETS, SD3
+from unforget.families.latent import LatentTextToImage
 from unforget.unlearning.compute import Compute
 from unforget.unlearning.prepare import encoded
 from unforget.unlearning.trainer import Trainer
@@ -71,7 +71,7 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def ours(model: SD3, steps: int) -> list[float]:
+def ours(model: LatentTextToImage, steps: int) -> list[float]:
     """Seconds of each unlearning step."""
     how = recipe("default", "sd3", forget_batch_size=1, retain_batch_size=1, max_train_steps=steps, stop_margin=None,
                  cooldown_steps=0, neighbour_share=0)  # fmt: skip
@@ -134,14 +134,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--resolution", type=int, default=512)
     args = parser.parse_args()
-    model = SD3(pipeline(), "sd3-medium", resolution=args.resolution)
+    options = families.Options(resolution=args.resolution)
+    model = LatentTextToImage(sd3.SPEC, pipeline(), "sd3-medium", options)
     size = sum(p.numel() for p in model.network.parameters()) / 1e9
     print(f"{size:.3f} B parameters, {args.resolution}x{args.resolution}, after loading {peak():.2f} GiB", flush=True)
     mine, most = ours(model, args.steps), peak()
     trained = sum(p.numel() for p in model.network.parameters() if p.requires_grad) / 1e6
     foretold = plan(args.resolution)
     print(f"--dry-run foretells {foretold:.2f} GiB, {foretold / most - 1:+.0%}")
-    print(f"LoRA on {len(LORA_TARGETS)} projections a block: {trained:.1f} M parameters; peak {most:.2f} GiB")
+    print(f"LoRA on {len(sd3.SPEC.lora_targets)} projections a block: {trained:.1f} M parameters; peak {most:.2f} GiB")
     from diffusers.models.attention_processor import JointAttnProcessor2_0
 
     short = bare(model.network, model.latent_shape[1], 78, args.steps)

@@ -20,7 +20,6 @@ from unforget.core import distributed
 from unforget.core.recipe import Recipe
 from unforget.core.types import Family, Progress
 from unforget.errors import UsageError
-from unforget.families.spec import FAMILIES, FamilySpec
 from unforget.files import images
 from unforget.surrogate.editors import Editor
 
@@ -50,22 +49,15 @@ def read(path: Path, family: Family, config: ImageConfig, progress: Progress) ->
     return images.read_image(path, family.image_shape, resize=config.resize, note=progress.note)
 
 
-def spec_of(ref: str) -> FamilySpec:
-    """The row of the family that `ref` names."""
-    kind = families.kind(ref)
-    return next(spec for spec in FAMILIES if spec.name == kind)
-
-
 def recipe_of(config: UnlearnConfig) -> Recipe:
     """The recipe that a run follows: the named one of the model's family, with the changes of the configuration.
 
     Raises:
         UsageError: If the family has no such recipe or scope, or an option belongs to another strategy.
     """
-    spec = spec_of(config.model)
+    spec = families.spec_of(config.model)
     recipe = resolve_recipe(spec.recipes, config)
-    if recipe.train not in spec.scopes:
-        raise UsageError(f"{spec.name} has no --train {recipe.train}", f"Give --train {' or '.join(spec.scopes)}.")
+    families.check_scope(spec, recipe.train)
     return recipe
 
 

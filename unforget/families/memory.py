@@ -1,4 +1,4 @@
-"""How much memory a run will take, reckoned before any weight is loaded.
+"""How much memory a run will take, reckoned before any weight is loaded; and giving freed memory back.
 
 The network is built on torch's meta device, where tensors have sizes and no content, and one pass with gradients is
 run there: what autograd would keep is counted, not guessed.
@@ -6,40 +6,54 @@ run there: what autograd would keep is counted, not guessed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import ctypes
+import gc
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from unforget import families
-from unforget.core.types import Scope
+from unforget.core.types import LARGE, Scope
+
+if TYPE_CHECKING:
+    from unforget.families.loading import Options
+    from unforget.families.spec import FamilySpec
 
 RUNTIME = 0.5 * 2**30
 """Bytes of the interpreter with torch, diffusers and transformers imported, and allocators that keep what was freed."""
 
 
+def trim_memory(numbers: int) -> None:
+    """Give freed memory back, after what was done with a network of so many numbers, if they are many.
+
+    glibc keeps what lies between pieces in use, which can be gigabytes: SD3's table of positions takes 1.3 GiB while it
+    is computed, in float64.
+    """
+    if numbers > LARGE:
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):  # another C library
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Bytes of a run, by what they are for.
-
-    Attributes:
-        runtime: Interpreter and libraries (on the CPU).
-        weights: The network, and the autoencoder where there is one.
-        base: A frozen second copy, unless an adapter is trained.
-        gradients: Of both losses and their combination.
-        optimizer: Two moments of every trained weight.
-        activations: What autograd keeps of the largest pass.
-    """
+    """Bytes of a run, by what they are for."""
 
     runtime: int
     weights: int
+    """The network, and the autoencoder where there is one."""
     base: int
+    """A frozen second copy, unless an adapter is trained."""
     gradients: int
+    """Of both losses and their combination."""
     optimizer: int
+    """Two moments of every trained weight."""
     activations: int
+    """What autograd keeps of the largest pass."""
 
     @property
     def peak(self) -> int:
@@ -53,118 +67,79 @@ class Plan:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A network without content.
+    """A network without content, (C, H, W) of what it works on and of an image, and bytes of what is beside it."""
 
-    Attributes:
-        network: The module.
-        trainable: The weights of a scope, at a rank.
-        forward: One pass over so many images.
-        blocks: What checkpointing splits it into.
-        picture: (C, H, W) of a picture.
-        beside: Bytes of what is loaded beside it.
-    """
-
-    network: nn.Module
-    trainable: Callable[[Scope, int], list[nn.Parameter]]
-    forward: Callable[[int], Tensor]
-    blocks: int
+    spec: FamilySpec
+    network: Any
+    latent_shape: tuple[int, int, int]
     image_shape: tuple[int, int, int]
-    beside: int
+    beside: int = 0
+
+    def forward(self, n: int) -> Tensor:
+        """One pass over n images."""
+        shapes = self.latent_shape, *self.spec.conditioning_shapes(self.network.config)
+        x_t, *conditioning = (torch.empty(n, *s, device="meta", dtype=self.network.dtype) for s in shapes)
+        return self.spec.call(self.network, x_t, torch.zeros(n, device="meta"), conditioning)
 
 
-def blueprint(ref: str, options: families.Options) -> Blueprint:
+def blueprint(ref: str, options: Options) -> Blueprint:
     """The network of a model on the meta device, from its configuration alone."""
-    source = families._source(ref)
+    from unforget.families.loading import opening
+
+    source, spec = families.examined(ref, options)
     if Path(source).is_file():
-        families._check_single(Path(source), options.pipeline_config)
-    build = {"ddpm": _ddpm, "sd3": _sd3}[families.kind(ref)]
-    found: Blueprint = families._opening(ref, source, lambda: build(source, options))
+        source = str(options.pipeline_config)
+    found: Blueprint = opening(ref, source, lambda: _blueprint(ref, source, spec, options))
     return found
 
 
-def _ddpm(source: str, options: families.Options) -> Blueprint:
-    from diffusers import UNet2DModel
+def _blueprint(ref: str, source: str, spec: FamilySpec, options: Options) -> Blueprint:
+    from diffusers import AutoencoderKL
 
-    from unforget.families.ddpm import trainable
+    from unforget.families.latent import shapes
+    from unforget.families.loading import where
+    from unforget.families.model import pixels
+    from unforget.families.pipelines import dtype_of, network_class, network_config
 
-    where: dict[str, Any] = families._where(source)
-    if not Path(source).is_dir() or (Path(source) / "unet").is_dir():
-        where["subfolder"] = "unet"
-    config = UNet2DModel.load_config(**where)
+    config = network_config(spec, source)
+    dtype = dtype_of(spec, config)
     with torch.device("meta"):
-        network = UNet2DModel.from_config(config)
-    size = config["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    shape = (config["in_channels"], height, width)
-
-    def forward(n: int) -> Tensor:
-        answer: Tensor = network(torch.empty(n, *shape, device="meta"), torch.zeros(n, device="meta")).sample
-        return answer
-
-    return Blueprint(network, lambda scope, rank: trainable(network, scope), forward, 1, shape, 0)
-
-
-def _sd3(source: str, options: families.Options) -> Blueprint:
-    from diffusers import AutoencoderKL, SD3Transformer2DModel
-
-    from unforget.families.pipelines import dtype_of
-    from unforget.families.sd3 import trainable
-
-    home = str(options.pipeline_config) if Path(source).is_file() else source
-    where = families._where(home)
-    config = SD3Transformer2DModel.load_config(**where, subfolder="transformer")
-    shape = AutoencoderKL.load_config(**where, subfolder="vae")
-    dtype = dtype_of(config)
+        network = network_class(spec).from_config(config).to(dtype)
+    if not spec.inpaint_class:
+        return Blueprint(spec, network, pixels(config), pixels(config))
+    parts = AutoencoderKL.load_config(**where(source), subfolder="vae")
     with torch.device("meta"):
-        network = SD3Transformer2DModel.from_config(config).to(dtype)
-        vae = AutoencoderKL.from_config(shape).to(dtype)
-    factor = 2 ** (len(shape["block_out_channels"]) - 1)
-    side = (options.resolution or config["sample_size"] * factor) // factor
+        vae = AutoencoderKL.from_config(parts).to(getattr(torch, spec.vae_dtype) if spec.vae_dtype else dtype)
+    factor = 2 ** (len(parts["block_out_channels"]) - 1)
+    return Blueprint(spec, network, *shapes(spec, config, factor, ref, options.resolution), _bytes(vae.parameters()))
 
-    def forward(n: int) -> Tensor:
-        empty = torch.empty(0, device="meta", dtype=dtype)
-        answer: Tensor = network(
-            empty.new_empty(n, config["in_channels"], side, side),
-            empty.new_empty(n, 77 + 256, config["joint_attention_dim"]),
-            empty.new_empty(n, config["pooled_projection_dim"]),
-            torch.zeros(n, device="meta"),
-        ).sample
-        return answer
 
-    beside = sum(p.numel() * p.element_size() for p in vae.parameters())
-    return Blueprint(
-        network, lambda scope, rank: trainable(network, scope, rank=rank, alpha=1, seed=0), forward,
-        config["num_layers"], (3, side * factor, side * factor), beside,
-    )  # fmt: skip
+def _bytes(tensors: Any) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def reckon(found: Blueprint, scope: Scope, rank: int, *, micro_batch: int, checkpointing: bool, half: bool) -> Plan:
-    """What a run of a scope takes.
+    """What a run of a scope takes, with `micro_batch` images in one pass, which `half` computes in 16 bits.
 
-    Args:
-        found: The network.
-        scope: What is trained.
-        rank: Of the adapter, where it is one.
-        micro_batch: Images in one pass.
-        checkpointing: Whether blocks are computed again instead of kept.
-        half: Whether passes are computed in 16 bits.
+    With `checkpointing` blocks are computed again instead of kept.
     """
-    weights = sum(p.numel() * p.element_size() for p in found.network.parameters())
-    trained = found.trainable(scope, rank)
-    mine = sum(p.numel() * p.element_size() for p in trained)
-    found.network.requires_grad_(False)
+    from unforget.families.model import trainable
+
+    network = found.network
+    weights = _bytes(network.parameters())
+    trained = trainable(found.spec, network, scope, rank=rank, alpha=1, seed=0)
+    mine = _bytes(trained)
+    network.requires_grad_(False)
     for p in trained:
         p.requires_grad_(True)
     kept = _kept(found, micro_batch)
     if checkpointing:
-        found.network.enable_gradient_checkpointing()  # type: ignore[operator]
+        network.enable_gradient_checkpointing()
         # The inputs of all blocks, and one block's inside while it is computed again.
-        kept = _kept(found, micro_batch) + kept // found.blocks
-    narrow = half and next(found.network.parameters()).dtype == torch.float32
-    return Plan(
-        int(RUNTIME), weights + found.beside, 0 if scope == "lora" else weights, 3 * mine, 2 * mine,
-        kept // 2 if narrow else kept,
-    )  # fmt: skip
+        kept = _kept(found, micro_batch) + kept // found.spec.blocks(network.config)
+    if half and next(network.parameters()).dtype == torch.float32:
+        kept //= 2
+    return Plan(int(RUNTIME), weights + found.beside, 0 if scope == "lora" else weights, 3 * mine, 2 * mine, kept)
 
 
 def _kept(found: Blueprint, n: int) -> int:

@@ -1,88 +1,111 @@
-"""The stock pipeline of SD3 from a folder, the hub or a single file, with what it has of text encoders."""
+"""The stock pipeline of a family from a folder, the hub or a single file, with what it has of text encoders."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from accelerate import init_empty_weights
-from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
-from transformers import CLIPTextModelWithProjection, T5EncoderModel
 
-from unforget.families.layouts import sd3 as sd3_layout
+from unforget.families.loading import Options, where
+from unforget.families.safety import variant
+from unforget.families.spec import FamilySpec, tokenizer
 from unforget.files.storage import open_tensors
 
-ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
-Dtypes = tuple[torch.dtype | None, torch.dtype | None]
 SMALL = 500_000_000
-"""Weights up to which the transformer is computed in float32."""
+"""Weights up to which a network is computed in float32."""
 
 
-def dtype_of(config: dict[str, Any]) -> torch.dtype:
-    """float32 for a small transformer, else bfloat16: float16 overflows in training and is slow on CPUs."""
+def stock(spec: FamilySpec, source: str, options: Options) -> Any:
+    """The loaded pipeline; parts that the row leaves out, and a network that was given, are not loaded."""
+    parts = dict(spec.passed)
+    if options.network is not None:
+        parts[spec.network] = options.network
+    if Path(source).is_file():
+        return _from_single_file(spec, source, options, parts)
+    return _from_pretrained(spec, source, options, parts)
+
+
+def network_class(spec: FamilySpec) -> Any:
+    """The class of its network."""
+    return getattr(diffusers, spec.network_class)
+
+
+def network_config(spec: FamilySpec, source: str) -> dict[str, Any]:
+    """The network's configuration in a folder, in the root of an old one, or on the hub."""
+    flat = Path(source).is_dir() and not (Path(source) / spec.network).is_dir()
+    found: dict[str, Any] = network_class(spec).load_config(
+        **where(source), **({} if flat else {"subfolder": spec.network})
+    )
+    return found
+
+
+def dtype_of(spec: FamilySpec, config: Mapping[str, Any]) -> torch.dtype:
+    """float32 for a small network, else bfloat16: float16 overflows in training and is slow on CPUs."""
     with init_empty_weights():
-        size = sum(p.numel() for p in SD3Transformer2DModel.from_config(config).parameters())
-    return torch.float32 if size <= SMALL else torch.bfloat16
+        size = sum(p.numel() for p in network_class(spec).from_config(config).parameters())
+    return torch.float32 if spec.float32 or size <= SMALL else torch.bfloat16
 
 
-def from_pretrained(
-    where: dict[str, str], *, use_safetensors: bool | None, t5: bool, dtypes: Dtypes = (None, None), **parts: Any
-) -> Any:
-    """The pipeline of a folder or hub id, without T5 where it has none or none is wanted.
+def _from_pretrained(spec: FamilySpec, source: str, options: Options, parts: dict[str, Any]) -> Any:
+    """The pipeline of a folder or hub id, without the optional text encoders where it has none or none is wanted.
 
     Stock `from_pretrained` refuses a folder without T5 unless told so; every part that is null in its index is.
-    `dtypes` are the precisions of the transformer and of the rest; `dtype_of` its configuration unless given. `parts`
-    are not loaded.
     """
-    index = StableDiffusion3Pipeline.load_config(**where)
-    absent = [n for n in (*ENCODERS, *TOKENIZERS) if index.get(n, [None])[0] is None]
-    if not t5:
-        absent += [ENCODERS[2], TOKENIZERS[2]]
-    if "transformer" in parts:
-        dtypes = (None, parts["transformer"].dtype)
-    elif None in dtypes:
-        # Not beside weights: it computes a table of positions in float64.
-        dtype = dtype_of(SD3Transformer2DModel.load_config(**where, subfolder="transformer"))
-        dtypes = (dtypes[0] or dtype, dtypes[1] or dtype)
-    network, rest = dtypes
-    return StableDiffusion3Pipeline.from_pretrained(
-        **where, use_safetensors=use_safetensors, dtype={"transformer": network, "default": rest},
-        **dict.fromkeys(absent), **parts,
+    kind, at = getattr(diffusers, spec.pipeline_class), where(source)
+    index = kind.load_config(**at)
+    absent = [n for n in spec.text_encoders if index.get(n, [None])[0] is None]
+    absent += [] if options.t5 else spec.optional
+    absent += [tokenizer(n) for n in spec.text_encoders if n in absent or index.get(tokenizer(n), [None])[0] is None]
+    return kind.from_pretrained(
+        **at, use_safetensors=None if options.allow_pickle else True,
+        variant=variant(Path(source), spec.network) if Path(source).is_dir() else None,
+        **_dtypes(spec, source, options), **dict.fromkeys(absent), **parts,
     )  # fmt: skip
 
 
-def from_single_file(path: str, config: Path | None, *, t5: bool, dtypes: Dtypes = (None, None), **parts: Any) -> Any:
-    """The pipeline of one checkpoint file; `config` is a diffusers folder of that model, or a hub id.
+def _dtypes(spec: FamilySpec, source: str, options: Options) -> dict[str, Any]:
+    """Precision of each part, as stock `from_pretrained` takes it."""
+    if spec.float32:
+        return {}
+    network, rest = options.network_dtype, options.rest_dtype
+    if options.network is not None:
+        network, rest = None, options.network.dtype
+    elif network is None or rest is None:
+        # Not beside weights: SD3 computes a table of positions in float64.
+        own = dtype_of(spec, network_config(spec, source))
+        network, rest = network or own, rest or own
+    vae = {"vae": getattr(torch, spec.vae_dtype)} if spec.vae_dtype else {}
+    return {"dtype": {spec.network: network, "default": rest, **vae}}
+
+
+def _from_single_file(spec: FamilySpec, path: str, options: Options, parts: dict[str, Any]) -> Any:
+    """The pipeline of one checkpoint file; `pipeline_config` is a diffusers folder of that model, or a hub id.
 
     Text encoders that the file does not hold, as Stability's smallest one of SD3 medium, come from the folder, if it
     has their weights: stock `from_single_file` looks for them there under names that they do not have. It also fails on
     a file without T5 unless told that there is none.
-    `dtypes` are the precisions of the transformer and of the rest; `dtype_of` its configuration unless given, and
-    bfloat16 where that lies on the hub. `parts` are not loaded.
     """
+    config = options.pipeline_config
     local = config is not None and config.is_dir()
-    where = {"config": str(config), "local_files_only": local}
-    own = dtype_of(SD3Transformer2DModel.load_config(f"{config}/transformer")) if local else torch.bfloat16
-    rest = dtypes[1] or own
-    held = open_tensors(Path(path)).tensors
-    kinds: dict[str, Any] = dict(
-        zip(ENCODERS, (CLIPTextModelWithProjection, CLIPTextModelWithProjection, T5EncoderModel), strict=True)
-    )
-    for number, name in enumerate(ENCODERS, 1):
-        inside = any(n.startswith(sd3_layout.TEXT_ENCODERS[number]) for n in held)
-        if number == 3 and not (t5 and (inside or _has_weights(config, name))):
-            parts |= dict.fromkeys((ENCODERS[2], TOKENIZERS[2]))
-        elif not inside and _has_weights(config, name):
-            parts[name] = kinds[name].from_pretrained(f"{config}/{name}", dtype=rest, use_safetensors=True)
-    if dtypes[0] not in (None, rest) and "transformer" not in parts:
-        parts["transformer"] = SD3Transformer2DModel.from_single_file(
-            path, subfolder="transformer", dtype=dtypes[0], **where
+    how = {"config": str(config), "local_files_only": local}
+    rest = options.rest_dtype or (dtype_of(spec, network_config(spec, str(config))) if local else torch.bfloat16)
+    held, layout = open_tensors(Path(path)).tensors, spec.layout
+    assert layout is not None
+    for name, class_name in spec.text_encoders.items():
+        inside = any(n.startswith(layout.text_encoders[name]) for n in held)
+        here = config is not None and any((config / name).glob("model*.safetensors"))
+        if name in spec.optional and not (options.t5 and (inside or here)):
+            parts |= dict.fromkeys((name, tokenizer(name)))
+        elif not inside and here:
+            encoder = getattr(transformers, class_name)
+            parts[name] = encoder.from_pretrained(f"{config}/{name}", dtype=rest, use_safetensors=True)
+    if options.network_dtype not in (None, rest) and spec.network not in parts:
+        parts[spec.network] = network_class(spec).from_single_file(
+            path, subfolder=spec.network, dtype=options.network_dtype, **how
         )
-    return StableDiffusion3Pipeline.from_single_file(path, dtype=rest, **where, **parts)
-
-
-def _has_weights(config: Path | None, part: str) -> bool:
-    """Whether a folder holds the weights of a text encoder."""
-    return config is not None and any((config / part).glob("model*.safetensors"))
+    return getattr(diffusers, spec.pipeline_class).from_single_file(path, dtype=rest, **how, **parts)

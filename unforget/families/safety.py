@@ -7,15 +7,20 @@ file with that shape, which is found out on torch's meta device, where tensors t
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from unforget.errors import CannotRun, UsageError
-from unforget.files.storage import BadFile, Lazy, open_tensors, read_json
+from unforget.files.storage import BadFile, Lazy, Opened, open_tensors, read_json
+
+if TYPE_CHECKING:
+    from unforget.families.spec import FamilySpec
 
 PLAIN = re.compile(r"[A-Za-z0-9_]+(?:[.-][A-Za-z0-9_]+)*")
 """File names and names of parts: nothing that leads elsewhere."""
@@ -31,16 +36,15 @@ SPARE = 1.05
 """How many numbers a transformer may ask for, as a share of those in a single file."""
 WORDS = 2**23
 """Largest file of a tokenizer, bytes; those of SD3 have a third of it."""
+VARIANT = "fp16"
+"""The word in the names of weights that some repositories have in half precision."""
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 
 
-def check(folder: Path, kind: str, allow_pickle: bool) -> None:
-    """Refuse a folder that is not what it says.
+def check(folder: Path, spec: FamilySpec, allow_pickle: bool) -> None:
+    """Refuse a diffusers folder, nested or flat, that is not what it says; parts that are never loaded apart.
 
-    Args:
-        folder: A diffusers folder, nested or flat.
-        kind: Of the family.
-        allow_pickle: Whether weights may be pickled; those are then left to torch's restricted unpickler.
+    Pickled weights, where allowed, are left to torch's restricted unpickler.
 
     Raises:
         UsageError: If its files are not those of a model.
@@ -48,21 +52,16 @@ def check(folder: Path, kind: str, allow_pickle: bool) -> None:
     """
     try:
         index = read_json(folder / "model_index.json")
-        parts = {name: _part(name, value) for name, value in index.items() if isinstance(value, list)}
-        for name, (library, class_name) in parts.items():
-            # Old DDPM repositories are flat.
-            home = folder / name if (folder / name).is_dir() or kind != "ddpm" else folder
-            _check_part(home, name, library, class_name, allow_pickle)
+        of = variant(folder, spec.network)
+        for name, value in index.items():
+            if isinstance(value, list) and spec.passed.get(name, name) is not None:
+                _check_part(folder, name, *_part(name, value), of, allow_pickle)
     except BadFile as error:
         raise UsageError(f"the model in '{folder}' is no sound one: {error}", "Get it again from its source.") from None
 
 
-def check_single(file: Path, config: Path) -> None:
-    """Refuse a single file that is none, or a configuration for it that asks for more than it holds.
-
-    Args:
-        file: The checkpoint.
-        config: A diffusers folder of that model; its weights, if any, are not looked at.
+def check_single(file: Path, spec: FamilySpec, config: Path) -> None:
+    """Refuse a single file, or a diffusers folder for it whose configuration asks for more than the file holds.
 
     Raises:
         UsageError: If either is not what it says.
@@ -70,29 +69,57 @@ def check_single(file: Path, config: Path) -> None:
     """
     try:
         tensors = open_tensors(file).tensors
-        index = read_json(config / "model_index.json")
-        for name, value in index.items():
+        for name, value in read_json(config / "model_index.json").items():
             if isinstance(value, list) and _part(name, value)[1]:
                 for table in sorted((config / name).glob("*config.json")):
                     _check_numbers(read_json(table), f"{name}/{table.name}")
-        asked = read_json(config / "transformer" / "config.json")
+        network = _made("diffusers", spec.network_class, read_json(config / spec.network / "config.json"))
     except (BadFile, OSError, AttributeError) as error:
         reason = error if isinstance(error, BadFile) else f"'{config}' is no diffusers folder"
         raise UsageError(
             f"'{file}' cannot be opened: {reason}", "Get it again, or give another --pipeline-config."
         ) from None
-    try:
-        with torch.device("meta"):
-            network = _diffusers(("SD3Transformer2DModel", asked))
-    except Exception as error:
-        raise UsageError(
-            f"'{config}' describes no SD3 transformer: {error}", "Give another --pipeline-config."
-        ) from None
-    wanted, held = sum(p.numel() for p in network.parameters()), sum(_count(t) for t in tensors.values())
+    wanted = sum(p.numel() for p in network.parameters())
+    held = sum(math.prod(t.shape) for t in tensors.values())
     if wanted > SPARE * held:
         raise CannotRun(
             f"'{config}' asks for {wanted:,} numbers, '{file}' holds {held:,}", "Give the model's --pipeline-config."
         )
+
+
+def variant(folder: Path, network: str) -> str | None:
+    """`fp16` for a folder whose network has no other weights."""
+    home, stem = folder / network, STEMS["diffusers"]
+    plain = any((home / f"{stem}.{suffix}").is_file() for suffix in ("safetensors", "safetensors.index.json", "bin"))
+    return VARIANT if not plain and (home / f"{stem}.{VARIANT}.safetensors").is_file() else None
+
+
+def opened(home: Path, stem: str, of: str | None = None) -> list[Opened]:
+    """The safetensors of a part: one file, of the variant if it is there, or shards; none if there are no such.
+
+    Raises:
+        BadFile: If they are not what they say.
+        CannotRun: If a shard is missing.
+    """
+    index, single = home / f"{stem}.safetensors.index.json", home / f"{stem}.safetensors"
+    if of is not None and (home / f"{stem}.{of}.safetensors").is_file():
+        return [open_tensors(home / f"{stem}.{of}.safetensors")]
+    if not index.is_file():
+        return [open_tensors(single)] if single.is_file() else []
+    try:
+        table = dict(read_json(index, most=2**24)["weight_map"])
+    except (KeyError, TypeError, ValueError):
+        raise BadFile(f"'{index.name}' names no shards") from None
+    found = []
+    for shard in sorted(set(map(str, table.values()))):
+        if not PLAIN.fullmatch(shard):
+            raise BadFile(f"'{index.name}' names the file '{shard[:40]}'")
+        if not (home / shard).is_file():
+            raise CannotRun(f"'{home}' misses the shard {shard}", "Download the model again.")
+        found.append(open_tensors(home / shard))
+    if {name for one in found for name in one.tensors} != set(table):
+        raise BadFile(f"'{index.name}' and its shards disagree")
+    return found
 
 
 def _part(name: str, value: list[Any]) -> tuple[str, str]:
@@ -107,7 +134,12 @@ def _part(name: str, value: list[Any]) -> tuple[str, str]:
     return library, class_name
 
 
-def _check_part(home: Path, name: str, library: str, class_name: str, allow_pickle: bool) -> None:
+def _check_part(
+    folder: Path, name: str, library: str, class_name: str, of: str | None, allow_pickle: bool
+) -> None:  # fmt: skip
+    # Old DDPM repositories are flat, and diffusers takes every part that has no folder for such.
+    flat = not (folder / name).is_dir() and (folder / "config.json").is_file()
+    home = folder if flat else folder / name
     if "Scheduler" in class_name:
         if (file := home / "scheduler_config.json").is_file():
             _check_numbers(read_json(file), f"{name}/{file.name}")
@@ -122,9 +154,16 @@ def _check_part(home: Path, name: str, library: str, class_name: str, allow_pick
         raise CannotRun(f"'{home}' has no config.json", "Get the model again.")
     config = read_json(home / "config.json")
     _check_numbers(config, f"{name}/config.json")
-    tensors = _weights(home, STEMS[library], allow_pickle)
-    if tensors:
-        _fits(config, name, library, class_name, tensors)
+    found = opened(home, STEMS[library], of)
+    if found:
+        _fits(config, name, library, class_name, {n: t for one in found for n, t in one.tensors.items()})
+    elif not any(home.glob("*.bin")):
+        raise CannotRun(f"'{home}' holds no weights", f"Expected {STEMS[library]}.safetensors in it.")
+    elif not allow_pickle:
+        raise UsageError(
+            f"'{home}' holds pickled weights only, which can run code when opened",
+            "Convert them to safetensors, or say --allow-pickle if you trust where they come from.",
+        )
 
 
 def _check_numbers(value: Any, where: str, key: str = "", depth: int = 0) -> None:
@@ -150,48 +189,13 @@ def _check_numbers(value: Any, where: str, key: str = "", depth: int = 0) -> Non
         raise BadFile(f"{where} is not a table")
 
 
-def _weights(home: Path, stem: str, allow_pickle: bool) -> dict[str, Lazy]:
-    """The tensors of a part by name, from one file or from shards; none if they are pickled and may be."""
-    index, single = home / f"{stem}.safetensors.index.json", home / f"{stem}.safetensors"
-    if index.is_file():
-        try:
-            table = dict(read_json(index, most=2**24)["weight_map"])
-        except (KeyError, TypeError, ValueError):
-            raise BadFile(f"'{index.name}' names no shards") from None
-        tensors: dict[str, Lazy] = {}
-        for shard in sorted(set(map(str, table.values()))):
-            if not PLAIN.fullmatch(shard):
-                raise BadFile(f"'{index.name}' names the file '{shard[:40]}'")
-            if not (home / shard).is_file():
-                raise CannotRun(f"'{home}' misses the shard {shard}", "Download the model again.")
-            tensors |= open_tensors(home / shard).tensors
-        if set(tensors) != set(table):
-            raise BadFile(f"'{index.name}' and its shards disagree")
-        return tensors
-    if single.is_file():
-        return open_tensors(single).tensors
-    pickled = any(home.glob("*.bin"))
-    if not pickled:
-        raise CannotRun(f"'{home}' holds no weights", f"Expected {stem}.safetensors in it.")
-    if not allow_pickle:
-        raise UsageError(
-            f"'{home}' holds pickled weights only, which can run code when opened",
-            "Convert them to safetensors, or say --allow-pickle if you trust where they come from.",
-        )
-    return {}
-
-
 def _fits(config: Any, name: str, library: str, class_name: str, tensors: Mapping[str, Lazy]) -> None:
     """Compare what a configuration asks for with what the file holds."""
-    made: Callable[[Any], Any] = _diffusers if library == "diffusers" else _transformers
-    try:
-        with torch.device("meta"):
-            part = made((class_name, config))
-    except Exception as error:  # whatever a library makes of a configuration that is none
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise BadFile(f"{name}/config.json describes no {class_name}: {reason[:120]}") from None
+    part = _made(library, class_name, config)
     there = {_named(n, library): tuple(t.shape) for n, t in tensors.items()}
-    for tensor, shape in ((_named(n, library), tuple(t.shape)) for n, t in _own(part)):
+    stored = set(part.state_dict())
+    own = [*part.named_parameters(), *((n, t) for n, t in part.named_buffers() if n in stored)]  # each tensor once
+    for tensor, shape in ((_named(n, library), tuple(t.shape)) for n, t in own):
         if tensor not in there:
             raise CannotRun(f"'{name}' lacks '{tensor}'", "Get the model again.")
         if there[tensor] != shape and not (len(there[tensor]) == len(shape) + 2 and there[tensor][:-2] == shape):
@@ -211,25 +215,12 @@ def _named(name: str, library: str) -> str:
     return name
 
 
-def _own(part: Any) -> list[tuple[str, Any]]:
-    """A part's tensors, those once that have several names (T5's embedding)."""
-    stored = set(part.state_dict())
-    return [*part.named_parameters(), *((n, t) for n, t in part.named_buffers() if n in stored)]
-
-
-def _count(lazy: Lazy) -> int:
-    return torch.Size(lazy.shape).numel()
-
-
-def _diffusers(asked: tuple[str, Any]) -> Any:
-    import diffusers
-
-    kind = getattr(diffusers, asked[0])
-    return kind.from_config(asked[1])
-
-
-def _transformers(asked: tuple[str, Any]) -> Any:
-    import transformers
-
-    kind = getattr(transformers, asked[0])
-    return kind(kind.config_class.from_dict(asked[1]))
+def _made(library: str, class_name: str, config: Any) -> Any:
+    """A part without content, as a configuration describes it."""
+    try:
+        kind = getattr(import_module(library), class_name)
+        with torch.device("meta"):
+            return kind.from_config(config) if library == "diffusers" else kind(kind.config_class.from_dict(config))
+    except Exception as error:  # whatever a library makes of a configuration that is none
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise BadFile(f"the configuration describes no {class_name}: {reason[:120]}") from None

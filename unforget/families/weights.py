@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,47 +15,40 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate import init_empty_weights
 from accelerate.utils import set_module_tensor_to_device
-from diffusers import SD3Transformer2DModel, UNet2DModel
 from torch import Tensor, nn
 
 from unforget import families
 from unforget.core.types import LARGE
 from unforget.errors import CannotRun
-from unforget.families import Options
-from unforget.families.layouts import sd3 as sd3_layout
-from unforget.families.layouts.sd3 import Piece
-from unforget.families.pipelines import dtype_of
-from unforget.files.storage import BadFile, Lazy, Opened, open_tensors, read_json
+from unforget.families.layouts import Layout, from_original, originals
+from unforget.families.loading import Options
+from unforget.families.pipelines import dtype_of, network_class
+from unforget.families.safety import STEMS, opened, variant
+from unforget.families.spec import FamilySpec
+from unforget.files.storage import BadFile, Lazy, Opened, open_tensors, read_json, write_json
 
 if TYPE_CHECKING:
     from unforget.core.types import Family
 
-PARTS = {"ddpm": "unet", "sd3": "transformer"}
-"""The network's subfolder, by kind of family."""
-CLASSES: dict[str, Any] = {"ddpm": UNet2DModel, "sd3": SD3Transformer2DModel}
-STEM = "diffusion_pytorch_model"
+PARTS = {spec.name: spec.network for spec in families.FAMILIES}
+"""The network's subfolder, by name of family."""
+STEM = STEMS["diffusers"]
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a loaded model came from.
-
-    Attributes:
-        tensors: Of its network as they lie on disk, by the names they have in it; empty where they cannot be read so:
-            pickled weights, or a layout that diffusers translates while it loads.
-        metadata: Of the file that holds them, the first shard's.
-        home: Folder with the configuration of all parts; None for a single file that came without one.
-        file: The single file, if it is one.
-    """
+    """Where a loaded model came from."""
 
     tensors: Mapping[str, Lazy]
+    """Of its network as they lie on disk, by their names in it; none where they cannot be read so: if they are pickled,
+    or diffusers translates them while it loads."""
     metadata: dict[str, str]
+    """Of the file that holds them, the first shard's."""
     home: Path | None
+    """Folder with the configuration of all parts; None for a single file that came without one."""
     file: Path | None = None
-
-    def flat(self, part: str) -> bool:
-        """Whether the folder has the layout of old DDPM repositories, all in its root."""
-        return self.home is not None and not (self.home / part).is_dir()
+    """The single file, if it is one."""
+    layout: Layout | None = None
 
 
 def source(ref: str, family: Family, pipeline_config: Path | None) -> Source:
@@ -63,17 +57,18 @@ def source(ref: str, family: Family, pipeline_config: Path | None) -> Source:
     Raises:
         CannotRun: If a file is damaged.
     """
-    home = families.home(ref)
+    home, spec = families.home(ref), family.spec
     try:
         if home is None:
-            opened = open_tensors(Path(ref))
-            tensors = _named([opened], family.network.config)
-            return Source(_matching(tensors, family.network), opened.metadata, pipeline_config, Path(ref))
-        found = _opened(home / PARTS[family.kind] if (home / PARTS[family.kind]).is_dir() else home, STEM)
+            single = open_tensors(Path(ref))
+            tensors = _tensors(spec, [single], family.network)
+            return Source(tensors, single.metadata, pipeline_config, Path(ref), spec.layout)
+        part = home / spec.network
+        found = opened(part if part.is_dir() else home, STEM, variant(home, spec.network))
     except BadFile as error:
         raise CannotRun(f"cannot read the weights of '{ref}': {error}", "Get the model again.") from None
-    tensors = {name: lazy for opened in found for name, lazy in opened.tensors.items()}
-    return Source(_matching(tensors, family.network), found[0].metadata if found else {}, home)
+    tensors = _tensors(spec, found, family.network)
+    return Source(tensors, found[0].metadata if found else {}, home, layout=spec.layout)
 
 
 def load(ref: str, options: Options) -> Family:
@@ -86,35 +81,34 @@ def load(ref: str, options: Options) -> Family:
 
 
 def _lean(ref: str, options: Options) -> nn.Module | None:
-    """The network of a large SD3 whose weights lie here as safetensors; None leaves it to the stock loader."""
+    """A large network whose weights lie here as safetensors; None leaves it to the stock loader."""
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        if families.examined(ref, options)[1] != "sd3":
-            return None
+        _, spec = families.examined(ref, options)
         home = families.home(ref)
     except (HfHubHTTPError, LocalEntryNotFoundError):  # not here yet
         return None
     file = Path(ref) if home is None else None
     home = home or options.pipeline_config
-    if home is None or not (home / "transformer" / "config.json").is_file():
+    if home is None or not (home / spec.network / "config.json").is_file():
         return None
     try:
-        opened = [open_tensors(file)] if file else _opened(home / "transformer", STEM)
-        config = read_json(home / "transformer" / "config.json")
+        found = [open_tensors(file)] if file else opened(home / spec.network, STEM, variant(home, spec.network))
+        config = read_json(home / spec.network / "config.json")
     except BadFile:  # the stock loader has a sentence for it
         return None
-    return built(config, opened, dtype_of(config) if file is None else torch.bfloat16)
+    return _built(spec, config, found, dtype_of(spec, config) if file is None else torch.bfloat16)
 
 
-def built(config: Mapping[str, Any], opened: list[Opened], dtype: torch.dtype) -> nn.Module | None:
-    """A large transformer from its files, converted a tensor at a time; None if it is small or does not fit."""
+def _built(spec: FamilySpec, config: Mapping[str, Any], found: list[Opened], dtype: torch.dtype) -> nn.Module | None:
+    """A large network from its files, converted a tensor at a time; None if it is small or does not fit."""
     with init_empty_weights():
-        network = SD3Transformer2DModel.from_config(config)
+        network: nn.Module = network_class(spec).from_config(config)
     if (numbers := sum(p.numel() for p in network.parameters())) <= LARGE:
         return None
     families.trim_memory(numbers)
-    tensors = _matching(_named(opened, network.config), network)
+    tensors = _tensors(spec, found, network)
     for name, lazy in tensors.items():
         value = lazy.make()
         value = value.to(dtype) if value.is_floating_point() else value
@@ -122,52 +116,16 @@ def built(config: Mapping[str, Any], opened: list[Opened], dtype: torch.dtype) -
     return network.eval() if tensors else None
 
 
-def _named(opened: list[Opened], config: Any) -> dict[str, Lazy]:
-    """The tensors of a network's files under diffusers' names, which some have and others get."""
-    tensors = {name: lazy for one in opened for name, lazy in one.tensors.items()}
-    if not any(name.startswith(sd3_layout.TRANSFORMER) for name in tensors):
-        return tensors
-    layout = sd3_layout.transformer(config)
-    return {n: _piece(tensors[p.original], p) for n, p in layout.items() if p.original in tensors}
+def _tensors(spec: FamilySpec, found: list[Opened], network: nn.Module) -> dict[str, Lazy]:
+    """The tensors of a network's files under diffusers' names, in its order, if they are all of its and nothing else.
 
-
-def _opened(folder: Path, stem: str) -> list[Opened]:
-    """The file of a part, or its shards; none if they are pickled."""
-    index = folder / f"{stem}.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.is_file() else [f"{stem}.safetensors"]
-    return [open_tensors(folder / name) for name in names if (folder / name).is_file()]
-
-
-def _matching(tensors: Mapping[str, Lazy], network: nn.Module) -> Mapping[str, Lazy]:
-    """The tensors in the network's order, if they are all of its and nothing else."""
-    wanted = {n: tuple(t.shape) for n, t in network.state_dict().items()}
-    return {n: tensors[n] for n in wanted} if {n: t.shape for n, t in tensors.items()} == wanted else {}
-
-
-def _piece(whole: Lazy, piece: Piece) -> Lazy:
-    """A tensor of diffusers from the original's."""
-    shape = (whole.shape[0] // piece.part[1], *whole.shape[1:]) if whole.shape else ()
-    shape = shape[:2] if piece.convolution else shape
-    return Lazy(whole.dtype, shape, lambda: sd3_layout.to_diffusers(piece, whole.make()))
-
-
-def _original(tensors: Mapping[str, Lazy], layout: Mapping[str, Piece]) -> dict[str, Lazy]:
-    """The tensors under the original's names; q, k and v are put together when they are wanted.
-
-    Raises:
-        CannotRun: If there is a tensor that the original has no place for, or one is missing.
+    Of a single file in the original layout, whatever else it holds.
     """
-    if strange := sorted(set(tensors) ^ set(layout)):
-        raise CannotRun(f"the original layout and '{strange[0]}' do not go together", "Give the format diffusers.")
-    found = {}
-    for name, parts in sd3_layout.grouped(layout).items():
-        first, count, piece = tensors[parts[0]], len(parts), layout[parts[0]]
-        shape = (first.shape[0] * count, *first.shape[1:]) if first.shape else ()
-        found[name] = Lazy(
-            first.dtype, (*shape, 1, 1) if piece.convolution else shape,
-            lambda parts=parts: sd3_layout.to_original([(layout[n], tensors[n].make()) for n in parts]),  # type: ignore[misc]
-        )  # fmt: skip
-    return found
+    tensors, state = {n: lazy for one in found for n, lazy in one.tensors.items()}, network.state_dict()
+    if spec.layout is not None and any(name.startswith(spec.layout.mark) for name in tensors):
+        tensors = from_original(tensors, spec.layout.network(state))
+    wanted = {n: tuple(t.shape) for n, t in state.items()}
+    return {n: tensors[n] for n in wanted} if {n: t.shape for n, t in tensors.items()} == wanted else {}
 
 
 def checkpoint(origin: Source, network: Mapping[str, Lazy], config: Any) -> dict[str, Lazy]:
@@ -176,38 +134,25 @@ def checkpoint(origin: Source, network: Mapping[str, Lazy], config: Any) -> dict
     Raises:
         CannotRun: If a part has no weights that can be read, or the layout no place for one.
     """
-    layout = sd3_layout.transformer(config)
+    layout = origin.layout
+    assert layout is not None
+    found = originals(network, layout.network(network))
     if origin.file is not None:
-        rest = dict(open_tensors(origin.file).tensors)
-        known = any(name.startswith(sd3_layout.TRANSFORMER) for name in rest)
-        return {**rest, **(_original(network, layout) if known else network)}
+        return {**open_tensors(origin.file).tensors, **found}
     assert origin.home is not None
-    found = _original(network, layout)
     tensors = _part(origin.home / "vae", STEM)
-    found |= _original(tensors, sd3_layout.vae(read_json(origin.home / "vae" / "config.json")))
-    for which, name in ((1, "text_encoder"), (2, "text_encoder_2"), (3, "text_encoder_3")):
+    found |= originals(tensors, layout.vae(tensors))
+    for name in layout.text_encoders:
         if (origin.home / name).is_dir():
-            tensors = _part(origin.home / name, "model")
-            _check_projection(which, tensors)
-            found |= _original(tensors, sd3_layout.text_encoder(which, tensors))
+            tensors = _part(origin.home / name, STEMS["transformers"])
+            layout.check(name, tensors)
+            found |= originals(tensors, layout.text_encoder(name, tensors))
     return found
-
-
-def _check_projection(which: int, tensors: Mapping[str, Lazy]) -> None:
-    """Refuse a clip_l whose projection stock `from_single_file` would drop: it puts an identity in its place."""
-    projection = tensors.get("text_projection.weight")
-    if which == 1 and projection is not None:
-        found = projection.make()
-        if not torch.equal(found, torch.eye(len(found), dtype=found.dtype)):
-            raise CannotRun(
-                "text_encoder has a projection that is not the identity: stock loaders of a single file drop it",
-                "Give the format diffusers or transformer.",
-            )
 
 
 def _part(folder: Path, stem: str) -> dict[str, Lazy]:
     """The tensors of a part, from its file or shards."""
-    tensors = {n: lazy for opened in _opened(folder, stem) for n, lazy in opened.tensors.items()}
+    tensors = {n: lazy for one in opened(folder, stem) for n, lazy in one.tensors.items()}
     if not tensors:
         raise CannotRun(f"'{folder.name}' has no safetensors", "Export the format diffusers, and that one again.")
     return tensors
@@ -221,19 +166,17 @@ def large(family: Family) -> bool:
 @contextmanager
 def quiet() -> Iterator[None]:
     """No warnings of the libraries: of parts that are absent on purpose, of casts that are meant."""
-    from diffusers.utils import logging as ours
-    from transformers.utils import logging as theirs
-
-    before = ours.get_verbosity(), theirs.get_verbosity()
-    ours.set_verbosity_error()
-    theirs.set_verbosity_error()  # type: ignore[no-untyped-call]
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    before = [logger.level for logger in loggers]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
             yield
     finally:
-        ours.set_verbosity(before[0])
-        theirs.set_verbosity(before[1])
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def folder(path: Path, options: Options, dtype: torch.dtype, rest: torch.dtype) -> Family:
@@ -247,17 +190,12 @@ def single_file(path: Path, options: Options, home: Path | None, dtype: torch.dt
 
 
 def network_file(path: Path, kind: str, config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
-    """A network from one file with diffusers' names: `from_single_file`, or for a UNet, which has none, a folder."""
+    """A network from one file with diffusers' names, which stock `from_pretrained` opens as a folder's."""
+    spec = next(spec for spec in families.FAMILIES if spec.name == kind)
     with TemporaryDirectory() as scratch:
         (Path(scratch) / "config.json").write_text(json.dumps(config))
-        network: nn.Module
-        if kind == "sd3":
-            network = SD3Transformer2DModel.from_single_file(
-                str(path), config=scratch, dtype=dtype, local_files_only=True
-            )
-        else:
-            (Path(scratch) / f"{STEM}.safetensors").symlink_to(path.absolute())
-            network = UNet2DModel.from_pretrained(scratch, dtype=dtype, use_safetensors=True)
+        (Path(scratch) / f"{STEM}.safetensors").symlink_to(path.absolute())
+        network: nn.Module = network_class(spec).from_pretrained(scratch, dtype=dtype, use_safetensors=True)
     families.trim_memory(sum(p.numel() for p in network.parameters()))
     return network
 
@@ -285,13 +223,21 @@ def with_peft(family: Any, folder: Path) -> dict[str, Tensor]:
 
 
 def save_parts(family: Any, folder: Path, parts: list[str]) -> None:
-    """Write parts of a loaded pipeline as diffusers does, and its index where `folder` has none."""
+    """Write parts of a loaded pipeline as diffusers does, and its index where `folder` has none.
+
+    A part that was never loaded, such as a safety checker, is not written and goes out of the index.
+    """
     for name in parts:
         part = getattr(family.pipeline, name, None)
         if part is not None:
             part.save_pretrained(folder / name)
-    if not (folder / "model_index.json").is_file():
+    index = folder / "model_index.json"
+    if not index.is_file():
         family.pipeline.save_config(folder)
+    listed = read_json(index)
+    absent = {n: [None, None] for n in parts if n in listed and getattr(family.pipeline, n, None) is None}
+    if absent:
+        write_json({**listed, **absent}, index)
 
 
 def converted(family: Family, path: Path, part: str, config: Mapping[str, Any], dtype: torch.dtype) -> None:
@@ -303,5 +249,5 @@ def converted(family: Family, path: Path, part: str, config: Mapping[str, Any], 
         return
     family.set_network(None)
     families.trim_memory(LARGE + 1)
-    opened = [open_tensors(path)] if path.is_file() else _opened(path / part, STEM)
-    family.set_network(built(config, opened, dtype))
+    found = [open_tensors(path)] if path.is_file() else opened(path / part, STEM)
+    family.set_network(_built(family.spec, config, found, dtype))

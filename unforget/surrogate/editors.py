@@ -1,6 +1,6 @@
 """Editors: from a target to candidates for its surrogate."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from diffusers import RePaintScheduler
@@ -47,7 +47,7 @@ class RePaint(Strategy):
     jump_n_sample: int = Field(3, ge=1, description="how often to go back and repaint")
 
     def __call__(self, canvas: Canvas) -> list[Candidate]:
-        if canvas.family.kind != "ddpm":
+        if canvas.family.spec.inpaint_class:
             raise UsageError("repaint is for models that draw pixels", "Give --method inpaint.")
         scheduler = RePaintScheduler.from_config(canvas.family.scheduler_config)
         scheduler.set_timesteps(self.steps, self.jump_length, self.jump_n_sample)
@@ -68,7 +68,7 @@ class RePaint(Strategy):
 
 
 class Inpaint(Strategy):
-    """Let the model fill the mask and keep the rest: `repaint` for pixels, diffusers' inpainting pipeline for SD3."""
+    """Let the model fill the mask and keep the rest: `repaint` for pixels, else the family's inpainting pipeline."""
 
     kind: Literal["inpaint"] = "inpaint"
     strengths: tuple[float, ...] = Field((0.7, 0.85, 1.0), description="noise levels, as shares of the schedule")
@@ -76,15 +76,14 @@ class Inpaint(Strategy):
     steps: int = Field(20, ge=2, le=1000, description="steps of a whole sampling run")
 
     def __call__(self, canvas: Canvas) -> list[Candidate]:
-        if canvas.family.kind == "ddpm":
+        family: Any = canvas.family
+        if not family.spec.inpaint_class:
             return RePaint(seeds=self.seeds)(canvas)
-        from unforget.families.sd3 import inpaint
-
         out = []
         for strength in self.strengths:
-            images = inpaint(
-                canvas.family, canvas.target, canvas.mask, prompt_id=canvas.prompt_id, strength=strength,
-                count=self.seeds, steps=self.steps, seed=canvas.seed,
+            images = family.inpaint(
+                canvas.target, canvas.mask, prompt_id=canvas.prompt_id, strength=strength, count=self.seeds,
+                steps=self.steps, seed=canvas.seed,
             )  # fmt: skip
             out += [Candidate(image, f"inpaint {strength:.2f} #{i}") for i, image in enumerate(_within(canvas, images))]
         return out

@@ -1,198 +1,126 @@
-"""Where the tensors of diffusers lie in an original Stable Diffusion 3 checkpoint, one tensor at a time, both ways.
+"""The original layout of Stable Diffusion 3: the names in the files that Stability ships, by the names in diffusers.
 
-Stability ships SD3 and SD3.5 as one `.safetensors` file with the names of its own code (`mmditx.py`, `sd3_impls.py`,
-`other_impls.py`). diffusers reads that (`diffusers.loaders.single_file_utils`) and cannot write it. The maps here are
-that reader's, turned into data: every tensor of diffusers is one `Piece` of the original, and no bit is lost.
-
-A file may hold more, which diffusers drops and no `Piece` names: `text_encoders.*.logit_scale`, the `position_ids` of
-old CLIP files, and what belongs to a T5 in scaled float8 (`scaled_fp8`, `*.scale_weight`).
+diffusers reads such a file (`diffusers.loaders.single_file_utils`) and cannot write it. A file may hold more, which it
+drops: `text_encoders.*.logit_scale`, the `position_ids` of old CLIP files, and what belongs to a T5 in float8.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from unforget.errors import CannotRun
+from unforget.families.layouts import Layout, Piece
+from unforget.files.storage import Lazy
 
 TRANSFORMER = "model.diffusion_model."
 VAE = "first_stage_model."
 TEXT_ENCODERS = {
-    1: "text_encoders.clip_l.transformer.",
-    2: "text_encoders.clip_g.transformer.",
-    3: "text_encoders.t5xxl.transformer.",
+    "text_encoder": "text_encoders.clip_l.transformer.",
+    "text_encoder_2": "text_encoders.clip_g.transformer.",
+    "text_encoder_3": "text_encoders.t5xxl.transformer.",
 }
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Where a tensor of diffusers lies in the original.
-
-    Args:
-        original: The name there.
-        part: (index, count): part `index` of `count` equal parts along dim 0, as of fused q, k and v.
-        swapped: Its halves along dim 0 change places: (shift, scale) in the original, (scale, shift) in diffusers.
-        convolution: A 1x1 convolution in the original, (out, in, 1, 1), a linear layer in diffusers, (out, in).
-        copies: Further names in the original under which the same tensor is stored again.
-    """
-
-    original: str
-    part: tuple[int, int] = (0, 1)
-    swapped: bool = False
-    convolution: bool = False
-    copies: tuple[str, ...] = ()
-
-
-def _attention(ours: str, projections: Sequence[str], original: str) -> dict[str, Piece]:
-    """Rules of an attention with `projections` (q, k, v, out): the original has q, k and v as one layer, (3 d, d)."""
-    *qkv, out = (f"{ours}.{name}" for name in projections)
-    return {name: Piece(f"{original}.qkv", (i, 3)) for i, name in enumerate(qkv)} | {out: Piece(f"{original}.proj")}
-
-
-# Rules name layers, in diffusers and in the original; `_tensors` makes weight and bias of them.
-_IMAGE = ("to_q", "to_k", "to_v", "to_out.0")
-_CONTEXT = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+_QKV = {"to_q": 0, "to_k": 1, "to_v": 2, "add_q_proj": 0, "add_k_proj": 1, "add_v_proj": 2}
+"""The original has q, k and v as one layer, (3 d, d)."""
 _ENDS = {
-    "pos_embed.proj": Piece("x_embedder.proj"),
-    "time_text_embed.timestep_embedder.linear_1": Piece("t_embedder.mlp.0"),
-    "time_text_embed.timestep_embedder.linear_2": Piece("t_embedder.mlp.2"),
-    "time_text_embed.text_embedder.linear_1": Piece("y_embedder.mlp.0"),
-    "time_text_embed.text_embedder.linear_2": Piece("y_embedder.mlp.2"),
-    "context_embedder": Piece("context_embedder"),
-    "norm_out.linear": Piece("final_layer.adaLN_modulation.1", swapped=True),
-    "proj_out": Piece("final_layer.linear"),
+    "pos_embed.proj": "x_embedder.proj",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "context_embedder": "context_embedder",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
 }
 _BLOCK = {
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn2.to_out.0": "x_block.attn2.proj",
+    "attn.to_add_out": "context_block.attn.proj",
+    **{f"{attn}.to_{x}": f"x_block.{attn}.qkv" for attn in ("attn", "attn2") for x in "qkv"},
+    **{f"attn.add_{x}_proj": "context_block.attn.qkv" for x in "qkv"},
+    **{f"{attn}.norm_{x}": f"x_block.{attn}.ln_{x}" for attn in ("attn", "attn2") for x in "qk"},
+    **{f"attn.norm_added_{x}": f"context_block.attn.ln_{x}" for x in "qk"},
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+}
+_VAE = {
+    "mid_block.attentions.0": "mid.attn_1", ".resnets.": ".block.", "samplers.0.": "sample.", "to_q": "q", "to_k": "k",
+    "to_v": "v", "to_out.0": "proj_out", "group_norm": "norm", "conv_norm_out": "norm_out",
+    "conv_shortcut": "nin_shortcut",
+}  # fmt: skip
+
+
+def transformer(names: Iterable[str]) -> dict[str, Piece]:
+    """The pieces of the tensors of an `SD3Transformer2DModel`, of SD3 and SD3.5.
+
+    Raises:
+        CannotRun: If the original knows no such tensor.
+    """
+    names = list(names)
+    last = max((int(n.split(".")[1]) for n in names if n.startswith("transformer_blocks.")), default=0)
+    return {name: _transformer_piece(name, last) for name in names}
+
+
+def _transformer_piece(name: str, last: int) -> Piece:
+    if name == "pos_embed.pos_embed":
+        return Piece(f"{TRANSFORMER}pos_embed")  # a buffer, kept by both
+    layer, _, kind = name.rpartition(".")
+    block = re.fullmatch(r"transformer_blocks\.(\d+)\.(.+)", layer)
+    prefix, layer = (f"joint_blocks.{block[1]}.", block[2]) if block else ("", layer)
+    original = (_BLOCK if block else _ENDS).get(layer)
+    if original is None or (".ln_" in original and kind == "bias"):
+        raise _unknown(name)
+    index = _QKV.get(layer.rpartition(".")[2])
     # adaLN: 6 d rows, 9 d with a second attention; only where there are 2 d do the two codes order them differently.
-    "norm1.linear": Piece("x_block.adaLN_modulation.1"),
-    "norm1_context.linear": Piece("context_block.adaLN_modulation.1"),
-    **_attention("attn", _IMAGE, "x_block.attn"),
-    **_attention("attn", _CONTEXT, "context_block.attn"),
-    "ff.net.0.proj": Piece("x_block.mlp.fc1"),
-    "ff.net.2": Piece("x_block.mlp.fc2"),
-    "ff_context.net.0.proj": Piece("context_block.mlp.fc1"),
-    "ff_context.net.2": Piece("context_block.mlp.fc2"),
-}
-# The context leaves the last block after its attention: both codes leave out what would follow, and its adaLN has 2 d
-# rows. Its q, which has no effect, is in both.
-_UNUSED = ("attn.to_add_out", "ff_context.net.0.proj", "ff_context.net.2")
-_LAST = {name: piece for name, piece in _BLOCK.items() if name not in _UNUSED} | {
-    "norm1_context.linear": Piece("context_block.adaLN_modulation.1", swapped=True)
-}
-_DUAL = _attention("attn2", _IMAGE, "x_block.attn2")
-_NORMS = {
-    "attn.norm_q": Piece("x_block.attn.ln_q"),
-    "attn.norm_k": Piece("x_block.attn.ln_k"),
-    "attn.norm_added_q": Piece("context_block.attn.ln_q"),
-    "attn.norm_added_k": Piece("context_block.attn.ln_k"),
-}
-_DUAL_NORMS = {"attn2.norm_q": Piece("x_block.attn2.ln_q"), "attn2.norm_k": Piece("x_block.attn2.ln_k")}
-
-_RESNET = {name: Piece(name) for name in ("norm1", "conv1", "norm2", "conv2")}
-_SHORTCUT = {"conv_shortcut": Piece("nin_shortcut")}
-_VAE_ATTENTION = {
-    "group_norm": Piece("norm"),
-    "to_q": Piece("q", convolution=True),
-    "to_k": Piece("k", convolution=True),
-    "to_v": Piece("v", convolution=True),
-    "to_out.0": Piece("proj_out", convolution=True),
-}
-_VAE_ENDS = {"conv_in": Piece("conv_in"), "conv_norm_out": Piece("norm_out"), "conv_out": Piece("conv_out")}
+    swapped = layer == "norm_out.linear" or (prefix == f"joint_blocks.{last}." and layer == "norm1_context.linear")
+    return Piece(f"{TRANSFORMER}{prefix}{original}.{kind}", (0, 1) if index is None else (index, 3), swapped)
 
 
-def _within(rules: Mapping[str, Piece], ours: str, theirs: str) -> dict[str, Piece]:
-    """The rules of a module for where it is: `ours` in diffusers, `theirs` in the original."""
-    return {f"{ours}.{name}": replace(p, original=f"{theirs}.{p.original}") for name, p in rules.items()}
-
-
-def _tensors(rules: Mapping[str, Piece], prefix: str, kinds: Sequence[str] = ("weight", "bias")) -> dict[str, Piece]:
-    """The tensors of layers. A bias has one dimension, of a convolution as of a linear layer."""
-    return {
-        f"{name}.{kind}": replace(
-            p, original=f"{prefix}{p.original}.{kind}", convolution=p.convolution and kind == "weight"
-        )
-        for name, p in rules.items()
-        for kind in kinds
-    }
-
-
-def transformer(config: Mapping[str, Any]) -> dict[str, Piece]:
-    """Every tensor of `SD3Transformer2DModel(config)`, of SD3 and SD3.5.
+def vae(names: Iterable[str]) -> dict[str, Piece]:
+    """The pieces of the tensors of an `AutoencoderKL`.
 
     Raises:
-        CannotRun: If its attention has a norm that the original does not know.
+        CannotRun: If the original knows no such tensor.
     """
-    norm = config.get("qk_norm")
-    if norm not in (None, "rms_norm"):
-        raise CannotRun(f"the original layout has no '{norm}' of queries and keys", "Save it as a diffusers folder.")
-    layers, norms = dict(_ENDS), dict[str, Piece]()
-    for i in range(config["num_layers"]):
-        place = f"transformer_blocks.{i}", f"joint_blocks.{i}"
-        dual = i in (config.get("dual_attention_layers") or ())
-        block = _BLOCK if i < config["num_layers"] - 1 else _LAST
-        layers |= _within(block | (_DUAL if dual else {}), *place)
-        if norm:
-            norms |= _within(_NORMS | (_DUAL_NORMS if dual else {}), *place)
-    return {
-        "pos_embed.pos_embed": Piece(f"{TRANSFORMER}pos_embed"),  # a buffer, kept by both
-        **_tensors(layers, TRANSFORMER),
-        **_tensors(norms, TRANSFORMER, ("weight",)),
-    }
+    names = list(names)
+    last = max(int(m[1]) for n in names if (m := re.search(r"up_blocks\.(\d+)", n)))
+
+    def level(m: re.Match[str]) -> str:
+        # The original numbers levels by resolution, diffusers by the order of computing.
+        return f"{m[1]}.{int(m[2]) if m[1] == 'down' else last - int(m[2])}"
+
+    found = {}
+    for name in names:
+        if re.search(r"_blocks\.\d+\.attentions", name):
+            raise _unknown(name)
+        original = re.sub(r"(down|up)_blocks\.(\d+)", level, name)
+        original = re.sub(r"mid_block\.resnets\.(\d+)", lambda m: f"mid.block_{int(m[1]) + 1}", original)
+        for ours, theirs in _VAE.items():
+            original = original.replace(ours, theirs)
+        convolution = re.search(r"attentions\.0\.to_.*weight", name) is not None
+        found[name] = Piece(VAE + original, convolution=convolution)
+    return found
 
 
-def vae(config: Mapping[str, Any]) -> dict[str, Piece]:
-    """Every tensor of `AutoencoderKL(config)`. SD3's has no `quant_conv`; one that has keeps it under that name.
+def _unknown(name: str) -> CannotRun:
+    return CannotRun(f"the original layout has no place for '{name}'", "Give the format diffusers.")
 
-    Raises:
-        CannotRun: If it has other blocks than the original.
+
+def text_encoder(part: str, names: Iterable[str]) -> dict[str, Piece]:
+    """The pieces of the tensors of a text encoder, whose names are transformers' in the original, too.
+
+    CLIP has `text_model.` before them (CLIPTextModelWithProjection) or not (CLIPTextModel of transformers 5); T5 has
+    its embedding under two names or, as in files, one.
     """
-    kinds = {*config["down_block_types"], *config["up_block_types"]}
-    if not kinds <= {"DownEncoderBlock2D", "UpDecoderBlock2D"}:
-        raise CannotRun(f"the original layout has no VAE of {', '.join(sorted(kinds))}", "Save it as a folder.")
-    widths, depth = list(config["block_out_channels"]), config["layers_per_block"]
-    last = len(widths) - 1
-    rules: dict[str, Piece] = {}
-    for side, blocks, levels, sample, channels, resnets in (
-        ("encoder", "down_blocks", "down", "downsample", widths, depth),
-        ("decoder", "up_blocks", "up", "upsample", widths[::-1], depth + 1),
-    ):
-        rules |= _within(_VAE_ENDS, side, side)
-        for j in range(2):
-            rules |= _within(_RESNET, f"{side}.mid_block.resnets.{j}", f"{side}.mid.block_{j + 1}")
-        if config.get("mid_block_add_attention", True):
-            rules |= _within(_VAE_ATTENTION, f"{side}.mid_block.attentions.0", f"{side}.mid.attn_1")
-        for i, width in enumerate(channels):
-            # The original numbers levels by resolution, diffusers by the order of computing.
-            ours, theirs = f"{side}.{blocks}.{i}", f"{side}.{levels}.{i if side == 'encoder' else last - i}"
-            for j in range(resnets):
-                wider = j == 0 and channels[max(i - 1, 0)] != width
-                resnet = _RESNET | (_SHORTCUT if wider else {})
-                rules |= _within(resnet, f"{ours}.resnets.{j}", f"{theirs}.block.{j}")
-            if i < last:
-                rules[f"{ours}.{sample}rs.0.conv"] = Piece(f"{theirs}.{sample}.conv")
-    for name in ("quant_conv", "post_quant_conv"):
-        if config.get(f"use_{name}", True):
-            rules[name] = Piece(name)
-    return _tensors(rules, VAE)
-
-
-def text_encoder(which: int, names: Iterable[str]) -> dict[str, Piece]:
-    """The tensors of a text encoder, whose names are transformers' in the original, too.
-
-    Stock `from_single_file` puts an identity in place of clip_l's `text_projection.weight`, whatever the file holds:
-    SD3 takes clip_l's pooled output as it is. Other files may hold one, so it keeps its place here.
-
-    Args:
-        which: 1 for clip_l, 2 for clip_g, 3 for t5xxl.
-        names: As a state dict or file of transformers has them: CLIP with `text_model.` (CLIPTextModelWithProjection)
-            or without (CLIPTextModel of transformers 5); T5 with its embedding under two names or, as in files, one.
-    """
-    names, prefix = list(names), TEXT_ENCODERS[which]
-    if which != 3:
+    names, prefix = list(names), TEXT_ENCODERS[part]
+    if part != "text_encoder_3":
         heads = ("text_model.", "text_projection.")
         return {n: Piece(prefix + (n if n.startswith(heads) else f"text_model.{n}")) for n in names}
     layout = {name: Piece(prefix + name) for name in names}
@@ -204,53 +132,16 @@ def text_encoder(which: int, names: Iterable[str]) -> dict[str, Piece]:
     return layout
 
 
-def grouped(layout: Mapping[str, Piece]) -> dict[str, list[str]]:
-    """Every name of the original, copies included, with the names in diffusers that make it up, in order of part."""
-    found: dict[str, list[str]] = {}
-    for name, piece in sorted(layout.items(), key=lambda item: item[1].part[0]):
-        for original in (piece.original, *piece.copies):
-            found.setdefault(original, []).append(name)
-    return found
+def check(part: str, tensors: Mapping[str, Lazy]) -> None:
+    """Refuse a clip_l whose projection stock `from_single_file` would drop: it puts an identity in its place."""
+    projection = tensors.get("text_projection.weight")
+    if part == "text_encoder" and projection is not None:
+        found = projection.make()
+        if not torch.equal(found, torch.eye(len(found), dtype=found.dtype)):
+            raise CannotRun(
+                "text_encoder has a projection that is not the identity: stock loaders of a single file drop it",
+                "Give the format diffusers or transformer.",
+            )
 
 
-def _parts(tensor: Tensor, count: int, name: str) -> tuple[Tensor, ...]:
-    """Equal parts along dim 0: (count n, ...) as `count` times (n, ...)."""
-    if len(tensor) % count:
-        raise CannotRun(f"'{name}' {tuple(tensor.shape)} is not {count} equal parts", "Give a checkpoint of SD3.")
-    return tensor.reshape(count, len(tensor) // count, *tensor.shape[1:]).unbind()
-
-
-def _swap(tensor: Tensor, name: str) -> Tensor:
-    """The halves of (2 d, ...) in the other order."""
-    return torch.cat(_parts(tensor, 2, name)[::-1])
-
-
-def to_diffusers(piece: Piece, tensor: Tensor) -> Tensor:
-    """diffusers' tensor, a view where it can be, of the original's whole `tensor`, named `piece.original`.
-
-    Raises:
-        CannotRun: If it cannot be divided as it should.
-    """
-    index, count = piece.part
-    if count > 1:
-        tensor = _parts(tensor, count, piece.original)[index]
-    if piece.swapped:
-        tensor = _swap(tensor, piece.original)
-    return tensor.reshape(tensor.shape[:2]) if piece.convolution else tensor
-
-
-def to_original(pieces: Sequence[tuple[Piece, Tensor]]) -> Tensor:
-    """The original's tensor, contiguous, of all of diffusers' that share its name, in any order.
-
-    Raises:
-        CannotRun: If a part is missing, or parts differ in shape or precision: they would not be what they were.
-    """
-    pieces = sorted(pieces, key=lambda item: item[0].part[0])
-    name, count = pieces[0][0].original, pieces[0][0].part[1]
-    if [(p.original, p.part) for p, _ in pieces] != [(name, (i, count)) for i in range(count)]:
-        raise CannotRun(f"'{name}' needs {count} parts, each once", "Give a model that is complete.")
-    if len({(t.shape, t.dtype) for _, t in pieces}) > 1:
-        raise CannotRun(f"the parts of '{name}' differ in shape or dtype", "Give a model of one precision.")
-    parts = [_swap(t, name) if p.swapped else t for p, t in pieces]
-    parts = [t[..., None, None] if p.convolution else t for (p, _), t in zip(pieces, parts, strict=True)]
-    return torch.cat(parts) if count > 1 else parts[0].contiguous()
+LAYOUT = Layout(f"{TRANSFORMER}joint_blocks.", VAE, TEXT_ENCODERS, transformer, vae, text_encoder, check)

@@ -1,0 +1,265 @@
+"""From a reference on the command line to a loaded model: an alias, a folder, a single file, or a hub id."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from unforget import families
+from unforget.errors import CannotRun, UnforgetError, UsageError
+from unforget.families import safety
+from unforget.files.storage import BadFile, open_tensors, read_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from unforget.core.types import Family
+    from unforget.families.spec import FamilySpec
+
+
+class Hints(BaseModel):
+    """What a model folder may say about itself to this tool, in `unforget.json` beside model_index.json."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    guidance: float | None = Field(None, ge=1)
+    retain_prompts: tuple[str, ...] = ()
+    made: dict[str, Any] | None = None
+    """Where an exported folder came from, as `unforget.exports` writes it."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to open a model; `resolution` and `guidance` replace the model's own."""
+
+    allow_pickle: bool = False
+    """Also open `.bin` weights, with torch's restricted unpickler."""
+    device: str = "cpu"
+    resolution: int | None = None
+    guidance: float | None = None
+    pipeline_config: Path | None = None
+    """A diffusers folder, or a hub id, that says what a single file holds."""
+    t5: bool = True
+    """Whether to load optional text encoders."""
+    network_dtype: torch.dtype | None = None
+    rest_dtype: torch.dtype | None = None
+    network: Any = None
+    """Taken instead of the model's own, which is not loaded then."""
+
+
+def load(ref: str, options: Options | None = None) -> Family:
+    """The model that `ref` names: an alias, a diffusers folder, a single file, or a hub id `owner/name[@revision]`.
+
+    Raises:
+        UsageError: If `ref` names nothing that can be opened, or only pickled weights.
+        CannotRun: If opening it failed.
+    """
+    options = options or Options()
+    source, spec = examined(ref, options)
+    model: Family = opening(ref, source, lambda: _opened(ref, source, spec, options))
+    return model
+
+
+def _opened(ref: str, source: str, spec: FamilySpec, options: Options) -> Any:
+    from unforget.families.pipelines import stock
+
+    pipeline = stock(spec, source, options)
+    needed = [n for n in spec.text_encoders if n not in spec.optional] + ["vae"] * spec.prompted
+    if missing := [n for n in needed if getattr(pipeline, n) is None]:
+        raise CannotRun(f"the model '{ref}' lacks its {missing[0]}", "Get the model again, with all its parts.")
+    single = options.pipeline_config if Path(source).is_file() else None
+    model = spec.model(spec, pipeline, ref, options, hints(single or Path(source)))
+    families.trim_memory(sum(p.numel() for p in model.network.parameters()))
+    for part in pipeline.components.values():
+        # The extremes tell of NaN and infinity, too, and take no memory.
+        if not all(bool(e.isfinite()) for p in getattr(part, "parameters", list)() if p.numel() for e in p.aminmax()):
+            raise CannotRun(f"the model '{ref}' holds NaN or infinite weights", "Give a model that is intact.")
+    return model
+
+
+def examined(ref: str, options: Options) -> tuple[str, FamilySpec]:
+    """Folder, file or hub id that `ref` names, and its row; what lies here was looked at before a library opens it.
+
+    Raises:
+        UsageError: If it is not what it says.
+        CannotRun: If weights are missing or do not fit.
+    """
+    source = _source(ref)
+    spec = _spec(source, ref)
+    if Path(source).is_dir():
+        safety.check(Path(source), spec, options.allow_pickle)
+    elif Path(source).is_file():
+        _check_single(Path(source), spec, options.pipeline_config)
+    return source, spec
+
+
+def spec_of(ref: str) -> FamilySpec:
+    """The row of the family that `ref` names, without loading any weights."""
+    return _spec(_source(ref), ref)
+
+
+def home(ref: str) -> Path | None:
+    """The folder of a model that was loaded: its own, or the snapshot in the hub's cache; None for a single file."""
+    source = _source(ref)
+    if Path(source).exists():
+        return Path(source) if Path(source).is_dir() else None
+    from huggingface_hub import hf_hub_download
+
+    at = where(source)
+    repo, revision = at["pretrained_model_name_or_path"], at.get("revision")
+    return Path(hf_hub_download(repo, "model_index.json", revision=revision, local_files_only=True)).parent
+
+
+def hints(folder: Path) -> Hints:
+    """What a model folder says about itself to this tool; nothing for one that does not.
+
+    Raises:
+        UsageError: If it says what nobody understands.
+    """
+    path = folder / "unforget.json"
+    if not path.is_file():
+        return Hints()
+    try:
+        return Hints.model_validate(read_json(path))
+    except (ValidationError, ValueError):
+        raise UsageError(f"'{path}' is not what this tool expects there", "Remove or mend it.") from None
+
+
+def editor(ref: str) -> tuple[Any, str]:
+    """An instruction editor, any diffusers pipeline that takes an image and a prompt, and the name of its licence.
+
+    Raises:
+        UsageError: If the pipeline takes no image and prompt.
+        CannotRun: If opening it failed.
+    """
+    from diffusers import DiffusionPipeline
+
+    pipeline = opening(ref, ref, lambda: DiffusionPipeline.from_pretrained(**where(ref), use_safetensors=True))
+    if not {"image", "prompt"} <= set(inspect.signature(pipeline.__call__).parameters):
+        raise UsageError(
+            f"'{ref}' is a {type(pipeline).__name__}, which takes no picture and instruction",
+            "Give an instruction editor: FLUX.2-klein, FLUX.1-Kontext, Qwen-Image-Edit or InstructPix2Pix.",
+        )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline, _licence(ref)
+
+
+def _licence(ref: str) -> str:
+    from huggingface_hub import ModelCard
+
+    try:
+        card = Path(ref) / "README.md" if Path(ref).is_dir() else ref.partition("@")[0]
+        data = ModelCard.load(card).data
+        return str(getattr(data, "license_name", None) or data.license or "a licence that its card does not name")
+    except Exception:  # no card, or no network: the weights were opened all the same
+        return "a licence that could not be read"
+
+
+def _source(ref: str) -> str:
+    """A folder or file that exists, or a hub id."""
+    aliases = families.HUB_ALIASES
+    source = str(files("unforget.families") / "models" / ref) if ref in families.EMBEDDED else aliases.get(ref, ref)
+    if not Path(source).exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
+        known = ", ".join([*families.EMBEDDED, *aliases])
+        raise UsageError(
+            f"no model '{ref}'",
+            f"Give an alias ({known}), a diffusers folder, a .safetensors file, or a hub id owner/name.",
+        )
+    return source
+
+
+def _spec(source: str, ref: str) -> FamilySpec:
+    """The row of what a source holds: by its pipeline class, or by the names of a single file's tensors."""
+    path = Path(source)
+    if path.is_file():
+        return _spec_of_single(path, ref)
+    if path.is_dir():
+        name = _class_name(path)
+    else:
+        from diffusers import DiffusionPipeline
+
+        name = opening(ref, source, lambda: DiffusionPipeline.load_config(**where(source))["_class_name"])
+    for spec in families.FAMILIES:
+        if spec.pipeline_class == name:
+            return spec
+    known = ", ".join(spec.pipeline_class for spec in families.FAMILIES)
+    raise UsageError(f"'{ref}' is a {name}", f"Supported pipelines: {known}.")
+
+
+def _spec_of_single(file: Path, ref: str) -> FamilySpec:
+    if file.suffix != ".safetensors":
+        raise UsageError(f"'{ref}' is not a .safetensors file", "Convert the checkpoint to safetensors.")
+    try:
+        names = set(open_tensors(file).tensors)
+    except BadFile as error:
+        raise UsageError(f"'{ref}' cannot be opened: {error}", "Get it again.") from None
+    with_layout = [spec for spec in families.FAMILIES if spec.layout is not None]
+    for spec in with_layout:
+        if spec.layout is not None and any(n.startswith(spec.layout.mark) for n in names):
+            return spec
+    known = ", ".join(spec.title for spec in with_layout)
+    raise UsageError(f"'{ref}' is a checkpoint of no family that has such", f"Give one of: {known}; or a folder.")
+
+
+def _class_name(folder: Path) -> str:
+    index, hint = folder / "model_index.json", "Give the folder that `pipeline.save_pretrained` wrote."
+    if not index.is_file():
+        raise UsageError(f"'{folder}' has no model_index.json", hint)
+    try:
+        return str(read_json(index)["_class_name"])
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"'{index}' does not name a pipeline class", hint) from None
+
+
+def where(source: str) -> dict[str, str]:
+    """A folder or hub id as arguments of stock `from_pretrained`."""
+    repo, at, revision = source.partition("@") if not Path(source).exists() else (source, "", "")
+    return {"pretrained_model_name_or_path": repo, **({"revision": revision} if at else {})}
+
+
+def _check_single(file: Path, spec: FamilySpec, config: Path | None) -> None:
+    if config is None:
+        raise UsageError(
+            f"'{file}' does not say what its model is made of",
+            "Give --pipeline-config: a diffusers folder of that model (weights are not needed), or its hub id.",
+        )
+    if config.is_dir():
+        safety.check_single(file, spec, config)
+    elif str(config).count("/") != 1 or config.is_absolute():
+        raise UsageError(f"there is no folder '{config}'", "Give a diffusers folder, or a hub id owner/name.")
+
+
+def opening(ref: str, source: str, action: Callable[[], Any]) -> Any:
+    """Run what may fail inside diffusers, and say so in one sentence."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        return action()
+    except UnforgetError:
+        raise
+    except BaseException as error:  # what tokenizers raise where Rust panics is not even an Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        raise CannotRun(f"cannot open the model '{ref}': {reason}", _hint(source, str(error))) from error
+
+
+def _hint(source: str, reason: str) -> str:
+    if Path(source).is_dir():
+        return "Check the files of that folder; the stock pipeline's `from_pretrained` must open it."
+    if Path(source).is_file():
+        return "Offline a single file needs --pipeline-config DIR: a diffusers folder of that model without weights."
+    if "gated" in reason.lower() or "403" in reason or "401" in reason:
+        return f"Accept its licence on huggingface.co/{source.partition('@')[0]}, set HF_TOKEN, or give a local folder."
+    return (
+        "Check the name and the network (HF_HUB_OFFLINE, HF_TOKEN; gated models ask for both), or give a local folder."
+    )
