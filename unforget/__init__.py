@@ -4,8 +4,6 @@ The commands of the `unforget` tool as functions: `edit_surrogate`, `unlearn`, `
 configuration, and `show`. They are imported when first asked for, so that `import unforget` costs nothing.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 

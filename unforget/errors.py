@@ -1,7 +1,5 @@
 """What can go wrong, as one sentence and a way out, and the exit code that says so."""
 
-from __future__ import annotations
-
 import enum
 import os
 import re

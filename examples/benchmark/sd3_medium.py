@@ -17,9 +17,11 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from unforget import families
 from unforget.api import memory_plan
 from unforget.config import UnlearnConfig, recipe
 from unforget.core.types import Instance, Pool
+from unforget.families import sd3
 from unforget.families.latent import LatentTextToImage
 from unforget.unlearning.compute import Compute
 from unforget.unlearning.prepare import encoded

@@ -1,7 +1,5 @@
 """What every command needs: a model, an image, a place to write, and strategies in the place of flat options."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from importlib.metadata import version

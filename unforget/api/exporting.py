@@ -1,7 +1,5 @@
 """`export`: base plus patches in a form that stock loaders open, written a tensor at a time and opened again."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`verify`: base and candidate side by side, and a verdict."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The command line: parse, call, print, exit code. Heavy imports stay inside bodies, so that --help is quick."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

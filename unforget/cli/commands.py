@@ -1,8 +1,6 @@
 """The commands. Each takes the options that were given, makes a configuration of them, and calls the function of its
 name; nothing heavy is imported before the configuration is known to be sound."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any
 

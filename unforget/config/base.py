@@ -1,7 +1,5 @@
 """What the configurations share: how a field says more of its option, and the fields of several commands."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The configuration of `unforget edit-surrogate`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any, Literal
 

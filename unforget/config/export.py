@@ -1,7 +1,5 @@
 """The configuration of `unforget export`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Literal, Self
 

@@ -1,7 +1,5 @@
 """From options, TOML files and policies to a checked configuration; and whether the paths that it names will do."""
 
-from __future__ import annotations
-
 import difflib
 import os
 import tomllib

@@ -1,7 +1,5 @@
 """The configuration of `unforget unlearn`."""
 
-from __future__ import annotations
-
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self

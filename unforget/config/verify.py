@@ -1,7 +1,5 @@
 """The configuration of `unforget verify`; what a team agrees on may stand in `unforget.toml`."""
 
-from __future__ import annotations
-
 import datetime
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,8 +5,6 @@ a batch of training is split by rows, and what each found is added up before any
 writes and speaks. Without a launcher there is one process, nothing here does anything, and accelerate is not imported.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar

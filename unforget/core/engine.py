@@ -3,8 +3,6 @@
 It knows neither models nor objectives; whoever iterates decides when to stop, what to log and what to draw.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 

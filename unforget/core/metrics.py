@@ -1,7 +1,5 @@
 """Scores: plain functions from images or counts to numbers."""
 
-from __future__ import annotations
-
 import torch
 from scipy.stats import beta
 from torch import Tensor

@@ -1,7 +1,5 @@
 """What a run computes, as one frozen record: it is chosen by name, changed by options, and kept in the patch."""
 
-from __future__ import annotations
-
 from typing import Self
 
 from pydantic import Field, model_validator

@@ -1,7 +1,5 @@
 """The one place where images and latents are noised, denoised and drawn."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable

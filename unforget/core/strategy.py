@@ -1,7 +1,5 @@
 """What a configuration is made of, without torch: it must be there before a command knows that it needs torch."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict

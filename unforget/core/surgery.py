@@ -5,8 +5,6 @@ trained tensors. Where a rule divides by a squared norm that is zero, that gradi
 is zero.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Annotated, Literal, NamedTuple
 

@@ -4,8 +4,6 @@ Its form is Hugging Face's (https://huggingface.co/docs/hub/model-cards): metada
 in `templates/card.md.jinja`, where every value is escaped unless it is marked as safe.
 """
 
-from __future__ import annotations
-
 import contextlib
 import re
 import shutil

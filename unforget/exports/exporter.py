@@ -1,7 +1,5 @@
 """One export: the base opened, patches put on, written, and opened again by the stock loader to be compared."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path

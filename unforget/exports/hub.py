@@ -1,7 +1,5 @@
 """A folder or a file on its way to the Hugging Face hub."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, get_token

@@ -1,7 +1,5 @@
 """What an exported file or folder says of itself."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """Base and patches as the tensors of an export, one at a time: the network is never in memory twice."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial

@@ -1,7 +1,5 @@
 """An export is written beside its place and moved there when it is whole and checked."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Iterator, Sequence

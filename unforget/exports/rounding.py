@@ -1,7 +1,5 @@
 """What writing in fewer bits does to the change that patches make."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any

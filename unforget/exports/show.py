@@ -1,7 +1,5 @@
 """What a file or folder says of itself: a patch, an export, or anybody's safetensors file."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections import Counter

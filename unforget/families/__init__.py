@@ -3,8 +3,6 @@
 A new family is one file here, with its row `SPEC`, and its name in `FAMILIES`.
 """
 
-from __future__ import annotations
-
 from importlib import import_module
 
 from unforget.families.loading import Hints, Options, editor, examined, hints, home, load, spec_of

@@ -1,7 +1,5 @@
 """Unconditional pixel-space models: diffusers' `DDPMPipeline` with a `UNet2DModel`."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 

@@ -1,7 +1,5 @@
 """Text-to-image models that work on the latents of an autoencoder, each by the row of its family."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from importlib.resources import files

@@ -1,7 +1,5 @@
 """What all families have in common: sampling, scopes, copies."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The stock pipeline of a family from a folder, the hub or a single file, with what it has of text encoders."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Text-to-image flow models: diffusers' `StableDiffusion3Pipeline` (SD3, SD3.5)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

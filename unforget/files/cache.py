@@ -1,7 +1,5 @@
 """What the base draws, made once for a key and read again."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

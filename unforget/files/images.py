@@ -1,7 +1,5 @@
 """Images in and out: read with every doubt said in a sentence, written whole."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 from collections.abc import Callable

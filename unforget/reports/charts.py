@@ -1,7 +1,5 @@
 """What the charts of the HTML page show, and where it lies in a drawing, in percent."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from unforget.reports.words import RANK

@@ -1,7 +1,5 @@
 """Contact sheets: labelled rows of images, for people to look at."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont

@@ -1,7 +1,5 @@
 """The report as one HTML file that needs nothing else: no network, no script."""
 
-from __future__ import annotations
-
 import base64
 import html
 import io

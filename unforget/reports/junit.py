@@ -1,7 +1,5 @@
 """The report as JUnit XML: a test case for every target and probe."""
 
-from __future__ import annotations
-
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Sequence
 

@@ -1,7 +1,5 @@
 """The report as Markdown: the summary of a CI job."""
 
-from __future__ import annotations
-
 import re
 from bisect import bisect_right
 

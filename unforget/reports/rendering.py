@@ -1,7 +1,5 @@
 """Jinja2 templates that escape by themselves."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template

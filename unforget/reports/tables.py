@@ -1,7 +1,5 @@
 """What the HTML page and the Markdown summary say in tables. A cell is a text, or a text and a note below it."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 from unforget.reports.words import interval, number

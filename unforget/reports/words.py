@@ -1,7 +1,5 @@
 """What the formats share: how a figure reads, and which check comes first."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterable

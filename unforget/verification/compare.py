@@ -1,7 +1,5 @@
 """Run the probes on base and candidate, and say what they found."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """What probes share: base and candidate, the targets, and every draw that more than one probe uses."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """What `verify` says: the versioned record that every format is drawn from. Holds ids, never images or paths."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Literal
 

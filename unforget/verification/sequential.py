@@ -5,8 +5,6 @@ not asymptotic: the distribution of hits is carried from look to look under the 
 each look may wrongly pass or fail is taken from a budget (error spending, Lan and DeMets 1983, doi:10.2307/2336502).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from functools import lru_cache

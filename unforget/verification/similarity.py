@@ -7,8 +7,6 @@ backend sees nothing (no face), so that every distance from there is NaN and no 
 first digits of its SHA-256. They load at first use, once in a process.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib
 import importlib.util

@@ -1,7 +1,5 @@
 """From findings to a verdict: the probes' checks, the worst case of each target, the allow-list, the exit code."""
 
-from __future__ import annotations
-
 import datetime
 from collections.abc import Collection, Iterator, Sequence
 

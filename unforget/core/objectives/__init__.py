@@ -4,8 +4,6 @@ An objective regresses the network at a noised image to a goal that is affine in
 methods, `forget(patched, batch, context)` and `retain(patched, batch, context)`, which return a scalar each.
 """
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """What a format is: how large, how written, and how opened again by the loader that everybody has."""
 
-from __future__ import annotations
-
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping

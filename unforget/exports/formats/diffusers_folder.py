@@ -1,7 +1,5 @@
 """A diffusers folder: the network anew, in shards, and every other part copied as it is."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,7 +1,5 @@
 """One file: the network under diffusers' names, or a checkpoint in the family's original layout."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

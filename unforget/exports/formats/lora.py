@@ -1,7 +1,5 @@
 """The factors of a LoRA in the two layouts that people have: diffusers' and PEFT's."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any, ClassVar

@@ -1,7 +1,5 @@
 """Original key layouts of single-file checkpoints: where each tensor of diffusers lies in one, both ways."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ diffusers reads such a file (`diffusers.loaders.single_file_utils`) and cannot w
 drops: `text_encoders.*.logit_scale`, the `position_ids` of old CLIP files, and what belongs to a T5 in float8.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace

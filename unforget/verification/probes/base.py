@@ -1,7 +1,5 @@
 """What every probe is, and how its figures are put against thresholds."""
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Iterable
 from typing import ClassVar, Literal, Self
