@@ -4,9 +4,9 @@ import datetime
 
 import pytest
 
-from unforget.api.verifying import probes_of
 from unforget.config import Policy, VerifyConfig, read_policy, resolve
 from unforget.errors import UsageError
+from unforget.verification.probes import suite
 
 GIVEN = {"model": "faces", "patch": "x.patch"}
 
@@ -70,14 +70,17 @@ def test_paths_are_relative_to_the_policy(here, tmp_path):
 
 def test_required_probes_run_whatever_the_level(here):
     here('[verify]\nlevel = "quick"\nrequire = ["quantization", "relearning"]\n')
-    kinds = [p.kind for p in probes_of(resolve(GIVEN))]
+    kinds = [p.kind for p in suite(resolve(GIVEN), prompted=False)]
     assert {"quantization", "relearning"} <= set(kinds)
     assert not {"noise_search", "replay"} & set(kinds)
 
 
 def test_a_level_says_which_probes_run(here):
-    assert "noise_search" not in [p.kind for p in probes_of(resolve(GIVEN))]
-    assert [p.kind for p in probes_of(resolve({**GIVEN, "level": "deep"}))][-2:] == ["noise_search", "relearning"]
+    assert "noise_search" not in [p.kind for p in suite(resolve(GIVEN), prompted=False)]
+    assert [p.kind for p in suite(resolve({**GIVEN, "level": "deep"}), prompted=False)][-2:] == [
+        "noise_search",
+        "relearning",
+    ]
 
 
 def test_a_required_probe_that_does_not_exist_is_refused_by_the_command(here, cli):

@@ -132,7 +132,7 @@ def open_tensors(path: Path) -> Opened:
                 found = opened.get_slice(name)
                 tensors[name] = _stored(path, begin, name, found.get_dtype(), tuple(found.get_shape()))
                 begin += tensors[name].size
-            return Opened(opened.metadata() or {}, tensors)
+            return Opened(dict(sorted((opened.metadata() or {}).items())), tensors)
     except SafetensorError as error:
         reason = " ".join(str(error).removeprefix("Error while deserializing header: ").split())
         raise BadFile(f"'{path.name}' is no sound safetensors file: {reason[:200]}") from None
