@@ -31,25 +31,16 @@ EXIT_UNLEARN = {True: ExitCode.OK, False: ExitCode.FAILED}
 
 @dataclass(frozen=True)
 class Unlearned:
-    """What `unlearn` made and what changed.
+    """What `unlearn` made and what changed; how the run ended is as in `run.Trained`."""
 
-    Attributes:
-        output: The patch.
-        folder: Everything else: metrics.jsonl, sheet.png, the targets and surrogates.
-        steps, stopped, margin: How the run ended, as in `run.Trained`.
-        table: Before and after, a row a target and noise level.
-        drift: Same-seed drift over a few seeds (`num_validation_images`), RMS.
-        forgotten: Whether every row returns the surrogate.
-    """
-
-    output: Path
-    folder: Path
+    output: Path  # the patch
+    folder: Path  # everything else: metrics.jsonl, sheet.png, the targets and surrogates
     steps: int
     stopped: str
     margin: float | None
-    table: list[dict[str, Any]]
-    drift: dict[str, float]
-    forgotten: bool
+    table: list[dict[str, Any]]  # before and after, a row a target and noise level
+    drift: dict[str, float]  # under the same seed, over a few seeds (`num_validation_images`), RMS
+    forgotten: bool  # whether every row returns the surrogate
 
 
 def unlearn(config: UnlearnConfig, progress: Progress | None = None) -> Unlearned:

@@ -54,14 +54,10 @@ def draw(
 ) -> Tensor:
     """Sample images (N, C, H, W) in [-1, 1] from noise, or from x_t at timestep `start`, a batch at a time.
 
-    Args:
-        steps: Steps of a whole sampling run.
-        prompt_ids: (N,), or (1,) for the same everywhere; none unless given.
-        decode: Whether to return images, and not x_0.
-        advance: Told how many images are done.
+    `steps` are those of a whole sampling run; `prompt_ids` are (N,), or (1,) for the same everywhere. Returns x_0
+    unless it is to `decode`; `advance` is told how many are done.
     """
-    if prompt_ids is None:
-        prompt_ids = torch.tensor([UNCONDITIONAL])
+    prompt_ids = torch.tensor([UNCONDITIONAL]) if prompt_ids is None else prompt_ids
     size = in_one_pass(PIXELS_DRAWN, family.image_shape)
     parts = list(zip(torch.split(noise, size), torch.split(prompt_ids.expand(len(noise)), size), strict=True))
 

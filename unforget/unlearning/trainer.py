@@ -77,13 +77,9 @@ def worst_margin(family: Family, instances: tuple[Instance, ...], draws: int = 4
 
 
 class Trainer:
-    """Changes the weights of `patched` in place, an update an iteration.
+    """Changes the weights of `patched` in place, an update an iteration; `base` is an equal model, which stays.
 
-    Args:
-        patched, base: Equal models, of which one stays.
-        prepared, recipe, seed: What is computed.
-        compute: How it is computed.
-        resume: Where an earlier run of the same arguments was; training goes on from there, to the same weights.
+    With `resume`, where an earlier run of the same arguments was, it goes on from there to the same weights.
     """
 
     def __init__(
@@ -110,11 +106,7 @@ class Trainer:
             self._restore(resume)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Train; gives the figures of every update, after it.
-
-        Raises:
-            CannotRun: If a loss is NaN; the weights are then those of the last good update.
-        """
+        """Train; gives the figures of every update, after it. If a loss is NaN the last good weights stay."""
         try:
             if not self.done and self.recipe.stop_margin is not None:
                 self.margin = worst_margin(self.patched, self.context.instances)
