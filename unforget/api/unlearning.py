@@ -44,10 +44,7 @@ class Unlearned:
 
 
 def unlearn(config: UnlearnConfig, progress: Progress | None = None) -> Unlearned:
-    """Make the model generate the surrogates instead of the targets, and write the difference as a patch.
-
-    With `resume` the run in the folder beside the patch goes on from where it was, to the same bytes.
-    """
+    """Make the model generate the surrogates instead of the targets, and write the difference as a patch."""
     progress = progress or Progress()
     folder = config.output.with_suffix(".run")
     check_start(folder, resume=config.resume, force=config.force)
@@ -145,14 +142,11 @@ def _recorded(
     fields = {"seed", "prompt", "near_copy", "min_distance", "sampler_steps", "retain_count", "num_validation_images"}
     return {
         **config.model_dump(mode="json", include={*fields, "guidance", "resolution", "t5", "scale"}),
-        "base": base_digest,
-        "recipe": recipe.model_dump(mode="json"),
-        "patch": [p.digest for p in stack.patches],
-        "target": _ids(inputs.targets, inputs.salt),
-        "surrogate": _ids(inputs.surrogates, inputs.salt),
+        "base": base_digest, "recipe": recipe.model_dump(mode="json"), "patch": [p.digest for p in stack.patches],
+        "target": _ids(inputs.targets, inputs.salt), "surrogate": _ids(inputs.surrogates, inputs.salt),
         "retain": None if inputs.retain is None else digest({"": inputs.retain}),
         "retain_prompts": list(inputs.retain_prompts) or None,
-    }
+    }  # fmt: skip
 
 
 def _ids(pictures: tuple[Tensor, ...], salt: str) -> list[str]:
@@ -204,18 +198,12 @@ def _before_and_after(
     title = f"{output.name}: {trained.steps} steps, stopped by {trained.stopped}"
     images.write_image(sheet(title, evidence_rows(context.instances, [*findings, pairs])), folder / "sheet.png")
     drift = rms(before, after)
+    table = [{
+        "target": f.target, "probe": f"{f.probe}@{f.timestep:g}", "prompt": f.prompt,
+        "before": {k: f.base[k] for k in SHOWN}, "after": {k: f.candidate[k] for k in SHOWN},
+    } for f in findings]  # fmt: skip
     # Under the empty prompt a target that has prompts of its own may be right: see `verdict`.
     prompted = {f.target for f in findings if f.prompt}
-    return {
-        "table": [
-            {
-                "target": f.target, "probe": f"{f.probe}@{f.timestep:g}", "prompt": f.prompt,
-                "before": {k: f.base[k] for k in SHOWN}, "after": {k: f.candidate[k] for k in SHOWN},
-            }
-            for f in findings
-        ],
-        "drift": {"median": float(drift.median()), "mean": float(drift.mean())},
-        "forgotten": all(
-            f.candidate["nearer_surrogate"] >= 0.5 for f in findings if f.prompt or f.target not in prompted
-        ),
-    }  # fmt: skip
+    counted = [f.candidate["nearer_surrogate"] for f in findings if f.prompt or f.target not in prompted]
+    drifts = {"median": float(drift.median()), "mean": float(drift.mean())}
+    return {"table": table, "drift": drifts, "forgotten": all(share >= 0.5 for share in counted)}

@@ -24,10 +24,8 @@ BODIES: dict[str, tuple[Callable[..., None], str]] = {}
 """The body of each command whose options are generated, and the name of its configuration."""
 SETTINGS = {"help_option_names": ["-h", "--help"], "token_normalize_func": lambda name: name.replace("_", "-")}
 """An option may be written with underscores, as in diffusers' scripts."""
-WIDEST = 40
-"""Characters of choices that the column of types has room for."""
-TYPES = (bool, int, float, Path)
-"""What Typer parses; the rest is text until the configuration is checked."""
+WIDEST = 40  # characters of choices that the column of types has room for
+TYPES = (bool, int, float, Path)  # what Typer parses; the rest is text until the configuration is checked
 ConfigFile = Annotated[Path | None, typer.Option(help="TOML file, its keys the names of these options, which beat it.")]
 NEARBY = "unforget.toml or pyproject.toml in this folder"
 PolicyFile = Annotated[Path | None, typer.Option(help="What your team agreed on.", show_default=NEARBY)]

@@ -14,8 +14,7 @@ from unforget.config.verify import Policy, VerifyConfig
 from unforget.errors import UsageError
 
 C = TypeVar("C", bound=Config)
-LARGEST = 64 << 20
-"""Bytes from which on a TOML file is not read."""
+LARGEST = 64 << 20  # bytes from which on a TOML file is not read
 COMMANDS = {"EditConfig": "edit-surrogate"}
 
 

@@ -1,7 +1,4 @@
-"""The loop: two gradients, their Gram matrix, surgery, clip, step, yield.
-
-It knows neither models nor objectives; whoever iterates decides when to stop, what to log and what to draw.
-"""
+"""The loop: two gradients, their Gram matrix, surgery, clip, step, yield. It knows neither models nor objectives."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -44,18 +41,10 @@ class Step:
 
 
 def run(
-    batches: Iterable[tuple[Noised, Noised]],
-    forget: Loss,
-    retain: Loss,
-    *,
-    surgery: Callable[[Gram], Weights],
-    optimization: Optimization,
-    done: int = 0,
-) -> Iterator[Step]:
-    """Minimise two mean losses over the optimizer's parameters, one update a pair (forget batch, retain batch).
-
-    Steps count on from `done`. One that is not finite was not applied.
-    """
+    batches: Iterable[tuple[Noised, Noised]], forget: Loss, retain: Loss, *, surgery: Callable[[Gram], Weights],
+    optimization: Optimization, done: int = 0,
+) -> Iterator[Step]:  # fmt: skip
+    """Minimise two mean losses over the optimizer's parameters, an update a pair of batches; steps follow on `done`."""
     optimizer, micro_batch = optimization.optimizer, optimization.micro_batch
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     for number, (forget_batch, retain_batch) in enumerate(batches, done + 1):

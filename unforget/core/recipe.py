@@ -20,8 +20,7 @@ class Recipe(Strategy):
     forget_batch_size: int = Field(8, ge=1, le=1024)
     retain_batch_size: int = Field(24, ge=1, le=1024)
     neighbour_share: float = Field(0.5, ge=0, le=1)
-    forget_range: Span = (50, 650)
-    """Timesteps at which targets are noised, from the first to under the second."""
+    forget_range: Span = (50, 650)  # timesteps at which targets are noised, from the first to under the second
     max_grad_norm: float = Field(1.0, gt=0)
     rank: int = Field(16, ge=1, le=1024)
     lora_alpha: int = Field(16, ge=1)

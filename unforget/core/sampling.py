@@ -43,15 +43,9 @@ def add_noise(family: Family, images: Tensor, noise: Tensor, timestep: float, *,
 
 @torch.no_grad()
 def draw(
-    family: Family,
-    noise: Tensor,
-    *,
-    steps: int,
-    start: float | None = None,
-    prompt_ids: Tensor | None = None,
-    decode: bool = True,
-    advance: Callable[[int], object] = lambda n: None,
-) -> Tensor:
+    family: Family, noise: Tensor, *, steps: int, start: float | None = None, prompt_ids: Tensor | None = None,
+    decode: bool = True, advance: Callable[[int], object] = lambda n: None,
+) -> Tensor:  # fmt: skip
     """Sample images (N, C, H, W) in [-1, 1] from noise, or from x_t at timestep `start`, a batch at a time.
 
     `steps` are those of a whole sampling run; `prompt_ids` are (N,), or (1,) for the same everywhere. Returns x_0

@@ -15,8 +15,7 @@ def _ordered(span: tuple[float, float]) -> tuple[float, float]:
     return span
 
 
-Span = Annotated[tuple[float, float], AfterValidator(_ordered)]
-"""Timesteps from `low` to `high`."""
+Span = Annotated[tuple[float, float], AfterValidator(_ordered)]  # timesteps from `low` to `high`
 
 
 class Strategy(BaseModel):

@@ -22,10 +22,8 @@ if TYPE_CHECKING:
     from unforget.core.schedule import Schedule
 
 
-UNCONDITIONAL = 0
-"""The id of "no prompt" in every family's table."""
-LARGE = 500_000_000
-"""Weights from which on a model is treated with care for memory."""
+UNCONDITIONAL = 0  # the id of "no prompt" in every family's table
+LARGE = 500_000_000  # weights from which on a model is treated with care for memory
 
 
 @dataclass(frozen=True)

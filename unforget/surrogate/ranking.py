@@ -21,12 +21,9 @@ from unforget.surrogate.canvas import Canvas
 
 REDRAWN = 0.35
 """Least share of a target's drawing that must change; on `faces` one face stays under 0.27, others exceed 0.42."""
-QUALITY = 0.6
-"""Least sharpness of an edit, as a share of its target's; its inverse is the most."""
-TYPICAL_AT, STRAYS_AT = 250, 550
-"""Timesteps of the reconstructions that measure typicality and strays."""
-STRAYS = 32
-"""Draws that measure strays."""
+QUALITY = 0.6  # least sharpness of an edit, as a share of its target's; its inverse is the most
+TYPICAL_AT, STRAYS_AT = 250, 550  # timesteps of the reconstructions that measure typicality and strays
+STRAYS = 32  # draws that measure strays
 
 
 @dataclass(frozen=True)

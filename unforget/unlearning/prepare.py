@@ -15,12 +15,9 @@ from unforget.surrogate.canvas import Canvas
 from unforget.surrogate.editors import SDEdit, candidates
 from unforget.surrogate.ranking import carried
 
-NEIGHBOURS = 24
-"""Retain images nearest to each target, which training visits more often."""
-LOOKALIKES = 24
-"""Images drawn for every prompt that is to retain what the target looks like."""
-MISFIT = 0.5
-"""Largest RMS between a variant and the moved target, as a share of that between target and surrogate."""
+NEIGHBOURS = 24  # retain images nearest to each target, which training visits more often
+LOOKALIKES = 24  # images drawn for every prompt that is to retain what the target looks like
+MISFIT = 0.5  # largest RMS between a variant and the moved target, as a share of that between target and surrogate
 
 
 @dataclass(frozen=True)
@@ -135,10 +132,7 @@ def _with_surrogates(
 
 
 def retained_lookalikes(draw: Drawer, instances: Sequence[Instance], retain: Pool) -> Pool:
-    """More of what the base draws under prompts that draw a target and are not to forget it: the nearest to harm.
-
-    Without given prompts there are none: the image is to go wherever it comes up.
-    """
+    """More of what the base draws under prompts that draw a target and are not to forget it: the nearest to harm."""
     given, table = instances[0].prompt_ids, draw.base.prompts
     similar = torch.stack([shows(retain.x_0, i.target, i.surrogate) for i in instances], 1).any(1)
     others = sorted(set(retain.prompt_ids[similar].tolist()) - set(given))[:4]

@@ -22,10 +22,8 @@ from unforget.files.storage import BadFile, atomic_output, digest, open_tensors,
 from unforget.unlearning.prepare import Prepared
 from unforget.unlearning.trainer import Saved
 
-HEADER = "unforget.run"
-"""Key of the header of a file of a run."""
-OVERHEAD = 0.05
-"""Largest share of a run's time that goes into saving it, unless the user says how often."""
+HEADER = "unforget.run"  # key of the header of a file of a run
+OVERHEAD = 0.05  # largest share of a run's time that goes into saving it, unless the user says how often
 FILES = (
     "target-*.png", "surrogate-*.png", "sheet.png", "metrics.jsonl", "last-good.patch", "verify.json", "run.json",
     "prepared.safetensors", "checkpoint.safetensors", ".*.partial",
