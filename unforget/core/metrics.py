@@ -84,6 +84,6 @@ def sharpness(images: Tensor) -> Tensor:
 
 
 def redrawn(images: Tensor, target: Tensor) -> Tensor:
-    """RMS between the Laplacians of images and target, as a share of the target's own, (N,); 1.4 for an unrelated one."""
+    """RMS between the Laplacians of images and target, as a share of the target's own, (N,); 1.4 if unrelated."""
     drawing = laplacian(target)
     return rms(laplacian(images), drawing) / drawing.square().mean().sqrt().clamp(min=1e-6)
