@@ -32,14 +32,8 @@ def load(config: ModelConfig) -> Family:
 def options(config: ModelConfig, like: Family | None = None) -> families.Options:
     """How to open a model; another one to be compared with `like` draws with the same guidance."""
     guidance = config.guidance or (like.guidance if like else None)
-    return families.Options(
-        config.allow_pickle,
-        distributed.start(config.device),
-        config.resolution,
-        guidance,
-        config.pipeline_config,
-        config.t5,
-    )
+    device = distributed.start(config.device)
+    return families.Options(config.allow_pickle, device, config.resolution, guidance, config.pipeline_config, config.t5)
 
 
 def read(path: Path, family: Family, config: ImageConfig, progress: Progress) -> Tensor:
@@ -48,11 +42,7 @@ def read(path: Path, family: Family, config: ImageConfig, progress: Progress) ->
 
 
 def recipe_of(config: UnlearnConfig) -> Recipe:
-    """The recipe that a run follows: the named one of the model's family, with the changes of the configuration.
-
-    Raises:
-        UsageError: If the family has no such recipe or scope, or an option belongs to another strategy.
-    """
+    """The recipe that a run follows: the named one of the model's family, with the changes of the configuration."""
     spec = families.spec_of(config.model)
     recipe = resolve_recipe(spec.recipes, config)
     families.check_scope(spec, recipe.train)
@@ -70,24 +60,18 @@ def resolve_recipe(recipes: Mapping[str, Recipe], config: RecipeOptions) -> Reci
     """The recipe of a family that a configuration names, with what it changes.
 
     A strategy that is the recipe's own keeps the recipe's options; another one begins with its defaults.
-
-    Raises:
-        UsageError: If there is no such recipe, or an option belongs to a strategy that is not chosen.
     """
     if config.recipe not in recipes:
         raise UsageError(f"there is no recipe '{config.recipe}'", f"Known: {', '.join(recipes)}.")
     given = {n: v for n in RecipeOptions.model_fields if n != "recipe" and (v := getattr(config, n)) is not None}
     values = recipes[config.recipe].model_dump()
     _choose(values, "objective", given)
-    objective = type(recipes[config.recipe]).model_validate(values).objective
-    values["objective"] = objective.model_dump()  # with its own weighting, where another one was chosen
+    # With its own weighting, where another one was chosen.
+    values["objective"] = Recipe.model_validate(values).objective.model_dump()
     _choose(values["objective"], "weighting", given)
     _choose(values, "surgery", given)
-    parts = {
-        "objective": values["objective"],
-        "weighting": values["objective"]["weighting"],
-        "surgery": values["surgery"],
-    }
+    objective, surgery = values["objective"], values["surgery"]
+    parts = {"objective": objective, "weighting": objective["weighting"], "surgery": surgery}
     kinds = {name: part["kind"] for name, part in parts.items()}
     if wrong := config.misplaced({**kinds, "train": given.get("train", values["train"])}):
         raise UsageError(wrong, "See `unforget unlearn --help`.")

@@ -31,32 +31,20 @@ EXIT_UNLEARN = {True: ExitCode.OK, False: ExitCode.FAILED}
 
 @dataclass(frozen=True)
 class Unlearned:
-    """What `unlearn` made and what changed.
+    """What `unlearn` made and what changed; how the run ended is as in `run.Trained`."""
 
-    Attributes:
-        output: The patch.
-        folder: Everything else: metrics.jsonl, sheet.png, the targets and surrogates.
-        steps, stopped, margin: How the run ended, as in `run.Trained`.
-        table: Before and after, a row a target and noise level.
-        drift: Same-seed drift over a few seeds (`num_validation_images`), RMS.
-        forgotten: Whether every row returns the surrogate.
-    """
-
-    output: Path
-    folder: Path
+    output: Path  # the patch
+    folder: Path  # everything else: metrics.jsonl, sheet.png, the targets and surrogates
     steps: int
     stopped: str
     margin: float | None
-    table: list[dict[str, Any]]
-    drift: dict[str, float]
-    forgotten: bool
+    table: list[dict[str, Any]]  # before and after, a row a target and noise level
+    drift: dict[str, float]  # under the same seed, over a few seeds (`num_validation_images`), RMS
+    forgotten: bool  # whether every row returns the surrogate
 
 
 def unlearn(config: UnlearnConfig, progress: Progress | None = None) -> Unlearned:
-    """Make the model generate the surrogates instead of the targets, and write the difference as a patch.
-
-    With `resume` the run in the folder beside the patch goes on from where it was, to the same bytes.
-    """
+    """Make the model generate the surrogates instead of the targets, and write the difference as a patch."""
     progress = progress or Progress()
     folder = config.output.with_suffix(".run")
     check_start(folder, resume=config.resume, force=config.force)
@@ -154,14 +142,11 @@ def _recorded(
     fields = {"seed", "prompt", "near_copy", "min_distance", "sampler_steps", "retain_count", "num_validation_images"}
     return {
         **config.model_dump(mode="json", include={*fields, "guidance", "resolution", "t5", "scale"}),
-        "base": base_digest,
-        "recipe": recipe.model_dump(mode="json"),
-        "patch": [p.digest for p in stack.patches],
-        "target": _ids(inputs.targets, inputs.salt),
-        "surrogate": _ids(inputs.surrogates, inputs.salt),
+        "base": base_digest, "recipe": recipe.model_dump(mode="json"), "patch": [p.digest for p in stack.patches],
+        "target": _ids(inputs.targets, inputs.salt), "surrogate": _ids(inputs.surrogates, inputs.salt),
         "retain": None if inputs.retain is None else digest({"": inputs.retain}),
         "retain_prompts": list(inputs.retain_prompts) or None,
-    }
+    }  # fmt: skip
 
 
 def _ids(pictures: tuple[Tensor, ...], salt: str) -> list[str]:
@@ -213,18 +198,12 @@ def _before_and_after(
     title = f"{output.name}: {trained.steps} steps, stopped by {trained.stopped}"
     images.write_image(sheet(title, evidence_rows(context.instances, [*findings, pairs])), folder / "sheet.png")
     drift = rms(before, after)
+    table = [{
+        "target": f.target, "probe": f"{f.probe}@{f.timestep:g}", "prompt": f.prompt,
+        "before": {k: f.base[k] for k in SHOWN}, "after": {k: f.candidate[k] for k in SHOWN},
+    } for f in findings]  # fmt: skip
     # Under the empty prompt a target that has prompts of its own may be right: see `verdict`.
     prompted = {f.target for f in findings if f.prompt}
-    return {
-        "table": [
-            {
-                "target": f.target, "probe": f"{f.probe}@{f.timestep:g}", "prompt": f.prompt,
-                "before": {k: f.base[k] for k in SHOWN}, "after": {k: f.candidate[k] for k in SHOWN},
-            }
-            for f in findings
-        ],
-        "drift": {"median": float(drift.median()), "mean": float(drift.mean())},
-        "forgotten": all(
-            f.candidate["nearer_surrogate"] >= 0.5 for f in findings if f.prompt or f.target not in prompted
-        ),
-    }  # fmt: skip
+    counted = [f.candidate["nearer_surrogate"] for f in findings if f.prompt or f.target not in prompted]
+    drifts = {"median": float(drift.median()), "mean": float(drift.mean())}
+    return {"table": table, "drift": drifts, "forgotten": all(share >= 0.5 for share in counted)}

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
 
 from unforget.errors import ExitCode, Terminated, UnforgetError, redacted
 
@@ -28,9 +29,10 @@ PROCESS = int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "
 """Which of several processes this is, as a launcher says; the first one alone speaks, but for errors."""
 err = Console(stderr=True, highlight=False, quiet=PROCESS > 0)
 out = Console(highlight=False)
-
-
 SIGNS = {"at least": "\u2265", "at most": "\u2264"}
+COLOURS = {"failed": "red", "inconclusive": "yellow"}
+LESS_MEMORY = "Give a smaller --micro-batch; a run of `unlearn` goes on with --resume."
+OF_A_PATCH = {"base", "digest", "targets", "surrogates", "prompts", "earlier", "recipe", "seed", "steps", "versions"}
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -40,9 +42,8 @@ def print_json(value: dict[str, Any]) -> None:
 
 def before_after(rows: list[dict[str, Any]]) -> Table:
     """What `unlearn` changed, a row a target and noise level."""
-    table = Table(title="Reconstructions of the target: RMS to target / surrogate, share nearer to the surrogate")
-    for name in ("target", "probe", "before", "after"):
-        table.add_column(name)
+    title = "Reconstructions of the target: RMS to target / surrogate, share nearer to the surrogate"
+    table = Table("target", "probe", "before", "after", title=title)
     for row in rows:
         sides = [
             f"{row[s]['to_target']:.2f} / {row[s]['to_surrogate']:.2f}  {row[s]['nearer_surrogate']:.0%}"
@@ -54,9 +55,7 @@ def before_after(rows: list[dict[str, Any]]) -> Table:
 
 def candidates_table(rows: list[dict[str, Any]]) -> Table:
     """The best candidates of `edit-surrogate`."""
-    table = Table(title="Candidates, best first")
-    for name in ("pick", "how", "distance", "typicality", "sharpness", "accepted"):
-        table.add_column(name)
+    table = Table("pick", "how", "distance", "typicality", "sharpness", "accepted", title="Candidates, best first")
     for row in rows[:10]:
         figures = (f"{row['distance']:.3f}", f"{row['typicality']:.3f}", f"{row['quality']:.2f}")
         table.add_row(str(row["pick"]), str(row["label"]), *figures, "yes" if row["accepted"] else "no")
@@ -65,9 +64,9 @@ def candidates_table(rows: list[dict[str, Any]]) -> Table:
 
 def checks_table(result: Report) -> Table:
     """What `verify` judged: a row a probe that passed, and every figure that did not."""
-    table = Table(title=f"Verify ({result.level}): base beside candidate")
-    for name in ("target", "probe", "figure", "base", "candidate", "wanted", "outcome"):
-        table.add_column(name, overflow="fold")
+    names = ("target", "probe", "figure", "base", "candidate", "wanted", "outcome")
+    title = f"Verify ({result.level}): base beside candidate"
+    table = Table(*(Column(name, overflow="fold") for name in names), title=title)
     groups: dict[tuple[str, str], list[Check]] = {}
     for c in result.checks:
         groups.setdefault(((c.target or "")[:8], c.probe), []).append(c)
@@ -82,46 +81,38 @@ def checks_table(result: Report) -> Table:
     return table
 
 
-COLOURS = {"failed": "red", "inconclusive": "yellow"}
-
-
 def _figures(c: Check) -> list[str]:
     base = "" if c.base is None else f"{c.base:.3g}"
     edge = "borderline " if c.borderline else ""
     return [
-        _plain(c.name), c.figure, base, f"{c.candidate:.3g}", f"{SIGNS[c.rule]} {c.threshold:.3g}",
-        f"[{COLOURS[c.outcome]}]{c.outcome}[/] {edge}{_plain(c.note)}",
+        escape(c.name), c.figure, base, f"{c.candidate:.3g}", f"{SIGNS[c.rule]} {c.threshold:.3g}",
+        f"[{COLOURS[c.outcome]}]{c.outcome}[/] {edge}{escape(c.note)}",
     ]  # fmt: skip
 
 
 def shown(found: Shown) -> Table:
     """What `show` found, a row a field; patches of an export under one another."""
     said = dict(found.said)
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
+    table = Table(Column(style="bold"), Column(overflow="fold"), show_header=False, box=None, pad_edge=False)
     if found.kind == "export":
         parts = said.pop("patches")
-        table.add_row("export", _plain(f"{said.pop('format')}, {said.pop('dtype')}, of {said.pop('base')}"))
+        table.add_row("export", escape(f"{said.pop('format')}, {said.pop('dtype')}, of {said.pop('base')}"))
         _rows(table, said)
         for number, part in enumerate(parts, 1):
             table.add_row(f"patch {number}", f"scale {part['scale']:g}", style="cyan")
-            _rows(table, {k: v for k, v in part["provenance"].items() if k in _PART})
+            _rows(table, {k: v for k, v in part["provenance"].items() if k in OF_A_PATCH})
     else:
         holds = said.pop("holds", None)
-        table.add_row(*(("patch", f"{holds}, of {_plain(said.pop('base'))}") if holds else ("file", "safetensors")))
+        table.add_row(*(("patch", f"{holds}, of {escape(said.pop('base'))}") if holds else ("file", "safetensors")))
         _rows(table, said)
     return table
-
-
-_PART = {"base", "digest", "targets", "surrogates", "prompts", "earlier", "recipe", "seed", "steps", "versions"}
 
 
 def _rows(table: Table, said: dict[str, Any]) -> None:
     """Fields that say something, their names in words."""
     for name, value in said.items():
         if value not in (None, [], {}, ""):
-            table.add_row(name.replace("_", " "), _plain(_text(value)))
+            table.add_row(name.replace("_", " "), escape(_text(value)))
 
 
 def _text(value: Any) -> str:
@@ -157,11 +148,10 @@ def console_progress() -> Iterator[Progress]:
             shown = [f"{k} {figures[k]:.3g}" for k in ("forget", "retain", "cosine", "margin") if k in figures]
             bar.update(task, advance=n, total=figures.get("of"), figures="  ".join(shown))
 
-        yield Progress(stage, advance, lambda sentence: _note(sentence))
+        def note(sentence: str) -> None:
+            err.print(f"note: {escape(redacted(sentence))}", style="yellow", soft_wrap=True)
 
-
-def _note(sentence: str) -> None:
-    err.print(f"note: {_plain(redacted(sentence))}", style="yellow", soft_wrap=True)
+        yield Progress(stage, advance, note)
 
 
 @contextmanager
@@ -192,9 +182,6 @@ def leave(code: int) -> NoReturn:
     raise typer.Exit(0 if PROCESS else code)
 
 
-LESS_MEMORY = "Give a smaller --micro-batch; a run of `unlearn` goes on with --resume."
-
-
 def _terminate(number: int, frame: FrameType | None) -> NoReturn:
     raise Terminated("told to stop")
 
@@ -204,13 +191,7 @@ def _fail(message: str, hint: str, code: ExitCode, error: BaseException) -> NoRe
         raise error
     where = f"process {PROCESS}: " if PROCESS else ""
     loud = Console(stderr=True, highlight=False)
-    loud.print(f"[bold red]error:[/] {where}{_plain(redacted(message))}", soft_wrap=True)
+    loud.print(f"[bold red]error:[/] {where}{escape(redacted(message))}", soft_wrap=True)
     if hint:
-        loud.print(f"  {_plain(hint)}", soft_wrap=True)
+        loud.print(f"  {escape(hint)}", soft_wrap=True)
     raise typer.Exit(code) from None
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)

@@ -24,10 +24,11 @@ BODIES: dict[str, tuple[Callable[..., None], str]] = {}
 """The body of each command whose options are generated, and the name of its configuration."""
 SETTINGS = {"help_option_names": ["-h", "--help"], "token_normalize_func": lambda name: name.replace("_", "-")}
 """An option may be written with underscores, as in diffusers' scripts."""
-WIDEST = 40
-"""Characters of choices that the column of types has room for."""
-TYPES = (bool, int, float, Path)
-"""What Typer parses; the rest is text until the configuration is checked."""
+WIDEST = 40  # characters of choices that the column of types has room for
+TYPES = (bool, int, float, Path)  # what Typer parses; the rest is text until the configuration is checked
+ConfigFile = Annotated[Path | None, typer.Option(help="TOML file, its keys the names of these options, which beat it.")]
+NEARBY = "unforget.toml or pyproject.toml in this folder"
+PolicyFile = Annotated[Path | None, typer.Option(help="What your team agreed on.", show_default=NEARBY)]
 
 
 class Commands(typer.core.TyperGroup):
@@ -57,10 +58,7 @@ class Command(typer.core.TyperCommand):
 
 
 def command(app: typer.Typer, name: str, config: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Add a command whose options are the fields of a configuration, and what its body has as keywords beside.
-
-    The body gets the options that were given, by name.
-    """
+    """Add a command whose options are the fields of a configuration, and what its body has as keywords beside."""
 
     def add(body: Callable[..., None]) -> Callable[..., None]:
         BODIES[name] = body, config
@@ -71,7 +69,7 @@ def command(app: typer.Typer, name: str, config: str) -> Callable[[Callable[...,
 
 
 def _generated(body: Callable[..., None], config: str) -> Callable[..., None]:
-    """A function with the signature that Typer makes the command of."""
+    """A function with the signature that Typer makes the command of; it calls the body with the configuration."""
     from unforget.config.base import option_of
 
     model: type[Config] = getattr(import_module("unforget.config"), config)
@@ -82,14 +80,33 @@ def _generated(body: Callable[..., None], config: str) -> Callable[..., None]:
     def run(ctx: typer.Context, **values: Any) -> None:
         given = {n: values[n] for n in fields if getattr(ctx.get_parameter_source(n), "name", "") != "DEFAULT"}
         with errors():
-            body(given, **{n: values[n] for n in more})
+            body(_checked(model, given, values["config"], values.get("policy")), **{n: values[n] for n in more})
 
-    context = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
-    parameters = [context, *fields.values(), *more.values()]
+    parameters = [_keyword("ctx", typer.Context, inspect.Parameter.empty), *fields.values()]
+    parameters += [_keyword("config", ConfigFile), *more.values()]
+    parameters += [_keyword("policy", PolicyFile)] if config == "VerifyConfig" else []
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     run.__doc__ = body.__doc__
     return run
+
+
+def _keyword(name: str, annotation: Any, default: Any = None) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _checked(model: type[Config], given: dict[str, Any], file: Path | None, policy: Path | None) -> Any:
+    """The configuration that was given, sound as far as can be told without heavy imports."""
+    from unforget import config as configs
+    from unforget.verification.probes import KINDS
+
+    judges = model is configs.VerifyConfig
+    made: Any = configs.resolve(given, file, policy) if judges else configs.build(model, given, file)
+    for kind in made.require if judges else ():
+        if kind not in KINDS:
+            raise UsageError(f"there is no probe '{kind}'", f"Give one of {', '.join(KINDS)}.")
+    configs.check_paths(made)
+    return made
 
 
 def _ordered(model: type[Config]) -> list[str]:
@@ -110,16 +127,18 @@ def _parameter(model: type[Config], name: str) -> inspect.Parameter:
     typed: Any = single if single in TYPES else str
     panel = next(vars(c).get("PANEL") for c in reversed(model.__mro__) if name in vars(c).get("__annotations__", {}))
     choices = _choices(name, single)
+
+    def complete(incomplete: str) -> list[str]:
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
     info = typer.Option(
         f"{flag}/--no-{flag[2:]}" if typed is bool else flag, *said.names, help=_help(field, choices),
         show_default=not field.is_required() and (said.words or True), metavar=_metavar(kind, choices),
-        rich_help_panel=said.panel or panel or None, autocompletion=_completion(choices),
+        rich_help_panel=said.panel or panel or None, autocompletion=complete if choices else None,
     )  # fmt: skip
     default = None if said.words or field.default_factory or field.is_required() else field.default
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=list(default) if several and default else default,
-        annotation=Annotated[(list[typed] if several else typed) | None, info],
-    )  # fmt: skip
+    default = list(default) if several and default else default
+    return _keyword(name, Annotated[(list[typed] if several else typed) | None, info], default)
 
 
 def _help(field: FieldInfo, choices: tuple[str, ...]) -> str:
@@ -148,12 +167,3 @@ def _choices(name: str, kind: Any) -> tuple[str, ...]:
 
         return KINDS
     return get_args(kind) if get_origin(kind) is Literal else ()
-
-
-def _completion(choices: tuple[str, ...]) -> Callable[[str], list[str]] | None:
-    """What the shell completes."""
-
-    def complete(incomplete: str) -> list[str]:
-        return [choice for choice in choices if choice.startswith(incomplete)]
-
-    return complete if choices else None

@@ -11,42 +11,25 @@ from pydantic.fields import FieldInfo
 
 MACHINE, DANGER = "This machine", "Dangerous options"
 RENAMED = {
-    "false_alarm": "false_positive_rate",
-    "noise_level": "timestep",
-    "noise_levels": "timestep",
-    "preview": "num_validation_images",
-    "keep": "must_retain",
-    "required": "require",
-    "forget_batch_size": "train_batch_size",
-    "editor": "method",
-    "public": "no_private",
-    "take_off": "",
-}
+    "false_alarm": "false_positive_rate", "noise_level": "timestep", "noise_levels": "timestep",
+    "preview": "num_validation_images", "keep": "must_retain", "required": "require",
+    "forget_batch_size": "train_batch_size", "editor": "method", "public": "no_private", "take_off": "",
+}  # fmt: skip
 """Names that earlier versions had, and what they are now; nothing for what is gone."""
 NO_DELTA = "there are no deltas any more: a LoRA comes off by itself, for anything else keep the base"
 
 
 @dataclass(frozen=True)
 class Option:
-    """What a field says of its option beside its name, type, bounds, default and description.
+    """What a field says of its option beside its name, type, bounds, default and description."""
 
-    Attributes:
-        words: The default in words, where it is no value.
-        names: More spellings. Underscores for dashes, as in diffusers' scripts, are understood for every option.
-        panel: Heading of the help under which it stands; that of its class if empty.
-        of: The field that chooses a strategy, and the choices that have this option.
-        reads: What must lie at the path: file, folder, patch.
-        writes: Whether the path is written, and must be free.
-        hidden: Whether only files and Python can say it.
-    """
-
-    words: str = ""
-    names: tuple[str, ...] = ()
-    panel: str = ""
-    of: tuple[str, ...] = ()
-    reads: str = ""
-    writes: bool = False
-    hidden: bool = False
+    words: str = ""  # the default in words, where it is no value
+    names: tuple[str, ...] = ()  # more spellings
+    panel: str = ""  # heading of the help under which it stands; that of its class if empty
+    of: tuple[str, ...] = ()  # the field that chooses a strategy, and the choices that have this option
+    reads: str = ""  # what must lie at the path: file, folder, patch
+    writes: bool = False  # whether the path is written, and must be free
+    hidden: bool = False  # whether only files and Python can say it
 
 
 def option(
@@ -54,16 +37,15 @@ def option(
     of: tuple[str, ...] = (), reads: str = "", writes: bool = False, hidden: bool = False, **bounds: Any,
 ) -> Any:  # fmt: skip
     """A field and its `Option`. A callable default is computed from the fields before it."""
-    said: Any = Option(words or (str(default) if callable(default) else ""), names, panel, of, reads, writes, hidden)
+    said: Any = Option(words, names, panel, of, reads, writes, hidden)
     given: dict[str, Any] = {"default_factory": default} if callable(default) else {"default": default}
     return Field(**given, description=description, json_schema_extra={"option": said}, **bounds)
 
 
 def option_of(field: FieldInfo) -> Option:
     """What a field says of its option."""
-    extra: Any = field.json_schema_extra
-    found: Option = extra["option"] if extra else Option()
-    return found
+    extra: Any = field.json_schema_extra or {"option": Option()}
+    return extra["option"]  # type: ignore[no-any-return]
 
 
 def plain(annotation: Any) -> Any:

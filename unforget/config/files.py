@@ -14,27 +14,19 @@ from unforget.config.verify import Policy, VerifyConfig
 from unforget.errors import UsageError
 
 C = TypeVar("C", bound=Config)
-LARGEST = 64 << 20
-"""Bytes from which on a TOML file is not read."""
+LARGEST = 64 << 20  # bytes from which on a TOML file is not read
 COMMANDS = {"EditConfig": "edit-surrogate"}
 
 
 def build(kind: type[C], given: Mapping[str, Any], file: Path | None = None) -> C:
-    """A checked configuration: what was given beats the TOML file, which beats the defaults.
-
-    Raises:
-        UsageError: One clause for every field that is wrong.
-    """
+    """A checked configuration: what was given beats the TOML file, which beats the defaults."""
     return _checked(kind, {**read(file), **_stated(given)})
 
 
 def resolve(given: Mapping[str, Any], file: Path | None = None, policy: Path | None = None) -> VerifyConfig:
     """`build` for `verify`: below the TOML file stands the policy, and below that the presets of the level.
 
-    Args:
-        given: Options by name; None for those not given.
-        file: Configuration, TOML with the same names.
-        policy: `unforget.toml`, or a `pyproject.toml` with `[tool.unforget]`; the one in this folder if None.
+    The policy is an `unforget.toml`, or a `pyproject.toml` with `[tool.unforget]`; the one in this folder if None.
     """
     agreed, given = read_policy(policy), _stated(given)
     if "target" in given:
@@ -68,11 +60,7 @@ def read(file: Path | None) -> dict[str, Any]:
 
 
 def read_policy(path: Path | None) -> dict[str, Any]:
-    """The keys that a policy sets, its paths made relative to its own folder.
-
-    Raises:
-        UsageError: If the file is missing, or holds what no policy may.
-    """
+    """The keys that a policy sets, its paths made relative to its own folder."""
     found = path or next((p for p in (Path("unforget.toml"), Path("pyproject.toml")) if _holds(p)), None)
     if found is None:
         return {}
@@ -116,11 +104,7 @@ def sentence(error: ValidationError, kind: type[Config]) -> str:
 
 
 def check_paths(config: Config) -> None:
-    """Refuse at once what cannot be read, or could not be written after the work.
-
-    Raises:
-        UsageError: About the first such path.
-    """
+    """Refuse at once what cannot be read, or could not be written after the work."""
     for name, field in type(config).model_fields.items():
         option, value = option_of(field), getattr(config, name)
         for path in value if isinstance(value, tuple) else filter(None, [value]):
@@ -131,11 +115,7 @@ def check_paths(config: Config) -> None:
 
 
 def writable(path: Path, force: bool) -> None:
-    """Refuse before any work what could not be written after it.
-
-    Raises:
-        UsageError: If it exists, or its folder does not or is read-only.
-    """
+    """Refuse before any work what could not be written after it: it exists, or its folder does not or is read-only."""
     if path.exists() and not force:
         raise UsageError(f"'{path}' exists", "Say --force to overwrite it, or give another --output.")
     home = path.parent

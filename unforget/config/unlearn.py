@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import field_validator, model_validator
 
 from unforget.config.base import MACHINE, Config, DrawConfig, PatchedConfig, beside, option, paired
+from unforget.core.strategy import Scope, Span
 
-Pair = tuple[float, float]
 SWAP, LORA, CLEAN = ("objective", "posterior-swap"), ("train", "lora"), ("weighting", "clean-space")
 change = partial(option, default=None, words="the recipe's")
 
@@ -23,7 +23,7 @@ class RecipeOptions(Config):
     target_prior: float | None = change(
         "How many times more often than the base drew it a target counts.", of=SWAP, gt=0
     )
-    taper: Pair | None = change("Timesteps low,high between which the swap tapers off to nothing.", of=SWAP)
+    taper: Span | None = change("Timesteps low,high between which the swap tapers off to nothing.", of=SWAP)
     distil: bool | None = change(
         "Retain what the base predicts at retain images, not the images themselves.", of=("objective", "surrogate")
     )
@@ -42,7 +42,7 @@ class RecipeOptions(Config):
     surgery_share: float | None = change(
         "Norm of the forget gradient as a share of the retain gradient's.", of=("surgery", "fixed-norm"), gt=0
     )
-    train: Literal["bottleneck", "full", "lora"] | None = change("Which weights are trained.")
+    train: Scope | None = change("Which weights are trained.")
     rank: int | None = change("Rank of the LoRA.", of=LORA, ge=1, le=1024)
     lora_alpha: int | None = change("Alpha of the LoRA: its change is scaled by alpha / rank.", of=LORA, ge=1)
     learning_rate: float | None = change("Learning rate of Adam.", names=("--lr",), gt=0, le=1)
@@ -52,7 +52,7 @@ class RecipeOptions(Config):
     train_batch_size: int | None = change("Noised targets in a batch.", ge=1, le=1024)
     retain_batch_size: int | None = change("Retain images in a batch.", ge=1, le=1024)
     neighbour_share: float | None = change("Share of the retain batch that is nearest to the targets.", ge=0, le=1)
-    forget_range: Pair | None = change("Timesteps low,high at which targets are noised.")
+    forget_range: Span | None = change("Timesteps low,high at which targets are noised.")
     max_grad_norm: float | None = change("Norm to which the gradient of a step is clipped.", gt=0)
     stop_margin: float | None = change("Stop early once this margin between target and surrogate is held.", ge=-1, le=1)
 
@@ -62,13 +62,6 @@ class RecipeOptions(Config):
         if not isinstance(value, str):
             raise ValueError("a recipe is a name; write its options flat beside it, such as rank = 8")
         return value
-
-    @field_validator("taper", "forget_range")
-    @classmethod
-    def _ordered(cls, pair: Pair | None) -> Pair | None:
-        if pair and not 0 < pair[0] < pair[1]:
-            raise ValueError("give two timesteps, 0 < low < high")
-        return pair
 
 
 class UnlearnConfig(RecipeOptions, DrawConfig, PatchedConfig):

@@ -1,7 +1,6 @@
 """The configuration of `unforget verify`; what a team agrees on may stand in `unforget.toml`."""
 
 import datetime
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -17,18 +16,10 @@ Timestep = Annotated[int, Field(gt=0, lt=1000)]
 SIMILARITY = ("pixels", "structure", "sscd", "face")
 
 
-@dataclass(frozen=True)
-class ByLevel:
+def _at(standard: float, quick: float) -> dict[str, Any]:
     """A default that is another one at the level quick."""
-
-    standard: float
-    quick: float
-
-    def __call__(self, data: dict[str, Any]) -> float:
-        return self.quick if data.get("level") == "quick" else self.standard
-
-    def __str__(self) -> str:
-        return f"{self.standard}, {self.quick} for quick"
+    words = f"{standard}, {quick} for quick"
+    return {"default": lambda data: quick if data.get("level") == "quick" else standard, "words": words}
 
 
 class Allow(Config):
@@ -46,7 +37,7 @@ class Policy(PromptConfig):
 
     level: Literal["quick", "standard", "deep"] = option("Which probes run.", "standard")
     require: tuple[str, ...] = option("Probe to run and to decide by, whatever the level; repeats.", (), "none")
-    max_rate: float = option("Largest share of draws that may be near-copies.", ByLevel(0.005, quick=0.03), gt=0, lt=1)
+    max_rate: float = option("Largest share of draws that may be near-copies.", **_at(0.005, quick=0.03), gt=0, lt=1)
     confidence: float = option("Confidence of that; both say how many to draw.", 0.95, gt=0.5, lt=1)
     samples: int | None = option("Most draws that a test may take.", None, "as many as decide", ge=1, le=10_000_000)
     false_positive_rate: float = option(
@@ -56,13 +47,13 @@ class Policy(PromptConfig):
         f"What detects near-copies: {', '.join(SIMILARITY)}, or KIND=FILE with its weights; repeats.",
         ("pixels", "structure"), min_length=1,
     )  # fmt: skip
-    draws: int = option("Number of reconstructions for each timestep.", ByLevel(32, quick=16), ge=2, le=4096)
+    draws: int = option("Number of reconstructions for each timestep.", **_at(32, quick=16), ge=2, le=4096)
     timestep: tuple[Timestep, ...] = option(
         "Timestep to reconstruct from, as diffusers counts; repeats.", (250, 400, 550), min_length=1
     )
-    paired: int = option("Number of pairs of draws with the same seed.", ByLevel(256, quick=48), ge=16, le=100_000)
-    controls: int = option("Number of images that show what any model returns.", ByLevel(48, quick=24), ge=8, le=4096)
-    sampler_steps: int = option("Sampler steps of the draws.", ByLevel(20, quick=15), ge=2, le=1000)
+    paired: int = option("Number of pairs of draws with the same seed.", **_at(256, quick=48), ge=16, le=100_000)
+    controls: int = option("Number of images that show what any model returns.", **_at(48, quick=24), ge=8, le=4096)
+    sampler_steps: int = option("Sampler steps of the draws.", **_at(20, quick=15), ge=2, le=1000)
     nearer: float = option(
         "Least share of reconstructions that are nearer to the surrogate than to the target.", 0.8, ge=0, le=1
     )

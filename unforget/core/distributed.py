@@ -33,11 +33,7 @@ def is_main() -> bool:
 
 
 def start(device: str) -> str:
-    """Meet the other processes, where a launcher started several; returns this one's device.
-
-    Raises:
-        UsageError: If the launcher is to shard the weights.
-    """
+    """Meet the other processes, where a launcher started several; returns this one's device. No sharded weights."""
     if _sharded():
         raise UsageError(
             "this tool does not train sharded weights: the surgery needs whole gradients",

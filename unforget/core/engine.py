@@ -1,7 +1,4 @@
-"""The loop: two gradients, their Gram matrix, surgery, clip, step, yield.
-
-It knows neither models nor objectives; whoever iterates decides when to stop, what to log and what to draw.
-"""
+"""The loop: two gradients, their Gram matrix, surgery, clip, step, yield. It knows neither models nor objectives."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -18,18 +15,11 @@ Loss = Callable[[Noised], Tensor]
 
 @dataclass(frozen=True)
 class Optimization:
-    """How a gradient becomes an update.
-
-    Attributes:
-        optimizer: Holds the trained parameters.
-        scheduler: Stepped after every update.
-        max_grad_norm: Clips the combined gradient, over all parameters at once.
-        micro_batch: Images in one forward pass; gradients accumulate before the surgery.
-    """
+    """How a gradient becomes an update; `micro_batch` images go through in one pass, all before the surgery."""
 
     optimizer: torch.optim.Optimizer
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 1.0  # of the combined gradient, over all parameters at once
     micro_batch: int | None = None
 
 
@@ -42,8 +32,7 @@ class Step:
     retain: float
     gram: Gram
     weights: Weights
-    norm: float
-    """Of the combined gradient before clipping."""
+    norm: float  # of the combined gradient before clipping
 
     @property
     def finite(self) -> bool:
@@ -52,18 +41,10 @@ class Step:
 
 
 def run(
-    batches: Iterable[tuple[Noised, Noised]],
-    forget: Loss,
-    retain: Loss,
-    *,
-    surgery: Callable[[Gram], Weights],
-    optimization: Optimization,
-    done: int = 0,
-) -> Iterator[Step]:
-    """Minimise two mean losses over the optimizer's parameters, one update a pair (forget batch, retain batch).
-
-    Steps count on from `done`. One that is not finite was not applied.
-    """
+    batches: Iterable[tuple[Noised, Noised]], forget: Loss, retain: Loss, *, surgery: Callable[[Gram], Weights],
+    optimization: Optimization, done: int = 0,
+) -> Iterator[Step]:  # fmt: skip
+    """Minimise two mean losses over the optimizer's parameters, an update a pair of batches; steps follow on `done`."""
     optimizer, micro_batch = optimization.optimizer, optimization.micro_batch
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     for number, (forget_batch, retain_batch) in enumerate(batches, done + 1):
@@ -90,23 +71,17 @@ def _gradient(
     """Mean loss over the batch and its gradient, a few images at a time, of which several processes take turns."""
     total, gradient = 0.0, [torch.zeros_like(p) for p in parameters]
     size = len(batch.x_0)
-    mine = Noised(*(column[distributed.rank() :: distributed.world_size()] for column in vars(batch).values()))
-    for part in _split(mine, micro_batch or size) if len(mine.x_0) else ():
+    mine = [column[distributed.rank() :: distributed.world_size()] for column in vars(batch).values()]
+    parts = zip(*(torch.split(column, micro_batch or size) for column in mine), strict=True) if len(mine[0]) else ()
+    for part in (Noised(*columns) for columns in parts):
         share = len(part.x_0) / size
         value = loss(part) * share
-        parts = torch.autograd.grad(value, parameters, allow_unused=True)
-        for sum_, g in zip(gradient, parts, strict=True):
+        for sum_, g in zip(gradient, torch.autograd.grad(value, parameters, allow_unused=True), strict=True):
             if g is not None:
                 sum_ += g
         total += float(value.detach())
     distributed.all_reduce(gradient)
     return sum(distributed.gather([total])), gradient
-
-
-def _split(batch: Noised, size: int) -> Iterator[Noised]:
-    columns = [torch.split(c, size) for c in vars(batch).values()]
-    for row in zip(*columns, strict=True):
-        yield Noised(*row)
 
 
 def _dot(a: list[Tensor], b: list[Tensor]) -> float:

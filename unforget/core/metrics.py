@@ -37,8 +37,7 @@ def margin(images: Tensor, target: Tensor, surrogate: Tensor) -> Tensor:
     return (rms(images, target) - rms(images, surrogate)) / rms(target, surrogate)
 
 
-SIDED = -0.25
-"""Margin up to which an image drawn under a prompt counts as the target, perhaps in another place or size."""
+SIDED = -0.25  # margin up to which an image drawn under a prompt counts as the target, perhaps in another place or size
 
 
 def shows(images: Tensor, target: Tensor, surrogate: Tensor) -> Tensor:
@@ -85,9 +84,6 @@ def sharpness(images: Tensor) -> Tensor:
 
 
 def redrawn(images: Tensor, target: Tensor) -> Tensor:
-    """RMS between the Laplacians of images and target, as a share of the target's own, (N,).
-
-    0 for the same image on whatever flat background, about 1.4 for an unrelated one.
-    """
+    """RMS between the Laplacians of images and target, as a share of the target's own, (N,); 1.4 if unrelated."""
     drawing = laplacian(target)
     return rms(laplacian(images), drawing) / drawing.square().mean().sqrt().clamp(min=1e-6)

@@ -1,11 +1,9 @@
 """What a run computes, as one frozen record: it is chosen by name, changed by options, and kept in the patch."""
 
-from typing import Self
-
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from unforget.core.objectives import CleanSpace, Objective, PosteriorSwap
-from unforget.core.strategy import Scope, Strategy
+from unforget.core.strategy import Scope, Span, Strategy
 from unforget.core.surgery import Project, Surgery
 
 
@@ -22,16 +20,8 @@ class Recipe(Strategy):
     forget_batch_size: int = Field(8, ge=1, le=1024)
     retain_batch_size: int = Field(24, ge=1, le=1024)
     neighbour_share: float = Field(0.5, ge=0, le=1)
-    forget_range: tuple[float, float] = (50, 650)
-    """Timesteps at which targets are noised, from the first to under the second."""
+    forget_range: Span = (50, 650)  # timesteps at which targets are noised, from the first to under the second
     max_grad_norm: float = Field(1.0, gt=0)
     rank: int = Field(16, ge=1, le=1024)
     lora_alpha: int = Field(16, ge=1)
     stop_margin: float | None = Field(0.4, ge=-1, le=1)
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        low, high = self.forget_range
-        if not 0 < low < high:
-            raise ValueError("forget_range must be 0 < low < high")
-        return self

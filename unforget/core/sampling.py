@@ -43,25 +43,15 @@ def add_noise(family: Family, images: Tensor, noise: Tensor, timestep: float, *,
 
 @torch.no_grad()
 def draw(
-    family: Family,
-    noise: Tensor,
-    *,
-    steps: int,
-    start: float | None = None,
-    prompt_ids: Tensor | None = None,
-    decode: bool = True,
-    advance: Callable[[int], object] = lambda n: None,
-) -> Tensor:
+    family: Family, noise: Tensor, *, steps: int, start: float | None = None, prompt_ids: Tensor | None = None,
+    decode: bool = True, advance: Callable[[int], object] = lambda n: None,
+) -> Tensor:  # fmt: skip
     """Sample images (N, C, H, W) in [-1, 1] from noise, or from x_t at timestep `start`, a batch at a time.
 
-    Args:
-        steps: Steps of a whole sampling run.
-        prompt_ids: (N,), or (1,) for the same everywhere; none unless given.
-        decode: Whether to return images, and not x_0.
-        advance: Told how many images are done.
+    `steps` are those of a whole sampling run; `prompt_ids` are (N,), or (1,) for the same everywhere. Returns x_0
+    unless it is to `decode`; `advance` is told how many are done.
     """
-    if prompt_ids is None:
-        prompt_ids = torch.tensor([UNCONDITIONAL])
+    prompt_ids = torch.tensor([UNCONDITIONAL]) if prompt_ids is None else prompt_ids
     size = in_one_pass(PIXELS_DRAWN, family.image_shape)
     parts = list(zip(torch.split(noise, size), torch.split(prompt_ids.expand(len(noise)), size), strict=True))
 

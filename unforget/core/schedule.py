@@ -17,21 +17,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Schedule:
-    r"""One row a noise level, from clean to noisy; each column has shape (T,), float64.
+    """One row a noise level, from clean to noisy; each column has shape (T,), float64."""
 
-    Attributes:
-        timesteps: What the network is told, as diffusers counts.
-        alphas: :math:`\alpha_t`, what multiplies x_0 (not alphas_cumprod).
-        sigmas: :math:`\sigma_t`, what multiplies the noise (k-diffusion's sigma is sigma / alpha).
-        target_x0: :math:`p_t`.
-        target_noise: :math:`q_t`.
-    """
-
-    timesteps: Tensor
-    alphas: Tensor
-    sigmas: Tensor
-    target_x0: Tensor
-    target_noise: Tensor
+    timesteps: Tensor  # what the network is told, as diffusers counts
+    alphas: Tensor  # what multiplies x_0 (not alphas_cumprod)
+    sigmas: Tensor  # what multiplies the noise (k-diffusion's sigma is sigma / alpha)
+    target_x0: Tensor  # p_t
+    target_noise: Tensor  # q_t
 
     def __len__(self) -> int:
         return len(self.timesteps)
@@ -88,11 +80,7 @@ class Schedule:
 
     @classmethod
     def from_diffusers(cls, scheduler: Any) -> Schedule:
-        """The table of a diffusers scheduler: any with `alphas_cumprod`, or a flow-matching one with `sigmas`.
-
-        Raises:
-            ValueError: If its prediction type is unknown.
-        """
+        """The table of a diffusers scheduler: any with `alphas_cumprod`, or a flow-matching one with `sigmas`."""
         if hasattr(scheduler, "alphas_cumprod"):
             cumprod = scheduler.alphas_cumprod.double()
             alphas, sigmas = cumprod.sqrt(), (1 - cumprod).sqrt()

@@ -22,10 +22,8 @@ if TYPE_CHECKING:
     from unforget.core.schedule import Schedule
 
 
-UNCONDITIONAL = 0
-"""The id of "no prompt" in every family's table."""
-LARGE = 500_000_000
-"""Weights from which on a model is treated with care for memory."""
+UNCONDITIONAL = 0  # the id of "no prompt" in every family's table
+LARGE = 500_000_000  # weights from which on a model is treated with care for memory
 
 
 @dataclass(frozen=True)
@@ -34,10 +32,8 @@ class Instance:
 
     target: Tensor
     surrogate: Tensor
-    id: str
-    """First 16 hex digits of the salted digest of the target's pixels."""
-    prompt_ids: tuple[int, ...] = (UNCONDITIONAL,)
-    """Under which it is to be forgotten."""
+    id: str  # first 16 hex digits of the salted digest of the target's pixels
+    prompt_ids: tuple[int, ...] = (UNCONDITIONAL,)  # under which it is to be forgotten
 
 
 @dataclass(frozen=True)
@@ -71,59 +67,39 @@ class Noised:
     x_0: Tensor
     noise: Tensor
     timestep: Tensor
-    x_t: Tensor
-    """x_0 with the noise added."""
-    x_s: Tensor
-    """What each must become (the surrogate of each target), or x_0 itself for what is to be retained."""
+    x_t: Tensor  # x_0 with the noise added
+    x_s: Tensor  # what each must become: its surrogate, or x_0 itself for what is to be retained
     prompt_ids: Tensor
 
 
-class Predict(Protocol):
-    """A network's answer at (x_t, timestep, prompt_ids), in its own parameterization."""
-
-    def __call__(self, x_t: Tensor, timestep: Tensor, prompt_ids: Tensor) -> Tensor: ...
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""A network's answer at (x_t, timestep, prompt_ids), in its own parameterization."""
 
 
 class Family(Protocol):
     """A loaded model: the one place that knows what kind it is."""
 
-    kind: str
-    """The family's name."""
-    spec: Any
-    """What is particular of the family: a `families.spec.FamilySpec`."""
-    name: str
-    """What the user called the model."""
+    kind: str  # name of the family
+    spec: Any  # what is particular of the family: a `families.spec.FamilySpec`
+    name: str  # what the user called the model
     schedule: Schedule
-    network: nn.Module
-    """The network whose weights are trained."""
-    latent_shape: tuple[int, int, int]
+    scheduler_config: Any  # of its diffusers scheduler, from which others are built
+    network: nn.Module  # the one whose weights are trained
+    latent_shape: tuple[int, int, int]  # (C, H, W) of what the network works on
     image_shape: tuple[int, int, int]
-    """(C, H, W) of what the network works on, and of an image."""
-    prompts: list[str]
-    """The table of prompts, by id; the first is empty."""
-    guidance: float | None
-    """Classifier-free guidance of its draws, where there is such."""
-    retain_prompts: tuple[str, ...]
-    """Prompts under which retain images are drawn, unless the user gives others."""
+    prompts: list[str]  # the table of prompts, by id; the first is empty
+    guidance: float | None  # of its draws, where there is such
+    retain_prompts: tuple[str, ...]  # under which retain images are drawn, unless the user gives others
 
-    @property
-    def scheduler_config(self) -> Any:
-        """Configuration of its diffusers scheduler, from which others are built."""
-
-    def prompt_ids(self, prompts: Sequence[str]) -> Tensor:
-        """The id of each prompt, (len(prompts),); new ones are embedded and added."""
-
-    def encode(self, pictures: Tensor) -> Tensor:
-        """Images as the network works on them, without noise: the mean of a posterior, not a draw from it."""
-
-    def decode(self, x_0: Tensor) -> Tensor:
-        """The inverse of `encode`, in [-1, 1]."""
-
-    def unload_text_encoders(self) -> None:
-        """Free what only `prompt_ids` needs."""
-
-    def predict(self, x_t: Tensor, timestep: Tensor, prompt_ids: Tensor) -> Tensor:
-        """The network's answer."""
+    def predict(self, x_t: Tensor, timestep: Tensor, prompt_ids: Tensor) -> Tensor: ...
+    def prompt_ids(self, prompts: Sequence[str]) -> Tensor: ...  # (len(prompts),); new ones are embedded and added
+    def unload_text_encoders(self) -> None: ...  # what only `prompt_ids` needs
+    def encode(self, pictures: Tensor) -> Tensor: ...  # to x_0: the mean of a posterior, not a draw from it
+    def decode(self, x_0: Tensor) -> Tensor: ...  # to images in [-1, 1]
+    def sampling_timesteps(self, steps: int) -> list[float]: ...  # that `denoise` visits, from noisy to clean
+    def copy(self) -> Family: ...  # with equal, frozen weights
+    def frozen_reference(self, scope: Scope) -> Family: ...  # as it is now, whatever happens to a scope's weights
+    def set_network(self, network: nn.Module | None) -> None: ...  # None frees the memory of the present one
 
     def trainable(self, scope: Scope, *, rank: int = 16, alpha: int = 16, seed: int = 0) -> list[nn.Parameter]:
         """The weights of a scope, in the network's order, or a UsageError; the numbers make the adapter of `lora`."""
@@ -131,7 +107,7 @@ class Family(Protocol):
     def denoise(
         self, x_t: Tensor, *, steps: int, start: float | None = None, stop: float = -1, prompt_ids: Tensor | None = None
     ) -> Tensor:
-        """Deterministic sampling from noise, or from timestep `start` on, under prompts; returns x_0.
+        """Deterministic sampling from noise, or from timestep `start` on; returns x_0.
 
         With `stop` only the timesteps above it are visited, and what is returned is as noisy as the next one.
         """
@@ -142,26 +118,12 @@ class Family(Protocol):
         `scheduler` is diffusers' class of the sampler; None is that of `denoise`. Others may be a UsageError.
         """
 
-    def sampling_timesteps(self, steps: int) -> list[float]:
-        """The timesteps that `denoise` visits, from noisy to clean."""
-
-    def copy(self) -> Family:
-        """An independent model with equal, frozen weights."""
-
-    def frozen_reference(self, scope: Scope) -> Family:
-        """The model as it is now, whatever happens to the weights of a scope."""
-
-    def set_network(self, network: nn.Module | None) -> None:
-        """Take another network of the same architecture; None frees the memory of the present one."""
-
 
 @dataclass
 class Progress:
-    """Where a command's progress goes; the default is nowhere. `cli` draws it."""
+    """Where a command's progress goes: the start of a stage (title, total), units done with figures worth showing, and
+    sentences for the user. The default is nowhere; `cli` draws it."""
 
     stage: Callable[[str, int], Any] = lambda title, total: None
-    """Called with a title and a total when a piece of work starts."""
     advance: Callable[..., Any] = lambda n=1, **figures: None
-    """Called with the number of units done, and figures worth showing."""
     note: Callable[[str], Any] = lambda sentence: None
-    """Called with a sentence that the user should see."""

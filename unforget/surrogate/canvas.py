@@ -13,26 +13,15 @@ from unforget.errors import UsageError
 
 @dataclass(frozen=True)
 class Canvas:
-    """A target to be edited.
-
-    Attributes:
-        family: The model that must forget.
-        target: (C, H, W) in [-1, 1].
-        mask: Where to edit, (1, H, W) in [0, 1].
-        donor: An image to take a face from, (C, H, W), if one was given.
-        seed: Of every random draw.
-        drawn: Images that the base draws, (M, C, H, W), if any are known.
-        prompt_id: Of the prompt to edit under.
-        note: Called with a sentence that the user should see.
-    """
+    """A target to be edited, (C, H, W) in [-1, 1], by the model that must forget it."""
 
     family: Family
     target: Tensor
-    mask: Tensor
-    donor: Tensor | None = None
+    mask: Tensor  # where to edit, (1, H, W) in [0, 1]
+    donor: Tensor | None = None  # an image to take a face from
     seed: int = 0
-    drawn: Tensor | None = None
-    prompt_id: int = UNCONDITIONAL
+    drawn: Tensor | None = None  # images that the base draws, (M, C, H, W), if any are known
+    prompt_id: int = UNCONDITIONAL  # of the prompt to edit under
     note: Callable[[str], object] = lambda sentence: None
 
     def redraw(self, images: Tensor, noise: Tensor, timestep: float, *, steps: int = 20) -> Tensor:

@@ -31,9 +31,8 @@ class SDEdit(Strategy):
         family, out = canvas.family, []
         for strength in self.strengths:
             noise = random_noise(self.seeds, family.latent_shape, canvas.seed, f"sdedit {strength}")
-            start = family.schedule.share(strength)
-            images = canvas.redraw(canvas.target[None], noise, start, steps=self.steps)
-            out += [Candidate(image, f"sdedit {strength:.2f} #{i}") for i, image in enumerate(_within(canvas, images))]
+            images = canvas.redraw(canvas.target[None], noise, family.schedule.share(strength), steps=self.steps)
+            out += _edits(canvas, images, f"sdedit {strength:.2f}")
         return out
 
 
@@ -64,7 +63,7 @@ class RePaint(Strategy):
                 else:
                     x_t = scheduler.undo_step(x_t, last, generator)
                 last = t
-        return [Candidate(image, f"repaint #{i}") for i, image in enumerate(_within(canvas, x_t.clamp(-1, 1)))]
+        return _edits(canvas, x_t.clamp(-1, 1), "repaint")
 
 
 class Inpaint(Strategy):
@@ -85,7 +84,7 @@ class Inpaint(Strategy):
                 canvas.target, canvas.mask, prompt_id=canvas.prompt_id, strength=strength, count=self.seeds,
                 steps=self.steps, seed=canvas.seed,
             )  # fmt: skip
-            out += [Candidate(image, f"inpaint {strength:.2f} #{i}") for i, image in enumerate(_within(canvas, images))]
+            out += _edits(canvas, images, f"inpaint {strength:.2f}")
         return out
 
 
@@ -102,16 +101,14 @@ class Instruct(Strategy):
     def __call__(self, canvas: Canvas) -> list[Candidate]:
         pipeline, licence = families.editor(self.model)
         canvas.note(f"the editor {self.model} is under {licence}")
-        picture, size = to_pil(canvas.target), canvas.target.shape[1:]
-        out = []
+        picture, out = to_pil(canvas.target), []
         for i in range(self.seeds):
             edit = pipeline(
                 image=picture, prompt=self.instruction, num_inference_steps=self.steps,
                 generator=torch.Generator().manual_seed(canvas.seed + i),
             ).images[0]  # fmt: skip
-            edit = edit.convert("RGB").resize((size[1], size[0]), Image.Resampling.LANCZOS)
-            out.append(Candidate(_pasted(canvas, edit), f"instruct #{i}"))
-        return out
+            out.append(from_pil(edit.convert("RGB").resize(picture.size, Image.Resampling.LANCZOS)))
+        return _edits(canvas, torch.stack(out), "instruct")
 
 
 class Donor(Strategy):
@@ -122,7 +119,7 @@ class Donor(Strategy):
     def __call__(self, canvas: Canvas) -> list[Candidate]:
         if canvas.donor is None:
             raise UsageError("the donor editor needs a picture to take the face from", "Give one with --donor FILE.")
-        return [Candidate(_within(canvas, canvas.donor[None])[0], "donor")]
+        return [Candidate(_within(canvas, canvas.donor), "donor")]
 
 
 class Blur(Strategy):
@@ -134,7 +131,7 @@ class Blur(Strategy):
     def __call__(self, canvas: Canvas) -> list[Candidate]:
         picture, width = to_pil(canvas.target), canvas.target.shape[-1]
         blurs = ((r, picture.filter(ImageFilter.GaussianBlur(r * width))) for r in self.radii)
-        return [Candidate(_pasted(canvas, edit), f"blur {r:g}") for r, edit in blurs]
+        return [Candidate(_within(canvas, from_pil(edit)), f"blur {r:g}") for r, edit in blurs]
 
 
 class Pixelate(Strategy):
@@ -146,10 +143,8 @@ class Pixelate(Strategy):
     def __call__(self, canvas: Canvas) -> list[Candidate]:
         picture = to_pil(canvas.target)
         coarse = ((n, picture.resize((n, n), Image.Resampling.BOX)) for n in self.blocks)
-        return [
-            Candidate(_pasted(canvas, small.resize(picture.size, Image.Resampling.NEAREST)), f"pixelate {n}")
-            for n, small in coarse
-        ]
+        blocks = ((n, small.resize(picture.size, Image.Resampling.NEAREST)) for n, small in coarse)
+        return [Candidate(_within(canvas, from_pil(edit)), f"pixelate {n}") for n, edit in blocks]
 
 
 Editor = Annotated[SDEdit | Inpaint | RePaint | Instruct | Donor | Blur | Pixelate, Field(discriminator="kind")]
@@ -160,8 +155,8 @@ def _within(canvas: Canvas, images: Tensor) -> Tensor:
     return canvas.mask * images + (1 - canvas.mask) * canvas.target
 
 
-def _pasted(canvas: Canvas, edit: Image.Image) -> Tensor:
-    return _within(canvas, from_pil(edit)[None])[0]
+def _edits(canvas: Canvas, images: Tensor, label: str) -> list[Candidate]:
+    return [Candidate(image, f"{label} #{i}") for i, image in enumerate(_within(canvas, images))]
 
 
 def candidates(
@@ -172,7 +167,7 @@ def candidates(
     for editor in editors:
         progress.stage("surrogate candidates", 1)
         ranked = rank(editor(canvas), canvas, distance=distance, near_copy=near_copy) + ranked
-        progress.advance(1)
+        progress.advance()
         if ranked[0].accepted:
             break
     return ranked

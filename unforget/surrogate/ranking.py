@@ -21,44 +21,26 @@ from unforget.surrogate.canvas import Canvas
 
 REDRAWN = 0.35
 """Least share of a target's drawing that must change; on `faces` one face stays under 0.27, others exceed 0.42."""
-QUALITY = 0.6
-"""Least sharpness of an edit, as a share of its target's; its inverse is the most."""
-TYPICAL_AT, STRAYS_AT = 250, 550
-"""Timesteps of the reconstructions that measure typicality and strays."""
-STRAYS = 32
-"""Draws that measure strays."""
+QUALITY = 0.6  # least sharpness of an edit, as a share of its target's; its inverse is the most
+TYPICAL_AT, STRAYS_AT = 250, 550  # timesteps of the reconstructions that measure typicality and strays
+STRAYS = 32  # draws that measure strays
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """An edited target and how it ranks.
-
-    Attributes:
-        image: (C, H, W) in [-1, 1].
-        label: How it was made.
-        distance: RMS to the target, in pixels of [-1, 1].
-        redrawn: Share of the target's drawing that is another (`metrics.redrawn`), whatever the colours.
-        moved: RMS to the target moved and scaled to where the edit has it, under a prompt; infinite without.
-        familiar: RMS to the nearest image that the base is known to draw; infinite if none is known.
-        quality: Its sharpness as a share of the target's; 1 is the same.
-        typicality: RMS between it and the base's reconstruction of it; small is what the base could draw.
-        strays: Chance that a noised target, taken for somebody else, is taken for an image nearer to the target than
-            to the edit; small when the edit lies among those others.
-        score: Smaller is better.
-        accepted: Another instance than the target, of fair quality, and nobody the base draws already.
-    """
+    """An edited target, (C, H, W) in [-1, 1], and how it ranks; distances are RMS, in pixels of [-1, 1]."""
 
     image: Tensor
-    label: str
-    distance: float = 0.0
-    redrawn: float = 0.0
-    moved: float = math.inf
-    familiar: float = math.inf
-    quality: float = 1.0
-    typicality: float = 0.0
-    strays: float = 0.0
-    score: float = 0.0
-    accepted: bool = False
+    label: str  # how it was made
+    distance: float = 0.0  # to the target
+    redrawn: float = 0.0  # share of the target's drawing that is another, whatever the colours
+    moved: float = math.inf  # to the target moved and scaled to where the edit has it, under a prompt
+    familiar: float = math.inf  # to the nearest image that the base is known to draw
+    quality: float = 1.0  # its sharpness as a share of the target's
+    typicality: float = 0.0  # to the base's reconstruction of it; small is what the base could draw
+    strays: float = 0.0  # small when the edit lies among those whom a noised target may be taken for
+    score: float = 0.0  # smaller is better
+    accepted: bool = False  # another instance than the target, of fair quality, and nobody the base draws already
 
 
 def rank(
@@ -98,7 +80,8 @@ def _moved(canvas: Canvas, images: Tensor) -> Tensor:
 
 
 def _strays(canvas: Canvas, images: Tensor, others: Tensor, near_copy: float) -> Tensor:
-    """`Candidate.strays` of each image (N,), the others being those that are no copies of the target."""
+    """Chance that a noised target, taken for another that is no copy of it, is taken for one nearer to the target than
+    to the edit, for each of the images (N,)."""
     family, target = canvas.family, canvas.target
     others = others[rms(others, target) >= near_copy]
     if not len(others):
@@ -114,8 +97,7 @@ def _strays(canvas: Canvas, images: Tensor, others: Tensor, near_copy: float) ->
 def carried(picture: Tensor, target: Tensor, surrogate: Tensor) -> tuple[Tensor, float]:
     """The edit from target to surrogate, moved and scaled to where an image shows the target; all (C, H, W).
 
-    Returns:
-        The edited image, and the RMS between image and moved target that is left: small if it is the same thing.
+    Also returns the RMS between image and moved target that is left: small if it is the same thing.
     """
     shifts, scales = torch.linspace(-0.125, 0.125, 9), torch.linspace(0.8, 1.2, 9)
     scale, dx, dy = (a.flatten() for a in torch.meshgrid(scales, shifts, shifts, indexing="ij"))

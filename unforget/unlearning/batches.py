@@ -10,8 +10,7 @@ from unforget.core.sampling import noised
 from unforget.core.schedule import Schedule
 from unforget.core.types import UNCONDITIONAL, Instance, Noised, Pool
 
-UNPROMPTED = 0.2
-"""Share of the prompted retain images that training shows under the empty prompt."""
+UNPROMPTED = 0.2  # share of the prompted retain images that training shows under the empty prompt
 
 
 def batches(

@@ -37,11 +37,7 @@ class Compute:
 
 
 def adam(weights: list[nn.Parameter], learning_rate: float, *, eight_bit: bool = False) -> torch.optim.Optimizer:
-    """Adam with a short memory, its state in 8 bits on request.
-
-    Raises:
-        CannotRun: If bitsandbytes is missing.
-    """
+    """Adam with a short memory, its state in 8 bits on request."""
     if not eight_bit:
         return torch.optim.Adam(weights, lr=learning_rate, betas=(0.9, 0.99))
     try:

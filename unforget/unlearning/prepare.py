@@ -15,38 +15,27 @@ from unforget.surrogate.canvas import Canvas
 from unforget.surrogate.editors import SDEdit, candidates
 from unforget.surrogate.ranking import carried
 
-NEIGHBOURS = 24
-"""Retain images nearest to each target, which training visits more often."""
-LOOKALIKES = 24
-"""Images drawn for every prompt that is to retain what the target looks like."""
-MISFIT = 0.5
-"""Largest RMS between a variant and the moved target, as a share of that between target and surrogate."""
+NEIGHBOURS = 24  # retain images nearest to each target, which training visits more often
+LOOKALIKES = 24  # images drawn for every prompt that is to retain what the target looks like
+MISFIT = 0.5  # largest RMS between a variant and the moved target, as a share of that between target and surrogate
 
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What a run is to do, read and checked. Fields that are not named here are those of the configuration.
-
-    Attributes:
-        targets, surrogates: Images to forget and what each becomes, (C, H, W) in [-1, 1]; made when there are none.
-        prompts: Prompts under which the targets are forgotten; without any they are forgotten everywhere.
-        retain: Images to retain, (N, C, H, W); drawn from the base when None.
-        salt: Of the ids of images.
-        earlier: Targets of the patches that the run begins with: they are shown again at the end.
-    """
+    """What a run is to do, read and checked; images are (C, H, W) in [-1, 1]."""
 
     targets: tuple[Tensor, ...]
-    surrogates: tuple[Tensor, ...] = ()
-    prompts: tuple[str, ...] = ()
-    retain: Tensor | None = None
+    surrogates: tuple[Tensor, ...] = ()  # made when there are none
+    prompts: tuple[str, ...] = ()  # under which the targets are forgotten; everywhere without any
+    retain: Tensor | None = None  # (N, C, H, W); drawn from the base when None
     retain_prompts: tuple[str, ...] = ()
     retain_count: int | None = None
     sampler_steps: int = 20
     near_copy: float = 0.16
     min_distance: float = 0.2
     seed: int = 0
-    salt: str = ""
-    earlier: tuple[Instance, ...] = ()
+    salt: str = ""  # of the ids of images
+    earlier: tuple[Instance, ...] = ()  # of the patches that the run begins with: shown again at the end
 
     def __post_init__(self) -> None:
         for k, (target, surrogate) in enumerate(zip(self.targets, self.surrogates, strict=False), 1):
@@ -58,21 +47,13 @@ class RunInputs:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What training starts from.
+    """What training starts from."""
 
-    Attributes:
-        instances: Targets and surrogates as images, those of earlier patches too: to be shown at the end.
-        encoded: What is to be forgotten, as the network works on it: targets, and their variants in other places.
-        retain: What is to stay, encoded.
-        neighbours: Encoded images near a target, which training visits more often.
-        prior_counts: How often the base drew each of `encoded` under each prompt: see `objectives.Context`.
-    """
-
-    instances: tuple[Instance, ...]
-    encoded: tuple[Instance, ...]
-    retain: Pool
-    neighbours: Pool
-    prior_counts: Tensor
+    instances: tuple[Instance, ...]  # as images, those of earlier patches too: to be shown at the end
+    encoded: tuple[Instance, ...]  # what is to be forgotten: targets, and their variants in other places
+    retain: Pool  # encoded
+    neighbours: Pool  # encoded images near a target, which training visits more often
+    prior_counts: Tensor  # of `encoded`: see `objectives.Context`
 
 
 @dataclass(frozen=True)
@@ -151,20 +132,16 @@ def _with_surrogates(
 
 
 def retained_lookalikes(draw: Drawer, instances: Sequence[Instance], retain: Pool) -> Pool:
-    """More of what the base draws under prompts that draw a target and are not to forget it: the nearest to harm.
-
-    Without given prompts there are none: the image is to go wherever it comes up.
-    """
+    """More of what the base draws under prompts that draw a target and are not to forget it: the nearest to harm."""
     given, table = instances[0].prompt_ids, draw.base.prompts
     similar = torch.stack([shows(retain.x_0, i.target, i.surrogate) for i in instances], 1).any(1)
     others = sorted(set(retain.prompt_ids[similar].tolist()) - set(given))[:4]
-    if not others:
-        return retain[:0]
     everywhere = given == (UNCONDITIONAL,)
-    fate = "give --prompt to forget it there" if everywhere else "it stays there"
-    names = ", ".join(f"'{table[id]}'" for id in others)
-    draw.progress.note(f"the base draws a target, or nearly, under {names}, too; {fate}")
-    if everywhere:
+    if others:
+        fate = "give --prompt to forget it there" if everywhere else "it stays there"
+        names = ", ".join(f"'{table[id]}'" for id in others)
+        draw.progress.note(f"the base draws a target, or nearly, under {names}, too; {fate}")
+    if everywhere or not others:
         return retain[:0]
     return draw("look-alikes to retain", [table[id] for id in others for _ in range(LOOKALIKES)])
 
@@ -182,8 +159,7 @@ def encoded(base: Family, instances: tuple[Instance, ...], retain: Pool, more: P
     for id in given:
         prior_counts[:count, id] = copies[retain.prompt_ids == id].sum(0).clamp(min=1)
     for k, variant in enumerate(variants, count):
-        prior_counts[k, variant.prompt_ids[0]] = 1
-        prior_counts[:count, variant.prompt_ids[0]] = 1
+        prior_counts[[*range(count), k], variant.prompt_ids[0]] = 1
     retain = retain[~forgotten]
     more = more[~(_copies(more, instances, near_copy).any(1) & _forgets(more, given))]
     if not len(retain):

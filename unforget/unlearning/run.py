@@ -36,20 +36,10 @@ def run(
     patched: Family, inputs: RunInputs, recipe: Recipe, compute: Compute, directory: RunDirectory, record: Provenance,
     progress: Progress,
 ) -> Trained:  # fmt: skip
-    """Train the weights of `patched` in place, or go on where the directory's run was.
+    """Train the weights of `patched`, the base until then, in place, or go on where the directory's run was.
 
-    Args:
-        patched: Starts as the base.
-        inputs, recipe: What is computed.
-        compute: How it is computed.
-        directory: Takes what was prepared, the log and the checkpoints; removed if nothing changed.
-        record: Provenance of the patch, up to what the run itself finds out.
-        progress: Told of every stage and update.
-
-    Raises:
-        Interrupted, Terminated: On SIGINT and SIGTERM, after the update in progress.
-        CannotRun: If a loss is NaN; the last good weights are then left in the directory.
-        NothingChanged: If the weights did not move.
+    SIGINT and SIGTERM stop it after the update in progress (`Interrupted`, `Terminated`). If a loss is NaN it leaves
+    the last good weights in the directory (`CannotRun`); if no weight moved it removes that (`NothingChanged`).
     """
     base = patched.frozen_reference(recipe.train)
     prepared = directory.prepared(base, lambda: prepare(base, inputs, progress))
@@ -78,7 +68,6 @@ def run(
 
 
 def _train(trainer: Trainer, directory: RunDirectory, progress: Progress) -> None:
-    """Train with a log and checkpoints."""
     most = trainer.recipe.max_train_steps
     progress.stage("unlearn", most)
     progress.advance(trainer.done)

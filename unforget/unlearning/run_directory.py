@@ -22,10 +22,8 @@ from unforget.files.storage import BadFile, atomic_output, digest, open_tensors,
 from unforget.unlearning.prepare import Prepared
 from unforget.unlearning.trainer import Saved
 
-HEADER = "unforget.run"
-"""Key of the header of a file of a run."""
-OVERHEAD = 0.05
-"""Largest share of a run's time that goes into saving it, unless the user says how often."""
+HEADER = "unforget.run"  # key of the header of a file of a run
+OVERHEAD = 0.05  # largest share of a run's time that goes into saving it, unless the user says how often
 FILES = (
     "target-*.png", "surrogate-*.png", "sheet.png", "metrics.jsonl", "last-good.patch", "verify.json", "run.json",
     "prepared.safetensors", "checkpoint.safetensors", ".*.partial",
@@ -45,13 +43,10 @@ def check_start(folder: Path, *, resume: bool, force: bool) -> None:
 
 
 class RunDirectory:
-    """The folder of one run.
+    """The folder of one run, `NAME.run`.
 
-    Args:
-        folder: `NAME.run`.
-        inputs: What the run is to do, as JSON: all that its result depends on.
-        environment: What may change when it goes on, at the price of its last bits.
-        save_every: Updates between two checkpoints; as often as costs little if None.
+    Its result depends on all `inputs`; the `environment` may change when it goes on, at the price of its last bits.
+    Checkpoints are `save_every` updates apart, or as often as costs little.
     """
 
     def __init__(
@@ -80,14 +75,7 @@ class RunDirectory:
         write_json(parts, self._manifest)
 
     def take_up(self) -> list[str]:
-        """Go on with the run that is there.
-
-        Returns:
-            What is done otherwise than before, as sentences: the result may differ in its last bits.
-
-        Raises:
-            UsageError: If it is damaged, or has other inputs.
-        """
+        """Go on with the run that is there, with the same inputs; says what is done otherwise than before."""
         with _whole(self._manifest):
             found = read_json(self._manifest)
             inputs, before, self.finished = dict(found["inputs"]), dict(found["environment"]), found["finished"]
@@ -173,10 +161,9 @@ def _whole(path: Path) -> Iterator[None]:
 
 def _packed(prepared: Prepared) -> Saved:
     values, tensors = {}, {"prior_counts": prepared.prior_counts}
-    for name in ("instances", "encoded"):
-        instances: tuple[Instance, ...] = getattr(prepared, name)
-        for side in ("target", "surrogate"):
-            tensors[f"{name}.{side}"] = torch.stack([getattr(i, side) for i in instances])
+    for name, instances in (("instances", prepared.instances), ("encoded", prepared.encoded)):
+        tensors[f"{name}.target"] = torch.stack([i.target for i in instances])
+        tensors[f"{name}.surrogate"] = torch.stack([i.surrogate for i in instances])
         values[name] = [[i.id, list(i.prompt_ids)] for i in instances]
     for name in ("retain", "neighbours"):
         tensors.update({f"{name}.{column}": value for column, value in vars(getattr(prepared, name)).items()})

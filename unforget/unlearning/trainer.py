@@ -17,12 +17,9 @@ from unforget.unlearning.batches import batches, cases
 from unforget.unlearning.compute import Compute, adam, mixed
 from unforget.unlearning.prepare import Prepared
 
-CHECK_EVERY = 20
-"""Updates between two looks at the margin."""
-MARGIN_AT = (250, 400, 550)
-"""Timesteps at which the margin is measured."""
-STEPS = 10
-"""Steps of a whole sampling run, for the margin."""
+CHECK_EVERY = 20  # updates between two looks at the margin
+MARGIN_AT = (250, 400, 550)  # timesteps at which the margin is measured
+STEPS = 10  # steps of a whole sampling run, for the margin
 
 
 Saved = tuple[dict[str, Any], dict[str, Tensor]]
@@ -32,8 +29,7 @@ Saved = tuple[dict[str, Any], dict[str, Tensor]]
 class LrSchedule:
     """The learning rate: warm up, hold, and cool down once the margin is reached or the budget nears its end.
 
-    Whatever ends the run, its last updates are small: averaging away the noise of the last batches is worth a
-    third of the drift.
+    Whatever ends the run, its last updates are small: to average away their noise is worth a third of the drift.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -61,10 +57,7 @@ class LrSchedule:
 
 @torch.no_grad()
 def worst_margin(family: Family, instances: tuple[Instance, ...], draws: int = 4) -> float:
-    """Smallest mean margin of reconstructions over targets, prompts and noise levels, in [-1, 1].
-
-    Margins are of what the network works on: latents, in a latent model.
-    """
+    """Smallest mean margin of reconstructions, encoded, over targets, prompts and noise levels, in [-1, 1]."""
     targets, surrogates, prompt_ids = cases(instances, draws)
     noise = sampling.random_noise(draws, family.latent_shape, 0, "margin").repeat(len(targets) // draws, 1, 1, 1)
     worst = math.inf
@@ -77,13 +70,9 @@ def worst_margin(family: Family, instances: tuple[Instance, ...], draws: int = 4
 
 
 class Trainer:
-    """Changes the weights of `patched` in place, an update an iteration.
+    """Changes the weights of `patched` in place, an update an iteration; `base` is an equal model, which stays.
 
-    Args:
-        patched, base: Equal models, of which one stays.
-        prepared, recipe, seed: What is computed.
-        compute: How it is computed.
-        resume: Where an earlier run of the same arguments was; training goes on from there, to the same weights.
+    With `resume`, where an earlier run of the same arguments was, it goes on from there to the same weights.
     """
 
     def __init__(
@@ -110,11 +99,7 @@ class Trainer:
             self._restore(resume)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        """Train; gives the figures of every update, after it.
-
-        Raises:
-            CannotRun: If a loss is NaN; the weights are then those of the last good update.
-        """
+        """Train; gives the figures of every update, after it. If a loss is NaN the last good weights stay."""
         try:
             if not self.done and self.recipe.stop_margin is not None:
                 self.margin = worst_margin(self.patched, self.context.instances)
@@ -135,19 +120,17 @@ class Trainer:
         self._look()
 
     def _steps(self) -> Iterator[engine.Step]:
-        context, recipe, predict = self.context, self.recipe, self.predict
+        context, recipe, predict, objective = self.context, self.recipe, self.predict, self.recipe.objective
         pairs = batches(
             context.instances, context.retain, self.prepared.neighbours, context.schedule, recipe,
             generator=self.generator, first=self.done,
         )  # fmt: skip
+        optimization = engine.Optimization(self.optimizer, self.scheduler, recipe.max_grad_norm, self.micro_batch)
         return engine.run(
-            pairs,
-            lambda batch: recipe.objective.forget(predict, batch, context),
-            lambda batch: recipe.objective.retain(predict, batch, context),
-            surgery=recipe.surgery,
-            optimization=engine.Optimization(self.optimizer, self.scheduler, recipe.max_grad_norm, self.micro_batch),
-            done=self.done,
-        )
+            pairs, lambda batch: objective.forget(predict, batch, context),
+            lambda batch: objective.retain(predict, batch, context),
+            surgery=recipe.surgery, optimization=optimization, done=self.done,
+        )  # fmt: skip
 
     def _look(self) -> None:
         """Measure the margin, unless the recipe does not stop by it: it costs. Twice in a row enough, cool down."""

@@ -15,15 +15,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from unforget.core.objectives.weighting import CleanSpace, Weighting, regression
-from unforget.core.strategy import Strategy
+from unforget.core.strategy import Span, Strategy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from unforget.core.objectives.context import Context
+    from unforget.core.objectives import Context
     from unforget.core.types import Noised, Predict
 
 
@@ -35,14 +35,7 @@ class PosteriorSwap(Strategy):
     target_prior: float = Field(
         30.0, gt=0, description="how many times more often than the base drew it a target counts"
     )
-    taper: tuple[float, float] = Field((550, 650), description="timesteps between which the swap tapers off to nothing")
-
-    @field_validator("taper")
-    @classmethod
-    def _ordered(cls, taper: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < taper[0] < taper[1]:
-            raise ValueError("taper must be 0 < low < high")
-        return taper
+    taper: Span = Field((550, 650), description="timesteps between which the swap tapers off to nothing")
 
     def forget(self, patched: Predict, batch: Noised, context: Context) -> Tensor:
         """Distance to the swapped belief at noised targets."""

@@ -12,7 +12,7 @@ from unforget.core.strategy import Strategy
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from unforget.core.objectives.context import Context
+    from unforget.core.objectives import Context
     from unforget.core.types import Noised, Predict
 
 
