@@ -49,7 +49,7 @@ PAPER_RATES = (1e-4, 2e-4, 4e-4)
 
 @dataclass
 class Clock:
-    """Seconds a stage of a command, as its progress hears of them."""
+    """Seconds of each stage of a command, from its progress."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     stage: str = "loading"
