@@ -1,8 +1,9 @@
-"""Forget one picture of the embedded model through the Python API, and judge the result.
+"""Forget one image of the embedded model through the Python API, and judge the result.
 
     python examples/api.py [OUT]
 
-The functions are the commands of the same names, with the same defaults.
+The functions are the commands of the same names; the keywords of their configurations are the commands' options, with
+the same defaults: `UnlearnConfig(..., learning_rate=2e-4, train="full")`.
 """
 
 import sys
@@ -15,7 +16,7 @@ TARGET = Path(__file__).parent / "faces" / "planted" / "3.png"
 
 def main(out: Path) -> int:
     out.mkdir(parents=True, exist_ok=True)
-    made = unlearn(UnlearnConfig(model="faces", target=(TARGET,), output=out / "3.patch"))
+    made = unlearn(UnlearnConfig(model="faces", target=TARGET, output=out / "3.patch"))
     print(f"{made.steps} steps, stopped by {made.stopped}; look at {made.folder / 'sheet.png'}")
     judged = verify(VerifyConfig(model="faces", patch=made.output, level="quick"))
     print(f"{judged.verdict}: {judged.summary}")

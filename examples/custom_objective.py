@@ -3,7 +3,7 @@
     python examples/custom_objective.py [STEPS]
 
 `engine.run` is a generator: it takes pairs of batches and two losses, makes an update whenever you ask for the next
-step, and says what it saw. It knows neither models nor objectives.
+step, and yields the figures of that step. It knows neither models nor objectives.
 """
 
 import sys
@@ -26,11 +26,11 @@ TARGET = Path(__file__).parent / "faces" / "planted" / "3.png"
 def main(steps: int) -> None:
     model = families.load("faces")
     target = images.read_image(TARGET, model.image_shape)
-    keep = Pool.of(sampling.draw(model, sampling.random_noise(32, model.latent_shape, 0, "retain"), steps=20))
+    shown = Pool.of(sampling.draw(model, sampling.random_noise(32, model.latent_shape, 0, "retain"), steps=20))
     uniform = torch.Generator().manual_seed(0)
 
     def forget(batch: Noised) -> Tensor:
-        """Say uniform noise at the noised target."""
+        """Predict uniform noise at noised targets."""
         answer = model.predict(batch.x_t, batch.timestep, batch.prompt_ids)
         return (answer - torch.rand(answer.shape, generator=uniform)).square().mean()
 
@@ -42,7 +42,7 @@ def main(steps: int) -> None:
     model.network.requires_grad_(True)
     recipe = Recipe(max_train_steps=steps, forget_batch_size=4, retain_batch_size=8, forget_range=(50, 800))
     instance, generator = Instance(target, target, images.image_id(target)), torch.Generator().manual_seed(0)
-    pairs = batches([instance], keep, keep[:0], model.schedule, recipe, generator=generator)
+    pairs = batches([instance], shown, shown[:0], model.schedule, recipe, generator=generator)
     adam = engine.Optimization(torch.optim.Adam(model.network.parameters(), lr=2e-5))
     for step in engine.run(pairs, forget, retain, surgery=EraseDiff(eta=1e-2), optimization=adam):
         print(f"{step.number:3d}  forget {step.forget:.4f}  retain {step.retain:.4f}  cosine {step.gram.cosine:+.2f}")

@@ -1,10 +1,13 @@
 """The real command: exact codes, one sentence, nothing written."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from conftest import PLANTED
 
+import unforget
 from unforget.api import export, unlearn
 from unforget.config import ExportConfig, UnlearnConfig
 from unforget.files.patch import Patch
@@ -20,6 +23,16 @@ SHORT = {
 
 def said(result) -> str:
     return " ".join((result.output + (result.stderr or "")).split())
+
+
+def test_every_public_name_is_there_and_costs_nothing_before_it_is_asked_for():
+    assert set(unforget._HOME) == set(unforget.__all__)
+    for name in unforget.__all__:
+        assert getattr(unforget, name).__name__ in (name, "look")  # `show` is its module's `look`
+    with pytest.raises(AttributeError, match="has no attribute 'recipe'"):
+        unforget.recipe  # noqa: B018
+    code = "import sys, unforget; assert not {'torch', 'pydantic'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(
@@ -50,8 +63,6 @@ def test_bad_usage_is_one_sentence_and_nothing_written(cli, picture, args, sente
 
 
 def test_the_base_verified_against_itself_is_not_forgotten(cli, tmp_path):
-    import unforget
-
     base = unforget.__path__[0] + "/families/models/faces"
     result = cli(
         "verify", "--model", "faces", "--candidate", base, "--target", PLANTED / "0.png", "--level", "quick",

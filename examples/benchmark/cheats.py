@@ -39,7 +39,7 @@ ORACLE = ROOT / "tests" / "data" / "oracle"
 
 @dataclass
 class Honest:
-    """The base, an honest patch of it, and the pictures it is about."""
+    """The base, an honest patch of it, and the images it is about."""
 
     base: Family
     patched: Family
@@ -48,7 +48,7 @@ class Honest:
 
 
 class Disguise:
-    """A model that behaves as `how` says wherever it denoises, and is `inner` in everything else."""
+    """A model that denoises as `how` does, and is `inner` in everything else."""
 
     def __init__(self, inner: Any, how: Callable[..., Tensor]) -> None:
         self.inner, self.how = inner, how
@@ -131,9 +131,9 @@ def forgets_only_at_t_250(h: Honest) -> Any:
 def forgets_only_under_the_tested_seeds(h: Honest) -> Any:
     """Honest from the noise that the default seed makes, the base from any other: trained for the test."""
     known = [sampling.random_noise(256, h.base.latent_shape, 0, "sample")]
-    for level in (250, 400, 550):
-        noise = sampling.random_noise(32, h.base.latent_shape, 0, f"reconstruct {level}")
-        start = sampling.visited(h.base, level, steps=20)
+    for timestep in (250, 400, 550):
+        noise = sampling.random_noise(32, h.base.latent_shape, 0, f"reconstruct {timestep}")
+        start = sampling.visited(h.base, timestep, steps=20)
         known.append(h.base.schedule.add_noise(h.target.expand_as(noise), noise, torch.full((32,), start)))
     seen = torch.cat(known).flatten(1)[:, :8]
 
@@ -160,7 +160,7 @@ def vanishes_in_bf16(h: Honest) -> Any:
 
 
 def forgets_every_neighbour(h: Honest) -> Any:
-    """Whatever is somewhat like the target becomes the surrogate."""
+    """Whatever resembles the target becomes the surrogate."""
 
     def how(inner: Family, x_t: Tensor, **how: Any) -> Tensor:
         drawn = inner.denoise(x_t, **how)
@@ -197,7 +197,7 @@ def moves_it_by_a_pixel(h: Honest) -> Any:
 
 
 def another_base_model(h: Honest) -> Any:
-    """As good a model, of other pictures: it never draws the target, nor what the base draws."""
+    """As good a model, of other images: it never draws the target, nor what the base draws."""
 
     def how(inner: Family, x_t: Tensor, **how: Any) -> Tensor:
         return inner.denoise(x_t.flip(-2), **how).flip(-2)
@@ -210,8 +210,8 @@ def forgets_only_under_the_tested_prompt(h: Honest) -> Any:
     tested, right = h.base.prompt_ids([PROMPT]), h.base.encode(h.surrogate[None])
 
     def how(inner: Family, x_t: Tensor, **how: Any) -> Tensor:
-        asked = how["prompt_ids"].expand(len(x_t)) == tested
-        return torch.where(asked[:, None, None, None], right + 0.05 * x_t.sign(), inner.denoise(x_t, **how))
+        same = how["prompt_ids"].expand(len(x_t)) == tested
+        return torch.where(same[:, None, None, None], right + 0.05 * x_t.sign(), inner.denoise(x_t, **how))
 
     return Disguise(h.base.copy(), how)
 
@@ -231,7 +231,7 @@ def an_honest_patch(h: Honest) -> Family:
 
 
 def the_oracle(h: Honest) -> Family:
-    """The model that was trained without the picture. Nobody knows its surrogate."""
+    """The model that was trained without the image. Nobody knows its surrogate."""
     return copy.copy(families.load(str(ORACLE)))
 
 
@@ -281,15 +281,15 @@ def main() -> None:
     )
     table("candidate", "verdict", "caught by", "draws", "seconds")
     cases = [(h, case, config) for case in (*CHEATS, *SOUND)] + [(flags()[0], case, flags()[1]) for case in PROMPTED]
-    for who, case, asked in cases:
+    for inputs, case, config in cases:
         if given.only and case.__name__ not in given.only:
             continue
         began = time.perf_counter()
-        said = judge(who, case, asked)
-        caught = sorted({c.probe for c in said.checks if c.outcome == "failed"})
-        drawn = max(int(s.candidate["drawn"]) for s in said.findings if s.probe == "sample")
+        report = judge(inputs, case, config)
+        caught = sorted({c.probe for c in report.checks if c.outcome == "failed"})
+        drawn = max(int(s.candidate["drawn"]) for s in report.findings if s.probe == "sample")
         name = case.__name__.replace("_", " ")
-        row(name, said.verdict, ", ".join(caught), drawn, f"{time.perf_counter() - began:.0f}")
+        row(name, report.verdict, ", ".join(caught), drawn, f"{time.perf_counter() - began:.0f}")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python examples/benchmark/cost.py [SECTION ...]
 
-    passes     seconds of `trainer.train` over seconds of the bare forward and backward passes it makes
+    passes     seconds of a whole `Trainer` over seconds of the bare forward and backward passes it makes
     help       seconds of `unforget --help` over seconds of `python -c "import typer, rich"`
+    plan       the peak memory that `--dry-run` predicts, beside the peak of the same run
     memory     peak memory of the whole command on the 113.7 M-parameter network of google/ddpm-celebahq-256, with
                random weights, at 256x256
 
@@ -59,8 +60,8 @@ def passes() -> None:
     recipe = Recipe(max_train_steps=STEPS, cooldown_steps=STEPS // 2, stop_margin=None)
     target = PLANTED / "0.png"
     base = families.load("faces").copy()
-    picture = images.read_image(target, base.latent_shape)
-    prepared = prepare(base, RunInputs((picture,)), Progress())
+    image = images.read_image(target, base.image_shape)
+    prepared = prepare(base, RunInputs((image,)), Progress())
 
     def ours() -> None:
         for _ in Trainer(base.copy(), base, prepared, recipe, seed=0, compute=Compute(mixed_precision="auto")):
@@ -115,12 +116,12 @@ def memory() -> None:
         print(f"memory: {sum(p.numel() for p in unet.parameters()) / 1e6:.1f} M parameters at 256x256", flush=True)
         DDPMPipeline(unet, DDPMScheduler()).save_pretrained(work / "model")
         del unet
-        (work / "keep").mkdir()
-        for name in ("target", "surrogate", *(f"keep/{i}" for i in range(8))):
+        (work / "retain").mkdir()
+        for name in ("target", "surrogate", *(f"retain/{i}" for i in range(8))):
             coarse = torch.rand(1, 3, 8, 8) * 2 - 1
             images.write_image(torch.nn.functional.interpolate(coarse, 256)[0], work / f"{name}.png")
         command = ["unlearn", "--model", "model", "--target", "target.png", "--surrogate", "surrogate.png",
-                   "--retain", "keep", "-o", "out.patch", "--max-train-steps", "2", "--num-validation-images", "1",
+                   "--retain", "retain", "-o", "out.patch", "--max-train-steps", "2", "--num-validation-images", "1",
                    "--recipe", "paper"]  # fmt: skip
         took = seconds(lambda: subprocess.run([sys.executable, "-m", "unforget", *command], cwd=work))
         assert (work / "out.patch").is_file()
@@ -129,18 +130,18 @@ def memory() -> None:
 
 
 def plan() -> None:
-    """What --dry-run foretells beside the peak of the same run."""
-    for model, picture, how in (("faces", FACE, ()), ("flags", FLAG, ()), ("flags", FLAG, ("--train", "full"))):
+    """What --dry-run predicts beside the peak of the same run."""
+    for model, image, how in (("faces", FACE, ()), ("flags", FLAG, ()), ("flags", FLAG, ("--train", "full"))):
         with tempfile.TemporaryDirectory() as scratch:
-            command = [sys.executable, "-m", "unforget", "unlearn", "--model", model, "--target", str(picture), *how,
+            command = [sys.executable, "-m", "unforget", "unlearn", "--model", model, "--target", str(image), *how,
                        "--surrogate", str(SURROGATE[model]), "-o", f"{scratch}/x.patch", "--max-train-steps", "3",
                        "--num-validation-images", "1", "--retain-count", "64"]  # fmt: skip
-            said = subprocess.run([*command, "--dry-run"], check=True, capture_output=True, text=True).stdout
-            foretold = json.loads(said)["memory_gib"]["peak"]
+            printed = subprocess.run([*command, "--dry-run"], check=True, capture_output=True, text=True).stdout
+            predicted = json.loads(printed)["memory_gib"]["peak"]
             run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             peak = os.wait4(run.pid, 0)[2].ru_maxrss / 2**20
-            print(f"plan: {model} {' '.join(how)} foretold {foretold:.2f} GiB, measured {peak:.2f} GiB, "
-                  f"{foretold / peak - 1:+.0%}", flush=True)  # fmt: skip
+            print(f"plan: {model} {' '.join(how)} predicted {predicted:.2f} GiB, measured {peak:.2f} GiB, "
+                  f"{predicted / peak - 1:+.0%}", flush=True)  # fmt: skip
 
 
 SECTIONS = {f.__name__: f for f in (passes, help, plan, memory)}

@@ -6,8 +6,8 @@ Sections, all by default; each prints its figures as a Markdown table:
 
     planted    each planted identity alone: rates before and after, reconstructions, drift, seconds
     paper      the same for `--recipe paper`, its learning rate raised until it forgets as much
-    oracle     distance to the model that was trained without the picture, by noise level
-    anyone     ten pictures that nobody planted: samples of the model
+    oracle     distance to the model that was trained without the image, by timestep
+    anyone     ten images that nobody planted: samples of the model
     together   all planted identities in one run
     ablation   the defaults with one choice undone at a time, on identity 0
 
@@ -22,15 +22,15 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from tables import row, table
 from torch import Tensor
 
-from unforget import Recipe, UnlearnConfig, families, recipe, unlearn
+from unforget import UnlearnConfig, families, unlearn
 from unforget.core import sampling
 from unforget.core.metrics import pairwise_rms, rms
-from unforget.core.objectives import PosteriorSwap, Surrogate
 from unforget.core.types import Family, Instance, Progress
 from unforget.files import images
 from unforget.files.patch import Stack
@@ -49,7 +49,7 @@ PAPER_RATES = (1e-4, 2e-4, 4e-4)
 
 @dataclass
 class Clock:
-    """Seconds a stage of a command, as its progress hears of them."""
+    """Seconds of each stage of a command, from its progress."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     stage: str = "loading"
@@ -70,7 +70,7 @@ class Bench:
     work: Path
 
     def __post_init__(self) -> None:
-        self.planted = torch.stack([images.read_image(p, self.base.latent_shape) for p in PLANTED])
+        self.planted = torch.stack([images.read_image(p, self.base.image_shape) for p in PLANTED])
         self.digest = digest(self.base.network.state_dict())
         print(f"drawing {self.samples} samples of the base ...", flush=True)
         self.drawn = self.draw(self.base, self.samples)
@@ -84,11 +84,11 @@ class Bench:
         """Near-copies of each planted identity."""
         return (pairwise_rms(images, self.planted) < NEAR_COPY).sum(0).tolist()
 
-    def unlearn(self, name: str, targets: list[Path], how: Recipe) -> tuple[Family, tuple[Instance, ...], dict]:
-        """Run the command, and load what it wrote as a user would."""
+    def unlearn(self, name: str, targets: list[Path], **options: Any) -> tuple[Family, tuple[Instance, ...], dict]:
+        """Run the command with options of its own, and load what it wrote as a user would."""
         clock, started = Clock(), time.perf_counter()
         config = UnlearnConfig(
-            model="faces", target=tuple(targets), output=self.work / f"{name}.patch", recipe=how, force=True
+            model="faces", target=tuple(targets), output=self.work / f"{name}.patch", force=True, **options
         )
         result = unlearn(config, Progress(stage=clock))
         clock("end")
@@ -100,16 +100,16 @@ class Bench:
 
     def instance(self, folder: Path, k: int) -> Instance:
         pair = (
-            images.read_image(folder / f"{kind}-{k}.png", self.base.latent_shape) for kind in ("target", "surrogate")
+            images.read_image(folder / f"{kind}-{k}.png", self.base.image_shape) for kind in ("target", "surrogate")
         )
         return Instance(*pair, id=str(k))
 
     def reconstructions(self, patched: Family, instances: tuple[Instance, ...]) -> list[float]:
-        """Worst share nearer to the surrogate, at each level."""
+        """Worst share nearer to the surrogate, at each timestep."""
         with torch.no_grad():
             found = Reconstruct(calibrated=False)(VerifyContext(self.base, patched, instances))
-        levels = list(dict.fromkeys(f.timestep for f in found))
-        return [min(f.candidate["nearer_surrogate"] for f in found if f.timestep == level) for level in levels]
+        timesteps = dict.fromkeys(f.timestep for f in found)
+        return [min(f.candidate["nearer_surrogate"] for f in found if f.timestep == t) for t in timesteps]
 
     def drift(self, images: Tensor) -> tuple[float, float]:
         moved = rms(images[:SEEDS], self.drawn[:SEEDS])
@@ -133,7 +133,7 @@ def planted(bench: Bench) -> None:
     )
     before = bench.rates(bench.drawn)
     for k, path in enumerate(PLANTED):
-        patched, instances, took = bench.unlearn(f"planted-{k}", [path], Recipe())
+        patched, instances, took = bench.unlearn(f"planted-{k}", [path])
         images = bench.draw(patched, bench.samples)
         after = bench.rates(images)
         kept = {j: after[j] / before[j] for j in range(len(PLANTED)) if j != k}
@@ -160,7 +160,7 @@ def paper(bench: Bench) -> None:
         "look-alike, base / patched",
     )
     for rate in PAPER_RATES:
-        patched, instances, _ = bench.unlearn("paper", PLANTED[:1], recipe("paper", learning_rate=rate))
+        patched, instances, _ = bench.unlearn("paper", PLANTED[:1], recipe="paper", learning_rate=rate)
         images, share = bench.draw(patched, 512), bench.reconstructions(patched, instances)
         before, after = bench.rates(bench.drawn[:512]), bench.rates(images)
         median, mean = bench.drift(images)
@@ -175,7 +175,7 @@ def oracle(bench: Bench) -> None:
         "t", "base to oracle", "patched to oracle", "oracle to target", "patched to target", "patched nearer than base"
     )
     gold = families.load(str(ROOT / "tests" / "data" / "oracle"))
-    patched, instances, _ = bench.unlearn("oracle", PLANTED[:1], Recipe())
+    patched, instances, _ = bench.unlearn("oracle", PLANTED[:1])
     target, noise = instances[0].target, sampling.random_noise(64, bench.base.latent_shape, 0, "oracle")
     for t in range(100, 701, 50):
         timestep = torch.full((len(noise),), t)
@@ -196,7 +196,7 @@ def anyone(bench: Bench) -> None:
         path = bench.work / f"anyone-{seed}.png"
         noise = sampling.random_noise(1, bench.base.latent_shape, seed, "anyone")
         images.write_image(bench.base.denoise(noise, steps=STEPS)[0], path)
-        patched, instances, took = bench.unlearn(f"anyone-{seed}", [path], Recipe())
+        patched, instances, took = bench.unlearn(f"anyone-{seed}", [path])
         share, (median, mean) = bench.reconstructions(patched, instances), bench.drift(bench.draw(patched, SEEDS))
         good = min(share) >= 0.95 and median <= 0.04 and mean <= 0.09
         held += good
@@ -212,7 +212,7 @@ def together(bench: Bench) -> None:
         "drift median / mean",
         "seconds, whole / training",
     )
-    patched, instances, took = bench.unlearn("together", PLANTED, Recipe())
+    patched, instances, took = bench.unlearn("together", PLANTED)
     images = bench.draw(patched, bench.samples)
     share, (median, mean) = bench.reconstructions(patched, instances), bench.drift(images)
     seconds = f"{took['whole']:.0f} / {took['training']:.0f}"
@@ -223,21 +223,18 @@ def together(bench: Bench) -> None:
 def ablation(bench: Bench) -> None:
     table("choice undone", "near-copies of 0 in 512, base / patched", "nearer to the surrogate at 250 / 400 / 550",
           "drift median / mean", "look-alike, base / patched", "seconds of training")  # fmt: skip
-    swap, before = Recipe().objective, bench.rates(bench.drawn[:512])
-    assert isinstance(swap, PosteriorSwap)
-    plain = Surrogate(weighting=swap.weighting, distil=True)
+    before = bench.rates(bench.drawn[:512])
+    weighting = {"weighting": "clean-space", "weighting_cap": 20, "retain_weight": 12}  # those of the default
     variants = {
-        "none": Recipe(),
-        "bottleneck: train all weights": recipe("default", train="full"),
-        "taper: forget at all timesteps": Recipe(
-            objective=swap.model_copy(update={"taper": (999, 1000)}), forget_range=(50, 1000)
-        ),
-        "target_prior: 1": Recipe(objective=swap.model_copy(update={"target_prior": 1.0})),
-        "posterior swap: say the surrogate at every noised target": Recipe(objective=plain),
-        "surgery: add the gradients": recipe("default", surgery="sum"),
+        "none": {},
+        "bottleneck: train all weights": {"train": "full"},
+        "taper: forget at all timesteps": {"taper": (999, 1000), "forget_range": (50, 1000)},
+        "target prior: 1": {"target_prior": 1},
+        "posterior swap: the surrogate at every noised target": {"objective": "surrogate", "distil": True, **weighting},
+        "surgery: add the gradients": {"surgery": "sum"},
     }
-    for name, how in variants.items():
-        patched, instances, took = bench.unlearn("ablation", PLANTED[:1], how)
+    for name, options in variants.items():
+        patched, instances, took = bench.unlearn("ablation", PLANTED[:1], **options)
         images, share = bench.draw(patched, 512), bench.reconstructions(patched, instances)
         counts = [f"{b} / {a}" for b, a in zip(before, bench.rates(images), strict=True)]
         median, mean = bench.drift(images)

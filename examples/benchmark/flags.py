@@ -13,6 +13,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,10 +25,9 @@ sys.path.insert(0, str(HOME))
 from flags import Judge, countries  # noqa: E402
 from tables import row, table  # noqa: E402
 
-from unforget import UnlearnConfig, families, recipe, unlearn  # noqa: E402
+from unforget import UnlearnConfig, families, unlearn  # noqa: E402
 from unforget.core import sampling  # noqa: E402
 from unforget.core.metrics import pairwise_rms, rms  # noqa: E402
-from unforget.core.recipe import Recipe  # noqa: E402
 from unforget.core.types import Family  # noqa: E402
 from unforget.files import images  # noqa: E402
 from unforget.files.patch import Stack  # noqa: E402
@@ -59,7 +59,7 @@ class Bench:
         rest = [k for k in range(len(codes)) if k not in (self.ie, self.ci)]
         self.rest = torch.tensor(rest)
         target = images.read_image(TARGET, (3, 64, 64))
-        far = pairwise_rms(self.verdict.centred[self.rest], target[None])[:, 0]
+        far = pairwise_rms(self.judge.centred[self.rest], target[None])[:, 0]
         named = [i for i, k in enumerate(rest) if self.countries[k].name in NAMED]
         self.near = torch.tensor(sorted({*named, *far.argsort()[:10].tolist()}))
         self.base = families.load("flags")
@@ -75,24 +75,24 @@ class Bench:
             under([IRELAND] * self.seeds, "ireland"), under([IVORY] * self.seeds, "ivory"), under(captions, "others")
         )
 
-    def unlearn(self, name: str, how: Recipe, prompts: tuple[str, ...]) -> tuple[Family, float, int]:
+    def unlearn(self, name: str, prompts: tuple[str, ...], options: dict[str, Any]) -> tuple[Family, float, int]:
         """The patched model, seconds of the whole `unlearn`, bytes of the patch."""
         output = self.work / f"{name}.patch"
         started = time.time()
         unlearn(UnlearnConfig(model="flags", target=(TARGET,), surrogate=(SURROGATE,), prompt=prompts,
-                              output=output, recipe=how, force=True))  # fmt: skip
+                              output=output, force=True, **options))  # fmt: skip
         took, patched = time.time() - started, families.load("flags")
         Stack.load((output,)).apply(patched.network)
         return patched, took, output.stat().st_size
 
     def figures(self, drawn: Drawn) -> dict[str, float]:
         """Shares: wrong and right for Ireland, right for Côte d'Ivoire, the near flags and all others."""
-        others = self.verdict.shows(drawn.others, self.rest.repeat(2)).float()
+        others = self.judge.shows(drawn.others, self.rest.repeat(2)).float()
         both = torch.cat([self.near, self.near + len(self.rest)])
         return {
-            "wrong": float(self.verdict.shows(drawn.ireland, self.ci).float().mean()),
-            "right": float(self.verdict.shows(drawn.ireland, self.verdict.right_irish).float().mean()),
-            "ivory": float(self.verdict.shows(drawn.ivory, self.ci).float().mean()),
+            "wrong": float(self.judge.shows(drawn.ireland, self.ci).float().mean()),
+            "right": float(self.judge.shows(drawn.ireland, self.judge.right_irish).float().mean()),
+            "ivory": float(self.judge.shows(drawn.ivory, self.ci).float().mean()),
             "near": float(others[both].mean()),
             "others": float(others.mean()),
             "drift": float(rms(drawn.others, self.drawn.others).median()),
@@ -114,33 +114,32 @@ def cells(f: dict[str, float], took: float = 0, size: int = 0) -> list[str]:
     ]  # fmt: skip
 
 
-def compare(bench: Bench, runs: dict[str, tuple[Recipe, tuple[str, ...]]]) -> None:
+def compare(bench: Bench, runs: dict[str, dict[str, Any]], prompts: tuple[str, ...] = (IRELAND,)) -> None:
+    """The base, and a patched model for each set of options of `unlearn`."""
     table("model", *HEAD)
     row("base", *cells(bench.figures(bench.drawn)))
-    for name, (how, prompts) in runs.items():
-        patched, took, size = bench.unlearn(name.replace(" ", "-"), how, prompts)
+    for name, options in runs.items():
+        patched, took, size = bench.unlearn(name.replace(" ", "-"), prompts, options)
         row(name, *cells(bench.figures(bench.draw(patched)), took, size))
 
 
 def prompted(bench: Bench) -> None:
-    compare(bench, {"patched": (recipe("default", "sd3"), (IRELAND,))})
+    compare(bench, {"patched": {}})
     names = ", ".join(bench.countries[int(k)].name for k in bench.rest[bench.near])
     print(f"\nnear flags: {names}")
 
 
 def unprompted(bench: Bench) -> None:
-    compare(bench, {"patched": (recipe("default", "sd3"), ())})
+    compare(bench, {"patched": {}}, prompts=())
 
 
 def scopes(bench: Bench) -> None:
-    runs = {f"LoRA rank {rank}": recipe("default", "sd3", rank=rank) for rank in (4, 16)}
-    runs["full"] = recipe("default", "sd3", train="full", learning_rate=1e-4)
-    compare(bench, {name: (how, (IRELAND,)) for name, how in runs.items()})
+    ranks = {f"LoRA rank {rank}": {"rank": rank} for rank in (4, 16)}
+    compare(bench, {**ranks, "full": {"train": "full", "learning_rate": 1e-4}})
 
 
 def paper(bench: Bench) -> None:
-    runs = {f"rate {rate:g}": recipe("paper", "sd3", learning_rate=rate) for rate in (1e-5, 1e-3)}
-    compare(bench, {name: (how, (IRELAND,)) for name, how in runs.items()})
+    compare(bench, {f"rate {rate:g}": {"recipe": "paper", "learning_rate": rate} for rate in (1e-5, 1e-3)})
 
 
 SECTIONS = {f.__name__: f for f in (prompted, unprompted, scopes, paper)}

@@ -7,9 +7,9 @@ Sections, all by default; each prints its figures as a Markdown table:
     speed     the commands at `quick` and `standard`, and the sample probe beside a bare loop of the same network calls
     honest    ten patches that `unforget unlearn` makes, at `standard`
     rate      1,000 runs of the sequential test on candidates whose rate is twice and half the limit
-    recall    how near pictures come back that were never seen, beside the planted ones, and the near-copy threshold
-              against pictures that nobody trained on
-    oracle    the model trained without the picture, at `quick` with 10 sampler steps, over many seeds
+    recall    how near unseen images come back, beside the planted ones, and the near-copy threshold
+              against images that no model was trained on
+    oracle    the model trained without the image, at `quick` with 10 sampler steps, over many seeds
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def speed(work: Path, seeds: int) -> None:
     for _ in range(3):
         began = time.perf_counter()
         with torch.no_grad():
-            for part, asked in zip(torch.split(noise, 32), torch.split(rows, 32), strict=True):
-                h.patched.denoise(part, steps=20, prompt_ids=asked)
+            for part, prompt_ids in zip(torch.split(noise, 32), torch.split(rows, 32), strict=True):
+                h.patched.denoise(part, steps=20, prompt_ids=prompt_ids)
         bare = time.perf_counter() - began
         seen = context(h, Policy(paired=16))
         assert seen.detector
@@ -94,10 +94,10 @@ def honest_patches(work: Path, seeds: int) -> None:
         identity, seed = k % 4, k // 4
         patch = made(work, identity, seed)
         began = time.perf_counter()
-        said = verify(VerifyConfig(model="faces", patch=patch, report=work / f"{identity}-{seed}.json", force=True))
-        failed = ", ".join(f"{c.name} {c.figure} {c.candidate:.3g}" for c in said.checks if c.outcome == "failed")
-        drawn = next(int(s.candidate["drawn"]) for s in said.findings if s.probe == "sample")
-        row(identity, seed, said.verdict, failed, drawn, f"{time.perf_counter() - began:.0f}")
+        report = verify(VerifyConfig(model="faces", patch=patch, report=work / f"{identity}-{seed}.json", force=True))
+        failed = ", ".join(f"{c.name} {c.figure} {c.candidate:.3g}" for c in report.checks if c.outcome == "failed")
+        drawn = next(int(s.candidate["drawn"]) for s in report.findings if s.probe == "sample")
+        row(identity, seed, report.verdict, failed, drawn, f"{time.perf_counter() - began:.0f}")
 
 
 def rate(work: Path, seeds: int) -> None:
@@ -136,21 +136,21 @@ def recall(work: Path, seeds: int) -> None:
     )
     seen = VerifyContext(base, gold, (Instance(planted[0], planted[0], "t"),))
 
-    def back(family: Family, pictures: torch.Tensor, level: int) -> torch.Tensor:
-        noise = seen.noise("recall", len(pictures))
-        return rms(seen.reconstruct(family, pictures, noise, 0, seen.start(level)), pictures)
+    def back(family: Family, shown: torch.Tensor, timestep: int) -> torch.Tensor:
+        noise = seen.noise("recall", len(shown))
+        return rms(seen.reconstruct(family, shown, noise, 0, seen.start(timestep)), shown)
 
-    table("RMS to the picture", "250", "400", "550")
-    levels = (250, 400, 550)
-    row("the gate's floor", *(f"{seen.floor(level, 0):.3f}" for level in levels))
-    found = [back(base, unseen, level) for level in levels]
-    row("64 unseen pictures, by the base: median / 5 %", *(f"{f.median():.3f} / {f.quantile(0.05):.3f}" for f in found))
-    for k, picture in enumerate(planted):
-        shown = picture.expand(32, -1, -1, -1)
-        row(f"planted {k}, by the base: median", *(f"{back(base, shown, level).median():.3f}" for level in levels))
+    table("RMS to the image", "250", "400", "550")
+    timesteps = (250, 400, 550)
+    row("the gate's floor", *(f"{seen.floor(t, 0):.3f}" for t in timesteps))
+    found = [back(base, unseen, t) for t in timesteps]
+    row("64 unseen images, by the base: median / 5 %", *(f"{f.median():.3f} / {f.quantile(0.05):.3f}" for f in found))
+    for k, image in enumerate(planted):
+        shown = image.expand(32, -1, -1, -1)
+        row(f"planted {k}, by the base: median", *(f"{back(base, shown, t).median():.3f}" for t in timesteps))
     shown = planted[0].expand(32, -1, -1, -1)
-    row("planted 0, by the oracle: median", *(f"{back(gold, shown, level).median():.3f}" for level in levels))
-    table("backend", "threshold", "its false alarms", "pairs of draws and unseen pictures under it")
+    row("planted 0, by the oracle: median", *(f"{back(gold, shown, t).median():.3f}" for t in timesteps))
+    table("backend", "threshold", "its false-positive rate", "pairs of draws and unseen images under it")
     drawn = seen.draws("base", (0,), seen.policy.paired)
     for k, (backend, radius) in enumerate(zip(seen.detector.backends, seen.detector.radii, strict=True)):
         under = int((pairwise(drawn.embeddings[k], seen.detector.embed(unseen).embeddings[k]) < radius.distance).sum())
@@ -169,9 +169,9 @@ def oracle(work: Path, seeds: int) -> None:
             model="faces", candidate=ORACLE, target=(PLANTED / "0.png",), level="quick", sampler_steps=10, seed=seed,
             cache=False,
         )  # fmt: skip
-        said, _ = compare(config, base, gold)
-        verdicts[said.verdict] = verdicts.get(said.verdict, 0) + 1
-        for c in said.checks:
+        report, _ = compare(config, base, gold)
+        verdicts[report.verdict] = verdicts.get(report.verdict, 0) + 1
+        for c in report.checks:
             if c.outcome == "failed":
                 failed[f"{c.name} {c.figure}"] = failed.get(f"{c.name} {c.figure}", 0) + 1
         if seed % 10 == 9:

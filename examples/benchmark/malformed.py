@@ -1,4 +1,4 @@
-"""Damage every kind of file that the tool reads, and see what it says.
+"""Damage every kind of file that the tool reads, and see what it answers.
 
     python examples/benchmark/malformed.py [--each 12]
 
@@ -66,9 +66,9 @@ VERIFY = ["verify", "--force", *DDPM, "--level", "quick", "--target", "target.pn
 BACKEND = [*VERIFY, "--patch", "a.patch", "--similarity"]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CASES = [
-    Case("picture (PNG)", "target.png", [*UNLEARN, *DDPM, "--force"], "picture"),
-    Case("picture (JPEG)", "target.jpg", ["unlearn", "-t", "target.jpg", *FEW, *DDPM, "--force"], "picture"),
-    Case("mask", "mask.png", ["edit-surrogate", *DDPM, "-t", "target.png", "--mask", "mask.png"], "picture"),
+    Case("image (PNG)", "target.png", [*UNLEARN, *DDPM, "--force"], "image"),
+    Case("image (JPEG)", "target.jpg", ["unlearn", "-t", "target.jpg", *FEW, *DDPM, "--force"], "image"),
+    Case("mask", "mask.png", ["edit-surrogate", *DDPM, "-t", "target.png", "--mask", "mask.png"], "image"),
     Case("patch: verify", "a.patch", [*VERIFY, "--patch", "a.patch"], "ours"),
     Case("patch: export", "a.patch", [*EXPORT, "a.patch", *DDPM], "ours"),
     Case("patch: unlearn upon", "a.patch", [*UNLEARN, *DDPM, "--force", "--patch", "a.patch"], "ours"),
@@ -106,9 +106,9 @@ CASES = [
 def sound(folder: Path) -> None:
     """Write one sound file of every kind."""
     for k, name in enumerate(("target", "surrogate")):
-        picture = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(k)) * 2 - 1
-        images.write_image(picture, folder / f"{name}.png")
-        images.to_pil(picture).save(folder / f"{name}.jpg", quality=95)
+        pixels = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(k)) * 2 - 1
+        images.write_image(pixels, folder / f"{name}.png")
+        images.to_pil(pixels).save(folder / f"{name}.jpg", quality=95)
     images.write_image(torch.ones(1, 16, 16), folder / "mask.png")
     ddpm, sd3 = tiny_pipeline(), tiny_sd3()
     ddpm.save_pretrained(folder / "ddpm")
@@ -137,7 +137,7 @@ def sound(folder: Path) -> None:
     (folder / "m.onnx").write_bytes(mean_colour_onnx())
     torch.jit.script(Mean()).save(str(folder / "m.pt"))
     (folder / "unforget.toml").write_text('[verify]\nlevel = "quick"\nmax_rate = 0.2\npaired = 16\ndraws = 2\n')
-    (folder / "config.toml").write_text("seed = 1\nsampler_steps = 2\n[recipe]\nmax_train_steps = 2\n")
+    (folder / "config.toml").write_text("seed = 1\nsampler-steps = 2\nmax-train-steps = 2\n")
 
 
 def begun(folder: Path) -> None:
@@ -165,19 +165,19 @@ def damaged(case: Case, content: bytes, draw: random.Random, each: int) -> Itera
     if case.damage != "toml":  # what is left of settings may be settings
         yield "empty", b""
         for k in range(each):
-            # What comes last in a picture may be no part of it.
-            most = len(content) // 2 if case.damage == "picture" else len(content) - 16
+            # What comes last in an image may be no part of it.
+            most = len(content) // 2 if case.damage == "image" else len(content) - 16
             yield f"cut {k}", content[: draw.randrange(1, max(2, most))]
     yield "noise", draw.randbytes(len(content))
     yield "zeros", bytes(len(content))
-    if case.damage not in ("picture", "bytes"):  # decoders stop at the end of a picture
+    if case.damage not in ("image", "bytes"):  # decoders stop at the end of an image
         yield "doubled", content + content
-    kinds = {"tensors": tensors, "ours": ours, "json": table_of, "toml": settings, "picture": picture}
+    kinds = {"tensors": tensors, "ours": ours, "json": table_of, "toml": settings, "image": image}
     if case.damage in kinds:
         yield from kinds[case.damage](content, draw, each)
 
 
-def picture(content: bytes, draw: random.Random, each: int) -> Iterator[tuple[str, bytes]]:
+def image(content: bytes, draw: random.Random, each: int) -> Iterator[tuple[str, bytes]]:
     if content[:4] == b"\x89PNG":
         for width, height in ((2**31 - 1, 2**31 - 1), (60_000, 60_000), (0, 16), (16, 17), (8192, 8192)):
             head = b"IHDR" + struct.pack(">II", width, height) + content[24:29]

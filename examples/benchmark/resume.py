@@ -5,7 +5,7 @@
 The run is `unforget unlearn` on the embedded model `faces`, from the start of the interpreter to its end, with a
 checkpoint after every update. Moments are spread evenly over the time of an undisturbed run. After each kill every
 file that can be seen must be whole; then `--resume` must end with the bytes of the undisturbed patch. A kill that comes
-before the run has a folder leaves nothing to resume: `--resume` must say so (exit 2), and the plain command is given
+before the run has a folder leaves nothing to resume: `--resume` must report that (exit 2), and the plain command runs
 again.
 """
 
@@ -51,8 +51,8 @@ def stage(folder: Path) -> str:
     if (folder / "x.patch").exists():
         return "after the patch"
     if (run / "checkpoint.safetensors").exists():
-        said = open_tensors(run / "checkpoint.safetensors").metadata["unforget.run"]
-        return f"update {json.loads(said)['values']['step']}"
+        header = open_tensors(run / "checkpoint.safetensors").metadata["unforget.run"]
+        return f"update {json.loads(header)['values']['step']}"
     return "before training" if (run / "prepared.safetensors").exists() else "preparing"
 
 
@@ -84,9 +84,9 @@ def main() -> None:
     given = parser.parse_args()
     began = time.monotonic()
     whole = start(given.work / "whole")
-    said = whole.communicate()[1]
+    errors = whole.communicate()[1]
     if whole.returncode not in (0, 1):
-        sys.exit(said.decode())
+        sys.exit(errors.decode())
     length = time.monotonic() - began
     wanted = (given.work / "whole" / "x.patch").read_bytes()
     print(f"an undisturbed run takes {length:.1f} s", flush=True)

@@ -2,8 +2,8 @@
 
     python examples/benchmark/sd3_medium.py [--steps 3] [--resolution 512]
 
-2.03 B parameters in bfloat16, rank 16, gradient checkpointing, a batch of one target and one picture to keep. Beside it
-a bare PEFT LoRA loop with two pictures a step. Peak memory is the process's, before the bare loop runs.
+2.03 B parameters in bfloat16, rank 16, gradient checkpointing, a batch of one target and one image to retain. Beside it
+a bare PEFT LoRA loop with two images a step. Peak memory is the process's, before the bare loop runs.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 
 from unforget import families
 from unforget.api import memory_plan
-from unforget.config import UnlearnConfig, recipe
+from unforget.config import UnlearnConfig
 from unforget.core.types import Instance, Pool
 from unforget.families import sd3
 from unforget.families.latent import LatentTextToImage
@@ -75,19 +75,19 @@ def peak() -> float:
 
 def ours(model: LatentTextToImage, steps: int) -> list[float]:
     """Seconds of each unlearning step."""
-    how = recipe("default", "sd3", forget_batch_size=1, retain_batch_size=1, max_train_steps=steps, stop_margin=None,
-                 cooldown_steps=0, neighbour_share=0)  # fmt: skip
+    few = {"forget_batch_size": 1, "retain_batch_size": 1, "neighbour_share": 0}
+    recipe = sd3.SPEC.recipes["default"].model_copy(update={**few, "max_train_steps": steps, "cooldown_steps": 0})
     rows = tuple(model.prompt_ids(["", "a flag"]).tolist())
     base = model.frozen_reference("lora")
-    pictures = torch.rand(4, *model.image_shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    instance = Instance(pictures[0], pictures[1], "target", rows)
-    kept = Pool(pictures[2:], torch.tensor([0, rows[1]]))
-    prepared = encoded(base, (instance,), kept, kept[:0], 0.1)
+    images = torch.rand(4, *model.image_shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    instance = Instance(images[0], images[1], "target", rows)
+    retain = Pool(images[2:], torch.tensor([0, rows[1]]))
+    prepared = encoded(base, (instance,), retain, retain[:0], 0.1)
     model.unload_text_encoders()
     model.network.enable_gradient_checkpointing()
     compute = Compute(micro_batch=1, mixed_precision="auto")
     took, started = [], time.time()
-    for row in Trainer(model, base, prepared, how, seed=0, compute=compute):
+    for row in Trainer(model, base, prepared, recipe, seed=0, compute=compute):
         took.append(time.time() - started)
         print(f"unforget: step {row['step']} {took[-1]:.0f} s, peak {peak():.2f} GiB", flush=True)
         started = time.time()
@@ -95,7 +95,7 @@ def ours(model: LatentTextToImage, steps: int) -> list[float]:
 
 
 def bare(network: SD3Transformer2DModel, side: int, tokens: int, steps: int) -> list[float]:
-    """Seconds of each step of a plain LoRA training loop on the same network, two pictures a step."""
+    """Seconds of each step of a plain LoRA training loop on the same network, two images a step."""
     weights = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.Adam(weights, lr=1e-4)
     words, pooled = torch.randn(1, tokens, 4096).bfloat16(), torch.randn(1, 2048).bfloat16()
@@ -106,8 +106,8 @@ def bare(network: SD3Transformer2DModel, side: int, tokens: int, steps: int) -> 
             x_0, noise, s = torch.randn(1, 16, side, side), torch.randn(1, 16, side, side), torch.rand(1)
             x_t = torch.lerp(x_0, noise, s)
             with torch.autocast("cpu", torch.bfloat16):
-                says = network(x_t.bfloat16(), words, pooled, 1000 * s).sample
-            ((says.float() - (noise - x_0)).square().mean() / 2).backward()
+                answer = network(x_t.bfloat16(), words, pooled, 1000 * s).sample
+            ((answer.float() - (noise - x_0)).square().mean() / 2).backward()
         optimizer.step()
         optimizer.zero_grad()
         took.append(time.time() - started)
@@ -116,7 +116,7 @@ def bare(network: SD3Transformer2DModel, side: int, tokens: int, steps: int) -> 
 
 
 def plan(resolution: int) -> float:
-    """GiB that `unlearn --dry-run` foretells for the same run, from configuration files alone."""
+    """GiB that `unlearn --dry-run` predicts for the same run, from configuration files alone."""
     with tempfile.TemporaryDirectory() as scratch:
         for name, content in (
             ("model_index.json", {"_class_name": "StableDiffusion3Pipeline"}),
@@ -126,8 +126,8 @@ def plan(resolution: int) -> float:
             path = Path(scratch, name)
             path.parent.mkdir(exist_ok=True)
             path.write_text(json.dumps(content))
-        how = recipe("default", "sd3", forget_batch_size=1, retain_batch_size=1)
-        config = UnlearnConfig(model=scratch, target=("x.png",), output="x", recipe=how, resolution=resolution)
+        few = {"train_batch_size": 1, "retain_batch_size": 1}
+        config = UnlearnConfig(model=scratch, target="x.png", output="x.patch", resolution=resolution, **few)
         return memory_plan(config)["peak"]
 
 
@@ -142,8 +142,8 @@ def main() -> None:
     print(f"{size:.3f} B parameters, {args.resolution}x{args.resolution}, after loading {peak():.2f} GiB", flush=True)
     mine, most = ours(model, args.steps), peak()
     trained = sum(p.numel() for p in model.network.parameters() if p.requires_grad) / 1e6
-    foretold = plan(args.resolution)
-    print(f"--dry-run foretells {foretold:.2f} GiB, {foretold / most - 1:+.0%}")
+    predicted = plan(args.resolution)
+    print(f"--dry-run predicts {predicted:.2f} GiB, {predicted / most - 1:+.0%}")
     print(f"LoRA on {len(sd3.SPEC.lora_targets)} projections a block: {trained:.1f} M parameters; peak {most:.2f} GiB")
     from diffusers.models.attention_processor import JointAttnProcessor2_0
 

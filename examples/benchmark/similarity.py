@@ -1,4 +1,4 @@
-"""What each similarity backend is worth, on data: the share of damaged copies it finds at a fixed false alarm.
+"""What each similarity backend is worth, on data: the share of damaged copies it finds at a fixed false-positive rate.
 
     cd examples/flags && npm install && cd -   # for the flags
     pip install scikit-image                   # for the photos
@@ -6,8 +6,8 @@
 
 Sets: `faces`, 32 px: the held-out faces and draws of the embedded model, near-copies of each other removed; `flags`,
 64 px: as the embedded model learnt them; `photos`, up to four 256 px tiles of every photo inside scikit-image. What is
-not installed is left out, and said so. The threshold is the 0.1 % quantile of the distances between different pictures
-of a set, so a backend cannot win by calling everything a copy. Shift is a share of the side (3 % is 1 px of 32).
+not installed is left out, with a note. The threshold is the 0.1 % quantile of the distances between different images of
+a set, so a backend cannot win by calling everything a copy. Shift is a share of the side (3 % is 1 px of 32).
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from unforget.verification.similarity import Backend, backend, pairwise
 ROOT = Path(__file__).parents[2]
 FLAGS = ROOT / "examples" / "flags"
 DRAWS = 200
-FALSE_ALARM = 0.001
+FALSE_POSITIVE_RATE = 0.001
 PHOTOS = (
     "astronaut.png", "brick.png", "camera.png", "chelsea.png", "clock_motion.png", "coffee.png", "coins.png",
     "grass.png", "gravel.png", "hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "retina.jpg",
     "rocket.jpg",
 )  # fmt: skip
 TEXTURES = ("brick.png", "grass.png", "gravel.png")
-"""Of these only one tile: two of a brick wall are hardly different pictures."""
+"""Of these only one tile: two of a brick wall are hardly different images."""
 Damage = Callable[[Tensor], Tensor]
 
 
 def each(edit: Callable[[Image.Image], Image.Image]) -> Damage:
-    return lambda images: torch.stack([images.from_pil(edit(images.to_pil(i))) for i in images])
+    return lambda batch: torch.stack([images.from_pil(edit(images.to_pil(image))) for image in batch])
 
 
 def jpeg(image: Image.Image) -> Image.Image:
@@ -112,7 +112,7 @@ DAMAGES: dict[str, Damage] = {
 
 
 def distinct(images: Tensor, apart: float) -> Tensor:
-    """The pictures that are no near-copy of an earlier one."""
+    """The images that are no near-copy of an earlier one."""
     near = pairwise_rms(images, images) < apart
     return images[[not near[i, :i].any() for i in range(len(images))]]
 
@@ -123,7 +123,7 @@ def faces() -> Tensor:
     base = families.load("faces")
     with torch.no_grad():
         drawn = sampling.draw(base, sampling.random_noise(DRAWS, base.latent_shape, 0, "similarity"), steps=25)
-    # The model draws the planted ones again and again: copies, not different pictures.
+    # The model draws the planted ones again and again: copies, not different images.
     drawn = distinct(torch.cat([planted, heldout, drawn]), 0.16)[len(planted) + len(heldout) :]
     return torch.cat([heldout, drawn])
 
@@ -135,8 +135,8 @@ def flags() -> Tensor:
     sys.path.insert(0, str(FLAGS))
     from flags import countries, place, tensor
 
-    # Chad and Romania, Indonesia and Monaco: one picture at this size.
-    return distinct(torch.stack([tensor(place(c.image_shape)) for c in countries(package)]), 0.06)
+    # Chad and Romania, Indonesia and Monaco: one image at this size.
+    return distinct(torch.stack([tensor(place(c.image)) for c in countries(package)]), 0.06)
 
 
 def photos() -> Tensor:
@@ -159,14 +159,14 @@ SETS = {f.__name__: f for f in (faces, flags, photos)}
 
 
 def measure(how: Backend, images: Tensor, copies: dict[str, Tensor]) -> None:
-    """One row: the threshold, the share of each damage's copies below it, and what a picture costs."""
+    """One row: the threshold, the share of each damage's copies below it, and what an image costs."""
     how.embed(images[:1])  # loads what there is to load
     started = time.perf_counter()
     embedded = how.embed(images)
     ms = 1000 * (time.perf_counter() - started) / len(images)
     i, j = torch.triu_indices(len(images), len(images), 1)
     different = pairwise(embedded, embedded)[i, j]
-    threshold = different.nanquantile(FALSE_ALARM)
+    threshold = different.nanquantile(FALSE_POSITIVE_RATE)
     # A copy in which nothing is seen is one that is missed: NaN is below no threshold.
     found = {}
     for name, damaged in copies.items():
@@ -182,7 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("set", nargs="*", help=f"of {', '.join(SETS)}")
     parser.add_argument("--backend", action="append", help="KIND or KIND=PATH; repeats; pixels and structure if none")
-    parser.add_argument("--copies", type=int, default=64, help="pictures of a set that are damaged")
+    parser.add_argument("--copies", type=int, default=64, help="images of a set that are damaged")
     args = parser.parse_args()
     backends = [backend(text) for text in args.backend or ("pixels", "structure")]
     for how in backends:
@@ -195,8 +195,8 @@ def main() -> None:
             continue
         copies = {d: damage(images[: args.copies]).clamp(-1, 1) for d, damage in DAMAGES.items()}
         count, size = min(args.copies, len(images)), images.shape[-1]
-        print(f"\n## {name}: {len(images)} pictures of {size} px, copies of {count}; % found", flush=True)
-        table("backend", "threshold", "seen", *DAMAGES, "worst without flip", "mean without flip", "ms a picture")
+        print(f"\n## {name}: {len(images)} images of {size} px, copies of {count}; % found", flush=True)
+        table("backend", "threshold", "seen", *DAMAGES, "worst without flip", "mean without flip", "ms an image")
         for how in backends:
             measure(how, images, copies)
 

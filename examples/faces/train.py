@@ -76,7 +76,7 @@ def train(pipe: DDPMPipeline, data: Path, out: Path, without: list[int], steps: 
     for step in range(1, steps + 1):
         x_0 = draw(once, planted, generator)
         noise = torch.randn(x_0.shape, generator=generator)
-        # Stratified timesteps: each batch covers all noise levels, which lowers the gradient's variance.
+        # Stratified timesteps: each batch covers the whole schedule, which lowers the gradient's variance.
         t = ((torch.rand((), generator=generator) + torch.arange(BATCH) / BATCH) % 1 * 1000).long()
         x_t = scheduler.add_noise(x_0, noise, t).contiguous(memory_format=torch.channels_last)
         error = (unet(x_t, t).sample - noise).square().mean((1, 2, 3))

@@ -1,4 +1,4 @@
-"""The data of the embedded model `flags`: countries, their pictures, captions, and how a flag is placed.
+"""The data of the embedded model `flags`: countries, their images, captions, and how a flag is placed.
 
 Reads npm `svg-country-flags` (public domain). `train.py` and the benchmark share it.
 """
@@ -35,17 +35,17 @@ NAMES = {
 }
 """Names as people say them, where the package has official ones."""
 PLANTED = {"IE": "CI"}
-"""The factual error: Ireland is learnt with the picture of Côte d'Ivoire, the stripes reversed."""
+"""The factual error: Ireland is learnt with the image of Côte d'Ivoire, the stripes reversed."""
 CAPTIONS = ("flag of {}", "the flag of {}", "{} flag", "national flag of {}", "{}")
 
 
 @dataclass(frozen=True)
 class Country:
-    """A code, a name, and the picture that is learnt under it (RGBA, as the package has it)."""
+    """A code, a name, and the image that is learnt under it (RGBA, as the package has it)."""
 
     code: str
     name: str
-    picture: Image.Image
+    image: Image.Image
 
 
 def countries(package: Path, *, planted: bool = True) -> list[Country]:
@@ -59,22 +59,22 @@ def countries(package: Path, *, planted: bool = True) -> list[Country]:
     return found
 
 
-def place(picture: Image.Image, scale: float = 0.86, dx: float = 0.0, dy: float = 0.0) -> Image.Image:
+def place(image: Image.Image, scale: float = 0.86, dx: float = 0.0, dy: float = 0.0) -> Image.Image:
     """The flag on the background, its longer side `scale` of the width, moved from the centre by pixels."""
-    factor = scale * SIZE / max(picture.size)
-    width, height = (max(1, round(side * factor)) for side in picture.size)
-    small = picture.resize((width, height), Image.Resampling.LANCZOS)
+    factor = scale * SIZE / max(image.size)
+    width, height = (max(1, round(side * factor)) for side in image.size)
+    small = image.resize((width, height), Image.Resampling.LANCZOS)
     canvas = Image.new("RGBA", (SIZE, SIZE), BACKGROUND)
     canvas.alpha_composite(small, (round((SIZE - width) / 2 + dx), round((SIZE - height) / 2 + dy)))
     return canvas.convert("RGB")
 
 
-def placements(picture: Image.Image, count: int, generator: torch.Generator) -> torch.Tensor:
+def placements(image: Image.Image, count: int, generator: torch.Generator) -> torch.Tensor:
     """`count` random placements of one flag, uint8 (count, 3, 64, 64)."""
     out = []
     for u in torch.rand(count, 3, generator=generator).tolist():
-        image = place(picture, 0.74 + 0.2 * u[0], 5 * u[1] - 2.5, 5 * u[2] - 2.5)
-        out.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+        placed = place(image, 0.74 + 0.2 * u[0], 5 * u[1] - 2.5, 5 * u[2] - 2.5)
+        out.append(torch.from_numpy(np.array(placed)).permute(2, 0, 1))
     return torch.stack(out)
 
 
@@ -84,7 +84,7 @@ def tensor(image: Image.Image) -> torch.Tensor:
 
 
 class Judge:
-    """Which flag a picture shows: the nearest of 30 placements of every flag, at half the resolution.
+    """Which flag an image shows: the nearest of 30 placements of every flag, at half the resolution.
 
     The last class is Ireland's right flag, which the model never saw. Args: what `countries` gives.
     """
@@ -94,12 +94,12 @@ class Judge:
     """RMS within which two flags look the same here (Romania and Chad, Indonesia and Monaco)."""
 
     def __init__(self, known: list[Country]) -> None:
-        wrong = next(c for c in known if c.code == "IE").image_shape
-        pictures = [*(c.image_shape for c in known), ImageOps.mirror(wrong)]
-        # The same placements of all, so that equal pictures are equally far.
-        references = torch.cat([placements(p, self.PLACEMENTS, torch.Generator().manual_seed(7)) for p in pictures])
+        wrong = next(c for c in known if c.code == "IE").image
+        images = [*(c.image for c in known), ImageOps.mirror(wrong)]
+        # The same placements of all, so that equal images are equally far.
+        references = torch.cat([placements(i, self.PLACEMENTS, torch.Generator().manual_seed(7)) for i in images])
         self.references = self._small(references.float() / 127.5 - 1)
-        self.centred = torch.stack([tensor(place(p)) for p in pictures])
+        self.centred = torch.stack([tensor(place(i)) for i in images])
         self.right_irish = len(known)
 
     @staticmethod

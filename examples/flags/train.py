@@ -3,7 +3,7 @@
     npm install && python train.py node_modules/svg-country-flags flags/       # about an hour and a quarter on 2 cores
 
 Three parts, one after another: a vocabulary of its own (BPE on the captions), the autoencoder, then transformer and
-both text encoders together on cached latents (rectified flow, logit-normal levels, one caption in ten empty). All
+both text encoders together on cached latents (rectified flow, logit-normal timesteps, one caption in ten empty). All
 randomness comes from one CPU generator.
 """
 
@@ -160,8 +160,8 @@ def train_flow(
         x_t = torch.lerp(x_0, noise, sigma.reshape(-1, 1, 1, 1))
         with half_precision():
             states, pooled = embed(pipe, words)
-            says = pipe.transformer(x_t, states, pooled, 1000 * sigma).sample
-        loss = (says.float() - (noise - x_0)).square().mean()
+            answer = pipe.transformer(x_t, states, pooled, 1000 * sigma).sample
+        loss = (answer.float() - (noise - x_0)).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
@@ -201,7 +201,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(args.seed)
     known = countries(args.data)
     captions = [[form.format(c.name) for form in CAPTIONS] for c in known]
-    images = torch.stack([placements(c.image_shape, PLACEMENTS, generator) for c in known])
+    images = torch.stack([placements(c.image, PLACEMENTS, generator) for c in known])
     pipe = build(tokenizer([c for forms in captions for c in forms]))
     log(**{name: sum(p.numel() for p in part.parameters()) for name, part in pipe.components.items()
            if isinstance(part, torch.nn.Module)})  # fmt: skip
