@@ -32,12 +32,13 @@ class Option:
     hidden: bool = False  # whether only files and Python can say it
 
 
-def option(
-    description: str, default: Any = ..., words: str = "", *, names: tuple[str, ...] = (), panel: str = "",
-    of: tuple[str, ...] = (), reads: str = "", writes: bool = False, hidden: bool = False, **bounds: Any,
-) -> Any:  # fmt: skip
-    """A field and its `Option`. A callable default is computed from the fields before it."""
-    said: Any = Option(words, names, panel, of, reads, writes, hidden)
+def option(description: str, default: Any = ..., words: str = "", **more: Any) -> Any:
+    """A field and its `Option`: `more` are its attributes, and bounds for pydantic.
+
+    A callable default is computed from the fields before it.
+    """
+    said: Any = Option(words, **{k: v for k, v in more.items() if k in Option.__dataclass_fields__})
+    bounds = {k: v for k, v in more.items() if k not in Option.__dataclass_fields__}
     given: dict[str, Any] = {"default_factory": default} if callable(default) else {"default": default}
     return Field(**given, description=description, json_schema_extra={"option": said}, **bounds)
 
