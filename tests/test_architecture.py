@@ -16,7 +16,7 @@ from unforget.verification import probes, similarity
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "unforget"
 ORDER = [
-    "errors", "config", "core", "files", "families", "surrogate", "unlearning", "verification", "reports", "exports",
+    "errors", "core", "config", "files", "families", "surrogate", "unlearning", "verification", "reports", "exports",
     "api", "cli",
 ]  # fmt: skip
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.name not in ("__init__.py", "__main__.py") or p.parent != PACKAGE)
