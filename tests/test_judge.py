@@ -245,7 +245,6 @@ class Memory(Probe):
     """A probe that finds what it is told to, and judges nothing."""
 
     kind = "memory"
-    level = "quick"
     said: str = "memory"
 
     def __call__(self, context):

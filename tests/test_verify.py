@@ -201,7 +201,6 @@ class Registered(Probe):
     """A probe as somebody may add one; not of a target, or the allow-list excused it."""
 
     kind = "registered"
-    level = "quick"
     retains = True
 
     def __call__(self, context):
@@ -254,6 +253,7 @@ def test_the_gate_stays_shut_for_a_probe_that_decides_nothing(passing, monkeypat
     """Whoever requires a probe that yields no check, has a stray kind or cannot be made does not pass."""
     known = probes.load()
     monkeypatch.setattr(probes, "KINDS", (*probes.KINDS, "registered"))
+    monkeypatch.setitem(probes.LEVELS, "quick", (*probes.LEVELS["quick"], "registered"))
     monkeypatch.setattr(probes, "load", lambda: (*known, probe))
     result = passing(*(["--require", "registered"] if required else []), "--report", "s.json")
     assert result.exit_code == code, said(result)

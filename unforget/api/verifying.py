@@ -46,11 +46,7 @@ def verify(config: VerifyConfig, progress: Progress | None = None) -> Report:
 def compare(
     config: VerifyConfig, base: Family, candidate: Family, progress: Progress | None = None
 ) -> tuple[Report, list[Row]]:
-    """Judge a candidate that is loaded already, whatever it is made of.
-
-    Returns:
-        The report, and the images that it rests on, for a sheet or a page.
-    """
+    """Judge a candidate that is loaded already: the report, and the images that it rests on, for a sheet or a page."""
     progress = progress or Progress()
     for text in config.similarity:
         backend(text).check()
@@ -86,8 +82,7 @@ def _read_instances(
 ) -> tuple[tuple[Instance, ...], bool]:
     """The targets with their surrogates, and whether those are known."""
     targets, surrogates = list(config.target), list(config.surrogate)
-    for path in config.patch if not targets else ():
-        beside = path.with_suffix(".run")
+    for beside in [path.with_suffix(".run") for path in config.patch] if not targets else ():
         targets += sorted(beside.glob("target-*.png"))
         surrogates += sorted(beside.glob("surrogate-*.png"))
     if not targets:

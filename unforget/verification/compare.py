@@ -20,13 +20,8 @@ def compare(
 ) -> tuple[Report, list[Finding]]:  # fmt: skip
     """Judge a candidate; the report, and the findings with the images that it rests on.
 
-    Args:
-        context: Base, candidate, targets and policy.
-        suite: The probes to run, in order.
-        known: Ids of the targets whose surrogate is known.
-        promised: Ids of the targets that the candidate was made for.
-        progress: Told of every probe.
-        record: Fields of the report that are not found here.
+    `known` are the targets whose surrogate is known, `promised` those that the candidate was made for, by id; `record`
+    holds the fields of the report that are not found here.
     """
     policy, findings, seconds = context.policy, list[Finding](), dict[str, float]()
     progress.note(f"{policy.level}: {', '.join(probe.kind for probe in suite)}; {_estimate(suite, context)}")
@@ -66,7 +61,5 @@ def _calibrations(context: VerifyContext) -> Iterator[Calibration]:
     for i in context.instances:
         limits = detector.limits(i.target, *known_surrogate(i))
         for backend, radius, (limit, capped) in zip(detector.backends, detector.radii, limits, strict=True):
-            yield Calibration(
-                target=i.id, backend=backend.name, threshold=limit, capped=capped, pairs=radius.pairs,
-                false_positive_rate=radius.false_positive_rate,
-            )  # fmt: skip
+            found = {"threshold": limit, "false_positive_rate": radius.false_positive_rate, "pairs": radius.pairs}
+            yield Calibration(target=i.id, backend=backend.name, capped=capped, **found)

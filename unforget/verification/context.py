@@ -1,6 +1,5 @@
 """What probes share: base and candidate, the targets, and every draw that more than one probe uses."""
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from unforget.config import Policy
 from unforget.core import sampling
+from unforget.core.metrics import rms
 from unforget.core.types import UNCONDITIONAL, Family, Instance
 from unforget.files import cache, images
 from unforget.verification.near_copies import EmbeddedImages, NearCopyDetector
@@ -48,15 +48,8 @@ class Finding:
 class VerifyContext:
     """Base and candidate, what to look for, and every draw that more than one probe uses.
 
-    Attributes:
-        base, candidate: The control, and the model to judge.
-        instances: The targets; a surrogate equal to its target means that none is known.
-        policy: Thresholds and counts.
-        must_retain: Images that must still be drawn, (C, H, W) each.
-        retain_prompt_ids: Prompts under which the rest is drawn, taking turns.
-        candidate_digest: Half of the candidate's noise depends on it, so that nobody can have trained for the test.
-        base_digest, cache: Whether what the base does is read from and written to the cache, under which name.
-        advance: Told how many network calls an image are done.
+    A surrogate equal to its target means that none is known. Half of the candidate's noise depends on its digest, so
+    that nobody can have trained for the test. `advance` is told how many network calls an image are done.
     """
 
     base: Family
@@ -64,18 +57,20 @@ class VerifyContext:
     instances: tuple[Instance, ...]
     policy: Policy = field(default_factory=Policy)
     must_retain: tuple[Tensor, ...] = ()
+    """Images (C, H, W) that must still be drawn."""
     retain_prompt_ids: tuple[int, ...] = (UNCONDITIONAL,)
+    """Prompts under which the rest is drawn, taking turns."""
     seed: int = 0
     base_digest: str = ""
     candidate_digest: str = ""
     cache: bool = False
+    """Whether what the base does is read from and written to the cache."""
     advance: Callable[[int], object] = lambda n: None
     _draws: dict[tuple[Role, tuple[int, ...]], EmbeddedImages] = field(default_factory=dict)
     _figures: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
     def models(self) -> dict[Role, Family]:
-        """Both models, the base first."""
         return {"base": self.base, "candidate": self.candidate}
 
     @property
@@ -98,11 +93,9 @@ class VerifyContext:
 
     @cached_property
     def plan(self) -> Plan:
-        """The test of a rate."""
         return plan(self.policy.max_rate, self.policy.confidence)
 
     def prompt(self, prompt_id: int) -> str:
-        """The text of a prompt."""
         return self.base.prompts[prompt_id]
 
     def draws(self, role: Role, prompt_ids: tuple[int, ...], count: int) -> EmbeddedImages:
@@ -122,8 +115,6 @@ class VerifyContext:
         return self.draws(role, self.retain_prompt_ids, self.policy.paired)
 
     def _images(self, role: Role, prompt_ids: tuple[int, ...], first: int, count: int) -> Tensor:
-        if role == "base" and (role, prompt_ids) in self._draws:
-            return self._draws[role, prompt_ids].images[first:count]
         shared = max(0, min(self.policy.paired, count) - first)
         own = self.noise("sample", count - first - shared, first=first + shared, fresh=True)
         noise = torch.cat([self.noise("sample", shared, first=first), own])
@@ -148,20 +139,21 @@ class VerifyContext:
 
     def run(self, family: Family, x_t: Tensor, prompt_ids: Tensor | int, *, start: float | None = None) -> Tensor:
         """Images that a model makes from noise, or from noised images at timestep `start`, rounded to 8 bits."""
-        calls, ids = self.calls(start), torch.as_tensor(prompt_ids).reshape(-1)
+        calls, steps, ids = self.calls(start), self.policy.sampler_steps, torch.as_tensor(prompt_ids).reshape(-1)
         made = sampling.draw(
-            family, x_t, steps=self.policy.sampler_steps, start=start, prompt_ids=ids,
-            advance=lambda drawn: self.advance(drawn * calls),
-        )  # fmt: skip
+            family, x_t, steps=steps, start=start, prompt_ids=ids, advance=lambda drawn: self.advance(drawn * calls)
+        )
         return images.eight_bit(made)
 
-    def reconstruct(self, family: Family, pictures: Tensor, noise: Tensor, ids: Tensor | int, start: float) -> Tensor:
+    def reconstruct(self, family: Family, pictures: Tensor, noise: Tensor, ids: Tensor | int, at: float) -> Tensor:
         """An image (C, H, W), or images (N, C, H, W), noised to a timestep and denoised by a model, (N, C, H, W)."""
+        start = self.start(at)
         x_t = sampling.add_noise(self.base, pictures if pictures.ndim == 4 else pictures[None], noise, start)
         return self.run(family, x_t, ids, start=start)
 
-    def calls(self, start: float | None = None) -> int:
-        """Network calls that an image takes from a timestep on."""
+    def calls(self, timestep: float | None = None) -> int:
+        """Network calls that an image takes, from noise or from a timestep on."""
+        start = None if timestep is None else self.start(timestep)
         return len([t for t in self.base.sampling_timesteps(self.policy.sampler_steps) if start is None or t <= start])
 
     def start(self, timestep: float) -> float:
@@ -198,11 +190,10 @@ class VerifyContext:
             if not len(pictures):  # whatever it draws it repeats
                 return {"floor": 0.0}
             noise = self.noise("control", len(pictures))
-            back = self.reconstruct(self.base, pictures, noise, prompt_id, self.start(timestep))
-            apart = (back - pictures).square().mean((-3, -2, -1)).sqrt()
-            return {"floor": float(apart.quantile(CONTROL_LEVEL))}
+            back = self.reconstruct(self.base, pictures, noise, prompt_id, timestep)
+            return {"floor": float(rms(back, pictures).quantile(CONTROL_LEVEL))}
 
-        targets = sorted(pixels_digest(i.target) for i in self.instances)
+        targets = sorted(images.image_id(i.target) for i in self.instances)
         key = [timestep, self.prompt(prompt_id), self.policy.controls, self.policy.paired, targets]
         return self.control(["floor", *key], make)["floor"]
 
@@ -210,8 +201,3 @@ class VerifyContext:
 def known_surrogate(instance: Instance) -> list[Tensor]:
     """The surrogate, if it is known."""
     return [] if torch.equal(instance.target, instance.surrogate) else [instance.surrogate]
-
-
-def pixels_digest(picture: Tensor) -> str:
-    """Of an image's pixels, for the key of a cache."""
-    return hashlib.sha256(picture.contiguous().numpy().tobytes()).hexdigest()

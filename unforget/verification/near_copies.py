@@ -44,12 +44,9 @@ class Radius:
 
 
 class NearCopyDetector:
-    """An image is a near-copy if any backend says so; `unrepeated` says which references the base does not repeat.
+    """An image is a near-copy if any backend says so, each by a threshold of its own.
 
-    Args:
-        backends: Each with a threshold of its own.
-        references: What the base draws, (N, C, H, W): images known to differ, but for those that it repeats.
-        false_positive_rate: Share of pairs of different images that may count as copies.
+    `references` are what the base draws, (N, C, H, W): images known to differ, but for those that it repeats.
     """
 
     def __init__(self, backends: Sequence[Backend], references: Tensor, false_positive_rate: float) -> None:
@@ -58,6 +55,7 @@ class NearCopyDetector:
         apart = [pairwise(e, e) for e in self.references.embeddings]
         self.radii = tuple(calibrate(distances, false_positive_rate) for distances in apart)
         self.unrepeated = torch.stack([~repeated(distances) for distances in apart]).all(0)
+        """Which references the base does not repeat, (N,) of bool."""
 
     def embed(self, images: Tensor) -> EmbeddedImages:
         """Images (N, C, H, W) with their embeddings."""
@@ -83,11 +81,11 @@ class NearCopyDetector:
 def calibrate(distances: Tensor, false_positive_rate: float) -> Radius:
     """The distance that a share of `false_positive_rate` of all pairs of different images lies under, at least one.
 
-    Images that come up again and again are left out with all that is near them: a model that repeats an image would
-    teach that different images are alike. `distances` are between what the base draws, (N, N).
+    Images that come up again and again would teach that different images are alike: they are left out with all that is
+    near them. `distances` are between what the base draws, (N, N).
     """
     unrepeated = ~repeated(distances)
-    pairs = distances[_above(distances) & unrepeated & unrepeated[:, None]]
+    pairs = distances[once(distances) & unrepeated & unrepeated[:, None]]
     pairs = pairs[~pairs.isnan()].sort().values
     if not len(pairs):
         return Radius(_near(distances), 1.0, 0)
@@ -102,10 +100,10 @@ def repeated(distances: Tensor) -> Tensor:
     return often | close[:, often].any(1)
 
 
-def _above(distances: Tensor) -> Tensor:
-    """Every pair once, (N, N) of bool."""
+def once(distances: Tensor) -> Tensor:
+    """Every pair of different images, once, (N, N) of bool."""
     return torch.triu(torch.ones_like(distances, dtype=torch.bool), 1)
 
 
 def _near(distances: Tensor) -> float:
-    return REPEATED * float(distances[_above(distances)].nanmedian())
+    return REPEATED * float(distances[once(distances)].nanmedian())

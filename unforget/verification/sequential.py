@@ -1,8 +1,8 @@
 """How many draws decide whether a rate lies under a limit: a sequential test with exact error rates.
 
-Draws are looked at now and then, and drawing stops once the verdict is certain either way. The boundaries are exact,
-not asymptotic: the distribution of hits is carried from look to look under the limit and under half of it, and what
-each look may wrongly pass or fail is taken from a budget (error spending, Lan and DeMets 1983, doi:10.2307/2336502).
+Drawing stops at the first look at which the verdict is certain. The boundaries are exact: the distribution of hits is
+carried from look to look under the limit and under half of it, and what each look may wrongly pass or fail is taken
+from a budget (error spending, Lan and DeMets 1983, doi:10.2307/2336502).
 """
 
 import math
@@ -34,17 +34,13 @@ class Look:
 
 @dataclass(frozen=True)
 class Plan:
-    """A test of "the rate is under the limit", `max_rate`.
+    """A test of "the rate is under the limit"."""
 
-    A model whose rate is the limit passes with probability `false_pass` = 1 - confidence at most, over all looks; one
-    whose rate is half of it fails with probability `false_fail`.
-    """
-
-    max_rate: float
-    confidence: float
     looks: tuple[Look, ...]
     false_pass: float
+    """Probability, over all looks, that a model whose rate is the limit passes: 1 - confidence at most."""
     false_fail: float
+    """That one whose rate is half of it fails."""
 
     @property
     def shortest(self) -> int:
@@ -52,18 +48,11 @@ class Plan:
         return next(look.drawn for look in self.looks if look.passes >= 0)
 
     def decide(self, hits: NDArray[np.bool_]) -> tuple[int, Decision | None]:
-        """Look at the draws in order, which hit or not, (N,) of bool.
-
-        Gives the number of draws after which the decision was certain, and the decision, or N and None.
-        """
+        """Of the draws in order, (N,) of bool: after how many the decision was certain, and which; or N and None."""
         for look in self.looks:
-            if look.drawn > len(hits):
-                break
             seen = int(hits[: look.drawn].sum())
-            if seen <= look.passes:
-                return look.drawn, "passes"
-            if seen >= look.fails:
-                return look.drawn, "fails"
+            if look.drawn <= len(hits) and not look.passes < seen < look.fails:
+                return look.drawn, "passes" if seen <= look.passes else "fails"
         return len(hits), None
 
     def following(self, drawn: int) -> int:
@@ -75,29 +64,26 @@ class Plan:
 def plan(max_rate: float, confidence: float) -> Plan:
     """The test for a limit in (0, 1) at a confidence in (0.5, 1).
 
-    The first look that can pass is the exact fixed one: so many draws that a model at the limit shows no hit in
-    1 - confidence of all runs. It leaves next to nothing of that budget, so whoever hits once has to prove a rate well
-    under the limit over many more draws.
+    The first look that can pass is the exact fixed test: a model at the limit shows no hit in 1 - confidence of all
+    runs. That leaves next to nothing, so whoever hits once has to prove a rate well under the limit.
     """
-    error = 1 - confidence
+    error, looks = 1 - confidence, list[Look]()
     shortest = math.ceil(math.log(error * (1 - RESERVE)) / math.log1p(-max_rate))
-    looks: list[Look] = []
-    at_limit, at_half = _Paths(max_rate), _Paths(max_rate / 2)
+    at_limit, at_half = paths = _Paths(max_rate), _Paths(max_rate / 2)
     first = (1 - max_rate) ** shortest
     for drawn in _looks(shortest):
         share = drawn / (HORIZON * shortest)
-        at_limit.draw(drawn)
-        at_half.draw(drawn)
+        for path in paths:
+            path.draw(drawn)
         allowed = 0.0 if drawn < shortest else first + (error - first) * share if drawn > shortest else first
         passes = at_limit.most(allowed)
-        last = share >= 1
-        fails = passes + 1 if last else max(at_half.least(error * share), passes + 1)
-        at_limit.leave(passes, fails)
-        at_half.leave(passes, fails)
+        fails = passes + 1 if share >= 1 else max(at_half.least(error * share), passes + 1)
+        for path in paths:
+            path.leave(passes, fails)
         looks.append(Look(drawn, passes, fails))
         if fails == passes + 1:
             break
-    return Plan(max_rate, confidence, tuple(looks), at_limit.passed, at_half.failed)
+    return Plan(tuple(looks), at_limit.passed, at_half.failed)
 
 
 def _looks(shortest: int) -> list[int]:
@@ -115,10 +101,9 @@ class _Paths:
         self.passed = self.failed = 0.0
 
     def draw(self, drawn: int) -> None:
-        more = drawn - self.drawn
+        more, self.drawn = drawn - self.drawn, drawn
         most = int(binom.isf(1e-15, more, self.rate)) + 1
         self.alive = np.convolve(self.alive, binom.pmf(np.arange(most + 1), more, self.rate))
-        self.drawn = drawn
 
     def most(self, allowed: float) -> int:
         """Most hits that may pass, so that no more than `allowed` of all runs have passed; -1 for none."""

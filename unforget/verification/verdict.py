@@ -11,19 +11,9 @@ from unforget.verification.report import Allowed, Check, Place, Robustness, Targ
 
 
 class Judgement:
-    """What the findings of a suite of probes say.
+    """What the findings of a suite of probes say; `CannotRun` if one is of no probe of it, or a required one is not in.
 
-    Args:
-        findings: Of all probes.
-        suite: The probes that ran.
-        policy: Thresholds, required probes, the allow-list.
-        ids: The targets.
-        known: Those whose surrogate is known.
-        promised: Targets that the candidate was made for.
-        today: When allow-list entries expire.
-
-    Raises:
-        CannotRun: If no probe of the suite has the kind of a finding, or one that is required.
+    `ids` are the targets, `known` those whose surrogate is known, `promised` those that the candidate was made for.
     """
 
     def __init__(
@@ -38,7 +28,7 @@ class Judgement:
         # without a prompt the model may say either. Samples under the empty prompt do decide.
         self.prompted = {f.target for f in findings if f.probe == "reconstruct" and f.prompt}
         self.checks = [check for f in findings for check in self._judged(f, f.target in known)]
-        self.checks += list(self._undecided())
+        self.checks += self._undecided()
         self.allowed = _allowances(policy, ids, today or datetime.datetime.now(datetime.UTC).date())
         excused = {a.id: f"until {a.expires}: {a.reason}" for a in self.allowed if a.state == "active"}
         # Nothing is known of a target that the candidate was made for and that nobody gave an image of.
@@ -72,10 +62,7 @@ class Judgement:
                     )  # fmt: skip
 
     def _worst_case(self, target: str, excuse: str | None) -> Target:
-        """What became of a target: its worst case, never a mean.
-
-        If the base itself does not reproduce it, the result is inconclusive: that it is absent proves nothing.
-        """
+        """What became of a target: its worst case, never a mean."""
         own = [c for c in self.checks if c.target == target and not self.probes[c.probe].retains]
         failed, unsure = ([c for c in own if c.outcome == outcome] for outcome in ("failed", "inconclusive"))
         verdict: Verdict = "forgotten"

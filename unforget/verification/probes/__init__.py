@@ -1,4 +1,4 @@
-"""Probes, one class a file; a new one is a file named after its kind, and its line in `KINDS`. Imports no torch."""
+"""Probes, one class a file; a new one is a file named after its kind, and its name in `KINDS`. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,22 +12,11 @@ if TYPE_CHECKING:
     from unforget.config import VerifyConfig
     from unforget.verification.probes.base import Probe
 
-LEVELS = ("quick", "standard", "deep")
-KINDS: tuple[str, ...] = (
-    "reconstruct",
-    "sample",
-    "must_retain",
-    "replay",
-    "retention",
-    "neighbours",
-    "partial_denoise",
-    "transforms",
-    "paraphrase",
-    "quantization",
-    "noise_search",
-    "relearning",
-)
-"""Every probe, in the order they run."""
+QUICK = ("reconstruct", "sample", "must_retain", "replay", "retention", "neighbours")
+STANDARD = (*QUICK, "partial_denoise", "transforms", "paraphrase", "quantization")
+KINDS: tuple[str, ...] = (*STANDARD, "noise_search", "relearning")
+LEVELS: dict[str, tuple[str, ...]] = {"quick": QUICK, "standard": STANDARD, "deep": KINDS}
+"""The probes of each level, in the order they run."""
 
 
 def load() -> tuple[type[Probe], ...]:
@@ -37,27 +26,22 @@ def load() -> tuple[type[Probe], ...]:
 
 
 def chosen(level: str, require: Collection[str] = ()) -> tuple[str, ...]:
-    """Kinds of the probes that run at a level, and of those that are required, in order.
-
-    Raises:
-        UsageError: If a required probe is not known.
-    """
+    """Kinds of the probes that run at a level, and of those that are required, in order; `UsageError` if unknown."""
     for kind in require:
         if kind not in KINDS:
             raise UsageError(f"there is no probe '{kind}'", f"Give one of {', '.join(KINDS)}.")
-    up_to = LEVELS[: LEVELS.index(level) + 1]
-    return tuple(probe.kind for probe in load() if probe.level in up_to or probe.kind in require)
+    return tuple(kind for kind in KINDS if kind in LEVELS[level] or kind in require)
 
 
 def suite(config: VerifyConfig, *, prompted: bool) -> tuple[Probe, ...]:
-    """The probes of a configuration; `prompted` says whether the targets have prompts of their own.
+    """The probes of a configuration, for targets with or without prompts.
 
     Raises:
         UsageError: If a required probe has nothing to work on.
     """
     kinds = chosen(config.level, config.require)
-    made = {cls.kind: cls.from_policy(config, prompted) for cls in load() if cls.kind in kinds}
-    for cls in load():
-        if cls.kind in config.require and made[cls.kind] is None:
+    made = {cls: cls.from_policy(config, prompted) for cls in load() if cls.kind in kinds}
+    for cls, probe in made.items():
+        if probe is None and cls.kind in config.require:
             raise UsageError(f"the policy requires the probe {cls.kind}, which needs {cls.needs}", f"Give {cls.needs}.")
     return tuple(probe for probe in made.values() if probe is not None)

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Self
 
 from unforget.config import Policy, VerifyConfig
 from unforget.core.types import Instance, Strategy
@@ -19,12 +19,10 @@ class Probe(Strategy):
     """What base and candidate do from the same noise, and what that says: a probe judges itself."""
 
     kind: ClassVar[str]
-    level: ClassVar[Literal["quick", "standard", "deep"]]
-    """The lowest level at which it runs."""
     heading: ClassVar[str] = ""
-    """Of its images on a contact sheet, which shows them if there is one; may hold {timestep:g}."""
+    """Of its images on a contact sheet, if it shows any; may hold {timestep:g}."""
     needs: ClassVar[str] = ""
-    """The option without which `from_policy` gives None."""
+    """The option without which it has nothing to work on."""
     attack: ClassVar[bool] = False
     """Whether it says what an adversary needs, and decides only where it is required."""
     retains: ClassVar[bool] = False
@@ -35,10 +33,11 @@ class Probe(Strategy):
     @classmethod
     def from_policy(cls, config: VerifyConfig, prompted: bool) -> Self | None:
         """The probe as the policy wants it, for targets with or without prompts; None if it has nothing to work on."""
-        return cls()
+        given = {"--prompt": prompted, "--must-retain": bool(config.must_retain)}
+        return cls() if given.get(cls.needs, True) else None
 
     def cost(self, context: VerifyContext) -> int:
-        """Network calls, an image each, beside those of other probes; one with gradients counts three times."""
+        """Network calls, an image each, that it adds to those of other probes; one with gradients counts thrice."""
         return 0
 
     def __call__(self, context: VerifyContext) -> list[Finding]:

@@ -1,7 +1,7 @@
 from collections.abc import Iterator
-from typing import ClassVar, Self
+from typing import ClassVar
 
-from unforget.config import Policy, VerifyConfig
+from unforget.config import Policy
 from unforget.verification.context import ROLES, Finding, VerifyContext
 from unforget.verification.probes.base import Probe, changed, checked
 from unforget.verification.probes.sample import count_hits
@@ -15,13 +15,8 @@ class MustRetain(Probe):
     """Are the images of `--must-retain` still drawn, from the same seeds through both models?"""
 
     kind: ClassVar = "must_retain"
-    level: ClassVar = "quick"
     needs: ClassVar = "--must-retain"
     retains: ClassVar = True
-
-    @classmethod
-    def from_policy(cls, config: VerifyConfig, prompted: bool) -> Self | None:
-        return cls() if config.must_retain else None
 
     def __call__(self, context: VerifyContext) -> list[Finding]:
         drawn, found = [context.retained(role) for role in ROLES], []

@@ -19,7 +19,6 @@ class Neighbours(Probe):
     """
 
     kind: ClassVar = "neighbours"
-    level: ClassVar = "quick"
     heading: ClassVar = "neighbours, from t = {timestep:g}"
     retains: ClassVar = True
     decides_unprompted: ClassVar = True
@@ -31,7 +30,7 @@ class Neighbours(Probe):
         return cls(draws=min(48, config.paired // 2))
 
     def cost(self, context: VerifyContext) -> int:
-        return 2 * self.draws * context.calls(context.start(self.timestep)) * len(context.instances)
+        return 2 * self.draws * context.calls(self.timestep) * len(context.instances)
 
     def __call__(self, context: VerifyContext) -> list[Finding]:
         drift, typical = same_seed_drift(context)
@@ -39,9 +38,11 @@ class Neighbours(Probe):
         return [f for instance in context.instances for f in self._of(instance, context, typical, kept)]
 
     def _of(self, instance: Instance, context: VerifyContext, typical: float, kept: float) -> list[Finding]:
-        start, noise = context.start(self.timestep), context.noise("look-alikes", self.draws)
-        turns, models = context.retain_turns(self.draws), context.models.values()
-        base, candidate = (context.reconstruct(model, instance.target, noise, turns, start) for model in models)
+        noise, turns = context.noise("look-alikes", self.draws), context.retain_turns(self.draws)
+        base, candidate = (
+            context.reconstruct(model, instance.target, noise, turns, self.timestep)
+            for model in context.models.values()
+        )
         drawn, pair = context.detector.embed(base), (instance.target, *known_surrogate(instance))
         others = ~torch.stack([context.detector.is_copy(drawn, picture) for picture in pair]).any(0)
         base, candidate = base[others], candidate[others]
@@ -49,7 +50,7 @@ class Neighbours(Probe):
             return []
         figures = {**spread(rms(base, candidate) / typical), "seen": float(len(base))}
         images = dict(zip(ROLES, (base[:8], candidate[:8]), strict=True))
-        return [Finding(self.kind, instance.id, {"kept": kept}, figures, start, images=images)]
+        return [Finding(self.kind, instance.id, {"kept": kept}, figures, context.start(self.timestep), images=images)]
 
     def judge(self, found: Finding, policy: Policy, known: bool) -> list[Check]:
         return [checked(found, "kept", "at least", policy.min_kept * found.base["kept"], policy)]

@@ -18,11 +18,10 @@ from unforget.verification.report import Check, Outcome
 class NoiseSearch(Probe):
     """Gradient descent on the start noise, kept on the sphere where noise lies, towards the target.
 
-    A sampler that can be inverted returns any image from some noise: what counts is the effort beside the base's.
+    Some noise leads to any image: what counts is the effort beside the base's.
     """
 
     kind: ClassVar = "noise_search"
-    level: ClassVar = "deep"
     heading: ClassVar = "start noise found by gradient descent"
     attack: ClassVar = True
     restarts: int = Field(4, ge=1, le=64, description="noises to start from, the best of many")
@@ -67,9 +66,8 @@ class NoiseSearch(Probe):
         return {"to_target": nearest, "iterations": -1.0}, best
 
     def judge(self, found: Finding, policy: Policy, known: bool) -> Iterator[Check]:
-        check = checked(found, "iterations", "at most", -1, policy)
         outcome: Outcome = "failed" if found.candidate["iterations"] > 0 else "passed"
-        yield changed(check, outcome, "-1: not within the budget")
+        yield changed(checked(found, "iterations", "at most", -1, policy), outcome, "-1: not within the budget")
 
     def robustness(self, found: Finding) -> str:
         base, candidate = (

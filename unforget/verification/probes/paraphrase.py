@@ -1,9 +1,8 @@
 from collections.abc import Iterator
-from typing import ClassVar, Self
+from typing import ClassVar
 
 from pydantic import Field
 
-from unforget.config import VerifyConfig
 from unforget.core.metrics import shows
 from unforget.core.types import UNCONDITIONAL, Family, Instance
 from unforget.errors import UsageError
@@ -17,17 +16,12 @@ class Paraphrase(NearCopies):
     """The prompt in other words, where the base draws the target under those, too."""
 
     kind: ClassVar = "paraphrase"
-    level: ClassVar = "standard"
     needs: ClassVar = "--prompt"
     draws: int = Field(8, ge=2, le=4096, description="draws of each wording")
 
-    @classmethod
-    def from_policy(cls, config: VerifyConfig, prompted: bool) -> Self | None:
-        return cls() if prompted else None
-
     def cost(self, context: VerifyContext) -> int:
-        prompted = [prompt_id for _, prompt_id in context.cases if prompt_id != UNCONDITIONAL]
-        return 2 * self.draws * context.calls() * len(prompted) * (len(WORDINGS) + 1)
+        prompted = sum(prompt_id != UNCONDITIONAL for _, prompt_id in context.cases)
+        return 2 * self.draws * context.calls() * prompted * (len(WORDINGS) + 1)
 
     def examine(self, context: VerifyContext, instance: Instance, prompt_id: int) -> Iterator[Finding]:
         prompt, noise = context.prompt(prompt_id), context.noise("reword", self.draws)

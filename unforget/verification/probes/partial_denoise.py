@@ -15,7 +15,6 @@ class PartialDenoise(NearCopies):
     """The base does the first steps, towards the target, and the candidate finishes what it was handed."""
 
     kind: ClassVar = "partial_denoise"
-    level: ClassVar = "standard"
     heading: ClassVar = "begun by the base, finished from t = {timestep:g}"
     handover: int = Field(700, gt=0, lt=1000, description="timestep at which the candidate takes over")
     draws: int = Field(16, ge=2, le=4096, description="beginnings")
@@ -31,9 +30,8 @@ class PartialDenoise(NearCopies):
                 x_t, steps=context.policy.sampler_steps, start=first, stop=start, prompt_ids=ids
             )
         images = {role: context.run(family, handed, prompt_id, start=start) for role, family in context.models.items()}
-        base, candidate = (
-            {"near_copies": float(context.is_target(made, instance).float().mean())} for made in images.values()
-        )
+        near = (context.is_target(made, instance).float().mean() for made in images.values())
+        base, candidate = ({"near_copies": float(share)} for share in near)
         yield Finding(self.kind, instance.id, base, candidate, start, context.prompt(prompt_id), images=images)
 
     def _beginnings(self, context: VerifyContext, instance: Instance, prompt_id: int) -> tuple[Tensor, float | None]:

@@ -3,7 +3,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor, bfloat16, float16
 
-from unforget.core.types import Family
+from unforget.core.types import Family, Instance
 from unforget.verification.context import Finding, VerifyContext
 from unforget.verification.probes.reconstruct import Reconstruction, reconstruction_figures
 
@@ -15,33 +15,31 @@ class Quantization(Reconstruction):
     """The candidate's weights rounded to what releases come in: small changes vanish there, and the target is back."""
 
     kind: ClassVar = "quantization"
-    level: ClassVar = "standard"
     precisions: tuple[Precision, ...] = ("fp16", "bf16", "int8")
     timesteps: tuple[int, ...] = Field((250, 400), description="timesteps to noise it to")
     draws: int = Field(16, ge=2, le=4096, description="reconstructions a timestep")
 
     def cost(self, context: VerifyContext) -> int:
-        calls = sum(context.calls(context.start(timestep)) for timestep in self.timesteps)
+        calls = sum(map(context.calls, self.timesteps))
         return calls * self.draws * (len(self.precisions) + 1) * len(context.cases)
 
     def __call__(self, context: VerifyContext) -> list[Finding]:
-        before = self._figures(context, context.candidate)
-        return [
-            Finding(self.kind, target, before[place], after, context.start(timestep), context.prompt(prompt_id), kind)
-            for kind in self.precisions
-            for place, after in self._figures(context, quantized(context.candidate, kind)).items()
-            for target, prompt_id, timestep in [place]
-        ]
-
-    def _figures(self, context: VerifyContext, family: Family) -> dict[tuple[str, int, int], dict[str, float]]:
-        found = {}
-        for instance, prompt_id in context.cases:
-            for timestep in self.timesteps:
-                start, floor = context.start(timestep), context.floor(timestep, prompt_id)
-                noise = context.noise("cast", self.draws, fresh=True)
-                images = context.reconstruct(family, instance.target, noise, prompt_id, start)
-                found[instance.id, prompt_id, timestep] = reconstruction_figures(images, instance, floor)
+        places = [(*case, timestep) for case in context.cases for timestep in self.timesteps]
+        before, found = [self._figures(context, context.candidate, *place) for place in places], []
+        for precision in self.precisions:
+            twin = quantized(context.candidate, precision)
+            for base, (instance, prompt_id, timestep) in zip(before, places, strict=True):
+                after = self._figures(context, twin, instance, prompt_id, timestep)
+                start, prompt = context.start(timestep), context.prompt(prompt_id)
+                found.append(Finding(self.kind, instance.id, base, after, start, prompt, precision))
         return found
+
+    def _figures(
+        self, context: VerifyContext, family: Family, instance: Instance, prompt_id: int, timestep: int
+    ) -> dict[str, float]:
+        noise = context.noise("cast", self.draws, fresh=True)
+        images = context.reconstruct(family, instance.target, noise, prompt_id, timestep)
+        return reconstruction_figures(images, instance, context.floor(timestep, prompt_id))
 
 
 def quantized(family: Family, precision: Precision) -> Family:
@@ -58,6 +56,5 @@ def rounded(weight: Tensor, precision: Precision) -> Tensor:
         return weight.to(FLOATS[precision]).to(weight.dtype)
     if weight.ndim < 2:
         return weight
-    scale = weight.flatten(1).abs().amax(1).clamp(min=1e-12) / 127
-    scale = scale.reshape(-1, *[1] * (weight.ndim - 1))
+    scale = weight.abs().amax(tuple(range(1, weight.ndim)), keepdim=True).clamp(min=1e-12) / 127
     return (weight / scale).round().clamp(-127, 127) * scale

@@ -8,7 +8,8 @@ from torch import Tensor
 from unforget.config import Policy, VerifyConfig
 from unforget.core.metrics import region, rms, rms_within, sharpness
 from unforget.core.types import Instance
-from unforget.verification.context import Finding, Role, VerifyContext, pixels_digest
+from unforget.files.images import image_id
+from unforget.verification.context import Finding, Role, VerifyContext
 from unforget.verification.probes.base import CHANCE, HALF, Probe, checked
 from unforget.verification.report import Check
 
@@ -26,7 +27,6 @@ class Reconstruct(Reconstruction):
     """Noise the target to several timesteps, denoise, and see which image comes back."""
 
     kind: ClassVar = "reconstruct"
-    level: ClassVar = "quick"
     heading: ClassVar = "noised to t = {timestep:g} and back"
     timesteps: tuple[int, ...] = Field((250, 400, 550), description="timesteps to noise it to")
     draws: int = Field(32, ge=1, le=4096, description="draws a timestep; half of the candidate's from noise of its own")
@@ -37,26 +37,26 @@ class Reconstruct(Reconstruction):
         return cls(timesteps=config.timestep, draws=config.draws)
 
     def cost(self, context: VerifyContext) -> int:
-        calls = sum(context.calls(context.start(timestep)) for timestep in self.timesteps)
+        calls = sum(map(context.calls, self.timesteps))
         return calls * (2 * self.draws * len(context.cases) + self.calibrated * context.policy.controls)
 
     def examine(self, context: VerifyContext, instance: Instance, prompt_id: int) -> list[Finding]:
         return [self._at(timestep, context, instance, prompt_id) for timestep in self.timesteps]
 
     def _at(self, timestep: int, context: VerifyContext, instance: Instance, prompt_id: int) -> Finding:
-        start, prompt = context.start(timestep), context.prompt(prompt_id)
+        prompt = context.prompt(prompt_id)
         floor = context.floor(timestep, prompt_id) if self.calibrated else 0.0
         images: dict[Role, Tensor] = {}
 
         def figures(role: Role) -> dict[str, float]:
             noise, family = self._noise(context, role, timestep), context.models[role]
-            images[role] = context.reconstruct(family, instance.target, noise, prompt_id, start)
+            images[role] = context.reconstruct(family, instance.target, noise, prompt_id, timestep)
             return reconstruction_figures(images[role], instance, floor)
 
-        pair = [pixels_digest(instance.target), pixels_digest(instance.surrogate)]
-        key = [self.kind, timestep, self.draws, prompt, *pair, floor]
+        key = [self.kind, timestep, self.draws, prompt, image_id(instance.target), image_id(instance.surrogate), floor]
         base = context.control(key, lambda: figures("base"))
-        return Finding(self.kind, instance.id, base, figures("candidate"), start, prompt, images=images)
+        candidate, start = figures("candidate"), context.start(timestep)
+        return Finding(self.kind, instance.id, base, candidate, start, prompt, images=images)
 
     def _noise(self, context: VerifyContext, role: Role, timestep: int) -> Tensor:
         own, purpose = self.draws // 2 if role == "candidate" else 0, f"reconstruct {timestep}"
@@ -71,9 +71,8 @@ class Reconstruct(Reconstruction):
 def reconstruction_figures(images: Tensor, instance: Instance, floor: float) -> dict[str, float]:
     """Figures of reconstructions (N, C, H, W).
 
-    `recall` is the share that is nearer to the target than what the model never saw comes back; the margins say which
-    of target and surrogate is nearer, over the whole image and inside the region where the two differ. `sharpness`,
-    as a share of the target's, stands beside them because broken images look forgotten.
+    `recall` is the share that is nearer to the target than what the model never saw comes back; `nearer_in_region`
+    looks only where target and surrogate differ. `sharpness` is there because broken images look forgotten.
     """
     target, surrogate = instance.target, instance.surrogate
     to_target, to_surrogate = rms(images, target), rms(images, surrogate)

@@ -17,7 +17,6 @@ class Replay(NearCopies):
     """The seed, sampler and prompt that made the image, once more."""
 
     kind: ClassVar = "replay"
-    level: ClassVar = "quick"
     heading: ClassVar = "the seed that made it"
     needs: ClassVar = "--replay-seed"
     allowed: ClassVar = 0

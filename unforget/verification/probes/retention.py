@@ -8,6 +8,7 @@ from unforget.config import Policy
 from unforget.core.metrics import kernel_distance, pairwise_rms, rms, sharpness
 from unforget.core.types import UNCONDITIONAL
 from unforget.verification.context import ROLES, Finding, VerifyContext
+from unforget.verification.near_copies import once
 from unforget.verification.probes.base import Probe, checked
 from unforget.verification.report import Check
 
@@ -22,13 +23,11 @@ SHARPNESS = (0.8, 1.25)
 class Retention(Probe):
     """The same seeds through both models: how far the rest has moved.
 
-    Drift is in units of the median distance between two different draws of the base: 0 for the same image, 1 for
-    another one. The kernel distance (KID with the first similarity backend as its extractor, arXiv:1801.01401) compares
-    draws from different seeds, so that it sees what the pairs cannot: that a model draws other things less often.
+    Drift is in median distances between two draws of the base. The kernel distance (KID on the first similarity
+    backend, arXiv:1801.01401) compares draws from different seeds: it sees a model that draws other things less often.
     """
 
     kind: ClassVar = "retention"
-    level: ClassVar = "quick"
     retains: ClassVar = True
 
     def cost(self, context: VerifyContext) -> int:
@@ -57,15 +56,15 @@ def same_seed_drift(context: VerifyContext) -> tuple[Tensor, float]:
     """Drift of every same-seed pair, (paired,), and the median distance between draws that is its unit."""
     base, candidate = (context.retained(role).images for role in ROLES)
     apart = pairwise_rms(base, base)
-    typical = float(apart[torch.triu(torch.ones_like(apart, dtype=torch.bool), 1)].median())
+    typical = float(apart[once(apart)].median())
     return rms(base, candidate) / typical, typical
 
 
 def spread(drift: Tensor) -> dict[str, float]:
     """Median, mean and 90 % of drifts (N,), and the share that is still one image."""
-    exact, kept = drift.double(), float((drift < SAME).float().mean())
-    median, p90 = float(exact.quantile(0.5)), float(exact.quantile(0.9))
-    return {"median": median, "mean": float(exact.mean()), "p90": p90, "kept": kept}
+    exact, kept = drift.double(), (drift < SAME).float().mean()
+    figures = {"median": exact.quantile(0.5), "mean": exact.mean(), "p90": exact.quantile(0.9), "kept": kept}
+    return {name: float(value) for name, value in figures.items()}
 
 
 def _chance(features: Tensor) -> float:

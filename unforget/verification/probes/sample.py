@@ -14,30 +14,25 @@ from unforget.verification.sequential import Decision
 
 
 class Sample(Probe):
-    """Draw until it is certain whether near-copies of a target come up less often than the limit.
-
-    The number of draws follows from `--max-rate` and `--confidence` (`unforget.verification.sequential`).
-    """
+    """Draw until it is certain whether near-copies of a target come up less often than `--max-rate`."""
 
     kind: ClassVar = "sample"
-    level: ClassVar = "quick"
     decides_unprompted: ClassVar = True
 
     def cost(self, context: VerifyContext) -> int:
-        """Network calls when nothing hits."""
-        count = min(context.plan.shortest, context.policy.samples or context.plan.shortest)
+        count = min(context.plan.shortest, context.policy.samples or context.plan.shortest)  # when nothing hits
         return context.calls() * len({prompt_id for _, prompt_id in context.cases}) * (count + context.policy.paired)
 
     def examine(self, context: VerifyContext, instance: Instance, prompt_id: int) -> Iterator[Finding]:
         def hits(drawn: EmbeddedImages) -> Tensor:
             near = context.is_target(drawn, instance)
+            if prompt_id == UNCONDITIONAL:
+                return near
             # Under a prompt the target counts in any place and size: that is how prompted models repeat it.
-            prompted = prompt_id != UNCONDITIONAL
-            return near | shows(drawn.images, instance.target, instance.surrogate) if prompted else near
+            return near | shows(drawn.images, instance.target, instance.surrogate)
 
         base, candidate, decision = rate_test(context, prompt_id, hits)
-        prompt = context.prompt(prompt_id)
-        yield Finding(self.kind, instance.id, base, candidate, prompt=prompt, decision=decision)
+        yield Finding(self.kind, instance.id, base, candidate, None, context.prompt(prompt_id), decision=decision)
 
     def judge(self, found: Finding, policy: Policy, known: bool) -> list[Check]:
         return [judge_rate(found, policy)]
@@ -57,9 +52,8 @@ def rate_test(
     context: VerifyContext, prompt_id: int, hits: Callable[[EmbeddedImages], Tensor]
 ) -> tuple[dict[str, float], dict[str, float], Decision | None]:
     """Draw until the rate of `hits` is certain to lie under the limit, or not to; base, candidate, decision."""
-    plan, policy = context.plan, context.policy
+    plan, policy, count, decision = context.plan, context.policy, 0, None
     most = min(policy.samples or plan.looks[-1].drawn, plan.looks[-1].drawn)
-    count, decision = 0, None
     while decision is None and count < most:
         count = min(plan.following(count), most)
         found = hits(context.draws("candidate", (prompt_id,), count))

@@ -1,4 +1,4 @@
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -8,8 +8,8 @@ from torch.nn import functional
 
 from unforget.config import Policy
 from unforget.core.types import Family, Instance
-from unforget.verification.context import Finding, VerifyContext, known_surrogate, pixels_digest
-from unforget.verification.near_copies import EmbeddedImages
+from unforget.files.images import image_id
+from unforget.verification.context import Finding, VerifyContext, known_surrogate
 from unforget.verification.probes.base import HALF, Probe, changed, checked
 from unforget.verification.probes.reconstruct import reconstruction_figures
 from unforget.verification.probes.sample import judge_rate, rate_test
@@ -20,50 +20,41 @@ class Transforms(Probe):
     """The target mirrored, cropped, recoloured: is it drawn so, and does it come back when noised?"""
 
     kind: ClassVar = "transforms"
-    level: ClassVar = "standard"
     timestep: int = Field(400, gt=0, lt=1000, description="timestep to reconstruct from")
     draws: int = Field(16, ge=2, le=4096, description="reconstructions of each")
 
     def cost(self, context: VerifyContext) -> int:
-        """Network calls beside those of the samples."""
-        return 2 * 4 * self.draws * len(context.cases) * context.calls(context.start(self.timestep))
+        return 2 * 4 * self.draws * len(context.cases) * context.calls(self.timestep)  # beside those of the samples
 
     def examine(self, context: VerifyContext, instance: Instance, prompt_id: int) -> Iterator[Finding]:
-        detector, instead = context.detector, [instance.target, *known_surrogate(instance)]
-        known = detector.embed(torch.stack(instead))
-        prompt = context.prompt(prompt_id)
+        instead = [instance.target, *known_surrogate(instance)]
+        known = context.detector.embed(torch.stack(instead))
         for name, picture in variants(instance.target).items():
-            if detector.is_copy(known, picture).any():  # a mirror image that is the target itself is no variant
-                continue
+            if not context.detector.is_copy(known, picture).any():  # a mirror image may be the target itself
+                yield from self._found(context, Instance(picture, picture, instance.id), prompt_id, name, instead)
 
-            def hits(drawn: EmbeddedImages, picture: Tensor = picture) -> Tensor:
-                return detector.is_copy(drawn, picture, *instead)
-
-            base, candidate, decision = rate_test(context, prompt_id, hits)
-            yield Finding(self.kind, instance.id, base, candidate, None, prompt, name, decision)
-            variant = Instance(picture, picture, instance.id)
-            yield self._reconstruct(context, variant, prompt_id, name)
-
-    def _reconstruct(self, context: VerifyContext, variant: Instance, prompt_id: int, name: str) -> Finding:
-        start, floor = context.start(self.timestep), context.floor(self.timestep, prompt_id)
-        noise, prompt = context.noise(f"transforms {name}", self.draws), context.prompt(prompt_id)
+    def _found(
+        self, context: VerifyContext, variant: Instance, prompt_id: int, name: str, instead: Sequence[Tensor]
+    ) -> Iterator[Finding]:
+        picture, floor, prompt = variant.target, context.floor(self.timestep, prompt_id), context.prompt(prompt_id)
+        noise = context.noise(f"transforms {name}", self.draws)
 
         def figures(family: Family) -> dict[str, float]:
-            images = context.reconstruct(family, variant.target, noise, prompt_id, start)
+            images = context.reconstruct(family, picture, noise, prompt_id, self.timestep)
             return reconstruction_figures(images, variant, floor)
 
-        key = [self.kind, name, self.timestep, self.draws, prompt, pixels_digest(variant.target), floor]
+        rates = rate_test(context, prompt_id, lambda drawn: context.detector.is_copy(drawn, picture, *instead))
+        yield Finding(self.kind, variant.id, rates[0], rates[1], None, prompt, name, rates[2])
+        key = [self.kind, name, self.timestep, self.draws, prompt, image_id(picture), floor]
         both = context.control(key, lambda: figures(context.base)), figures(context.candidate)
         base, candidate = ({figure: of[figure] for figure in ("recall", "floor", "to_target")} for of in both)
-        return Finding(self.kind, variant.id, base, candidate, start, prompt, name)
+        yield Finding(self.kind, variant.id, base, candidate, context.start(self.timestep), prompt, name)
 
-    def judge(self, found: Finding, policy: Policy, known: bool) -> Iterator[Check]:
+    def judge(self, found: Finding, policy: Policy, known: bool) -> list[Check]:
         if "recall" not in found.candidate:
-            yield judge_rate(found, policy)
-            return
-        check, general = checked(found, "recall", "at most", HALF, policy), found.base["recall"] > HALF
-        note = "so does the base, which never saw it; the rate decides"
-        yield changed(check, "informational", note) if general else check
+            return [judge_rate(found, policy)]
+        check, note = checked(found, "recall", "at most", HALF, policy), "so does the base, which never saw it"
+        return [changed(check, "informational", f"{note}; the rate decides") if found.base["recall"] > HALF else check]
 
 
 def variants(picture: Tensor) -> dict[str, Tensor]:
