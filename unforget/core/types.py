@@ -87,8 +87,6 @@ class Predict(Protocol):
 class Family(Protocol):
     """A loaded model: the one place that knows what kind it is."""
 
-    kind: str
-    """The family's name."""
     spec: Any
     """What is particular of the family: a `families.spec.FamilySpec`."""
     name: str
