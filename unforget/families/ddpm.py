@@ -1,24 +1,13 @@
 """Unconditional pixel-space models: diffusers' `DDPMPipeline` with a `UNet2DModel`."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from unforget.core.recipe import Recipe
 from unforget.families.spec import PAPER, FamilySpec
-
-
-def adapt(network: Any, absent: Sequence[str]) -> None:
-    """float32, in the layout in which convolutions are fast."""
-    network.float().to(memory_format=torch.channels_last)
-
-
-def call(network: Any, x_t: Tensor, timestep: Tensor, conditioning: Sequence[Tensor]) -> Tensor:
-    """The noise, or what else its scheduler's configuration names."""
-    answer: Tensor = network(x_t.to(memory_format=torch.channels_last), timestep.long()).sample
-    return answer
 
 
 def bottleneck(network: Any) -> Iterator[nn.Parameter]:
@@ -51,8 +40,8 @@ SPEC = FamilySpec(
     architecture=lambda config: "ddpm-unet",
     aliases={"ddpm-celebahq": "google/ddpm-celebahq-256"},
     sampler="DDIMScheduler",
-    call=call,
-    adapt=adapt,
+    call=lambda network, x_t, timestep, _: network(x_t.to(memory_format=torch.channels_last), timestep.long()).sample,
+    adapt=lambda network, absent: network.float().to(memory_format=torch.channels_last),
     bottleneck=bottleneck,
     float32=True,
 )

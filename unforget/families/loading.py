@@ -57,9 +57,7 @@ class Options:
 def load(ref: str, options: Options | None = None) -> Family:
     """The model that `ref` names: an alias, a diffusers folder, a single file, or a hub id `owner/name[@revision]`.
 
-    Raises:
-        UsageError: If `ref` names nothing that can be opened, or only pickled weights.
-        CannotRun: If opening it failed.
+    UsageError if `ref` names nothing that can be opened, or only pickled weights; CannotRun if opening it failed.
     """
     options = options or Options()
     source, spec = examined(ref, options)
@@ -131,10 +129,8 @@ def editor(ref: str) -> tuple[Any, str]:
     with opening(ref, ref):
         pipeline = DiffusionPipeline.from_pretrained(**where(ref), use_safetensors=True)
     if not {"image", "prompt"} <= set(inspect.signature(pipeline.__call__).parameters):
-        raise UsageError(
-            f"'{ref}' is a {type(pipeline).__name__}, which takes no picture and instruction",
-            "Give an instruction editor: FLUX.2-klein, FLUX.1-Kontext, Qwen-Image-Edit or InstructPix2Pix.",
-        )
+        hint = "Give an instruction editor: FLUX.2-klein, FLUX.1-Kontext, Qwen-Image-Edit or InstructPix2Pix."
+        raise UsageError(f"'{ref}' is a {type(pipeline).__name__}, which takes no picture and instruction", hint)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, _licence(ref)
 
@@ -213,10 +209,8 @@ def where(source: str) -> dict[str, str]:
 
 def _check_single(file: Path, spec: FamilySpec, config: Path | None) -> None:
     if config is None:
-        raise UsageError(
-            f"'{file}' does not say what its model is made of",
-            "Give --pipeline-config: a diffusers folder of that model (weights are not needed), or its hub id.",
-        )
+        hint = "Give --pipeline-config: a diffusers folder of that model (weights are not needed), or its hub id."
+        raise UsageError(f"'{file}' does not say what its model is made of", hint)
     if config.is_dir():
         safety.check_single(file, spec, config)
     elif str(config).count("/") != 1 or config.is_absolute():

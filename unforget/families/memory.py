@@ -73,31 +73,25 @@ class Blueprint:
 
 def blueprint(ref: str, options: Options) -> Blueprint:
     """The network of a model on the meta device, from its configuration alone."""
-    from unforget.families.loading import opening
+    from diffusers import AutoencoderKL
+
+    from unforget.families.loading import opening, where
+    from unforget.families.model import shapes
+    from unforget.families.pipelines import dtype_of, network_class, network_config
 
     source, spec = families.examined(ref, options)
     if Path(source).is_file():
         source = str(options.pipeline_config)
     with opening(ref, source):
-        return _blueprint(ref, source, spec, options)
-
-
-def _blueprint(ref: str, source: str, spec: FamilySpec, options: Options) -> Blueprint:
-    from diffusers import AutoencoderKL
-
-    from unforget.families.loading import where
-    from unforget.families.model import shapes
-    from unforget.families.pipelines import dtype_of, network_class, network_config
-
-    config, factor, beside = network_config(spec, source), 1, 0
-    dtype = dtype_of(spec, config)
-    with torch.device("meta"):
-        network = network_class(spec).from_config(config).to(dtype)
-        if spec.prompted:
-            parts = AutoencoderKL.load_config(**where(source), subfolder="vae")
-            vae = AutoencoderKL.from_config(parts).to(getattr(torch, spec.vae_dtype) if spec.vae_dtype else dtype)
-            factor, beside = 2 ** (len(parts["block_out_channels"]) - 1), _bytes(vae.parameters())
-    return Blueprint(spec, network, *shapes(spec, config, factor, ref, options.resolution), beside)
+        config, factor, beside = network_config(spec, source), 1, 0
+        dtype = dtype_of(spec, config)
+        with torch.device("meta"):
+            network = network_class(spec).from_config(config).to(dtype)
+            if spec.prompted:
+                parts = AutoencoderKL.load_config(**where(source), subfolder="vae")
+                vae = AutoencoderKL.from_config(parts).to(getattr(torch, spec.vae_dtype) if spec.vae_dtype else dtype)
+                factor, beside = 2 ** (len(parts["block_out_channels"]) - 1), _bytes(vae.parameters())
+        return Blueprint(spec, network, *shapes(spec, config, factor, ref, options.resolution), beside)
 
 
 def _bytes(tensors: Any) -> int:

@@ -249,13 +249,8 @@ class DiffusionModel:
         setattr(self.pipeline, self.spec.network, self.network)
 
 
-def trainable(
-    spec: FamilySpec, network: Any, scope: Scope, *, rank: int, alpha: int, seed: int
-) -> list[nn.Parameter]:  # fmt: skip
-    """The weights of a scope, in the network's order; for `lora`, of an adapter that is added if need be.
-
-    UsageError if the family has no such scope.
-    """
+def trainable(spec: FamilySpec, network: Any, scope: Scope, *, rank: int, alpha: int, seed: int) -> list[nn.Parameter]:
+    """The weights of a scope, in the network's order; for `lora`, of an adapter that is added if need be."""
     check_scope(spec, scope)
     if scope == "full":
         return list(network.parameters())

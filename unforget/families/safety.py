@@ -111,14 +111,12 @@ def _part(name: str, value: list[Any]) -> tuple[str, str]:
     library, class_name = value
     if library is None or class_name is None:
         return "", ""
-    if library not in STEMS or not isinstance(class_name, str) or not class_name.isidentifier():
+    if library not in [*STEMS] or not isinstance(class_name, str) or not class_name.isidentifier():
         raise BadFile(f"'{name}' is to be made by '{library}.{class_name}', which is code of its own")
     return library, class_name
 
 
-def _check_part(
-    folder: Path, name: str, library: str, class_name: str, of: str | None, allow_pickle: bool
-) -> None:  # fmt: skip
+def _check_part(folder: Path, name: str, library: str, class_name: str, of: str | None, allow_pickle: bool) -> None:
     # Old DDPM repositories are flat, and diffusers takes every part that has no folder for such.
     flat = not (folder / name).is_dir() and (folder / "config.json").is_file()
     home = folder if flat else folder / name

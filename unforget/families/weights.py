@@ -158,16 +158,14 @@ def large(family: Family) -> bool:
 @contextmanager
 def quiet() -> Iterator[None]:
     """No warnings of the libraries: of parts that are absent on purpose, of casts that are meant."""
-    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
-    before = [logger.level for logger in loggers]
+    before = {logger: logger.level for logger in map(logging.getLogger, ("diffusers", "transformers"))}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for logger in loggers:
+        with warnings.catch_warnings(action="ignore"):
+            for logger in before:
                 logger.setLevel(logging.ERROR)
             yield
     finally:
-        for logger, level in zip(loggers, before, strict=True):
+        for logger, level in before.items():
             logger.setLevel(level)
 
 
@@ -234,7 +232,7 @@ def save_parts(family: Any, folder: Path, parts: list[str]) -> None:
 
 def converted(family: Family, path: Path, part: str, config: Mapping[str, Any], dtype: torch.dtype) -> None:
     """Give a family whose network is in the precision of a file the same network in another one, never both at once."""
-    if family.network is not None and next(family.network.parameters()).dtype == dtype:
+    if next(family.network.parameters()).dtype == dtype:
         return
     if not large(family):
         family.network.to(dtype)
