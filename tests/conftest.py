@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 
 from unforget import families
 from unforget.cli import app
-from unforget.families.ddpm import DDPM
+from unforget.families.ddpm import SPEC as DDPM
+from unforget.families.model import DiffusionModel
 from unforget.files import images
 
 DATA = Path(__file__).parent / "data"
@@ -119,8 +120,9 @@ def tiny_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def tiny(tiny_folder) -> DDPM:
-    return DDPM(DDPMPipeline.from_pretrained(tiny_folder), "tiny")
+def tiny(tiny_folder) -> DiffusionModel:
+    pipeline = DDPMPipeline.from_pretrained(tiny_folder)
+    return DiffusionModel(DDPM, pipeline, "tiny", families.Options(), families.Hints())
 
 
 @pytest.fixture

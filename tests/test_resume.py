@@ -87,7 +87,7 @@ def test_killed_before_the_first_update(config, monkeypatch):
     unlearn(config("whole"))
     for name in ("trainable", "denoise"):  # before training, and while the retain set is drawn
         with monkeypatch.context() as patch:
-            patch.setattr(f"unforget.families.ddpm.DDPM.{name}", lambda *a, **k: 1 / 0)
+            patch.setattr(f"unforget.families.model.DiffusionModel.{name}", lambda *a, **k: 1 / 0)
             patch.setenv("UNFORGET_CACHE", str(config().output.parent / "empty"))
             with pytest.raises(ZeroDivisionError):
                 unlearn(config(force=True))

@@ -22,7 +22,7 @@ from unforget.api import memory_plan
 from unforget.config import UnlearnConfig
 from unforget.core.types import Instance, Pool
 from unforget.families import sd3
-from unforget.families.latent import LatentTextToImage
+from unforget.families.model import DiffusionModel
 from unforget.unlearning.compute import Compute
 from unforget.unlearning.prepare import encoded
 from unforget.unlearning.trainer import Trainer
@@ -73,7 +73,7 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def ours(model: LatentTextToImage, steps: int) -> list[float]:
+def ours(model: DiffusionModel, steps: int) -> list[float]:
     """Seconds of each unlearning step."""
     few = {"forget_batch_size": 1, "retain_batch_size": 1, "neighbour_share": 0}
     recipe = sd3.SPEC.recipes["default"].model_copy(update={**few, "max_train_steps": steps, "cooldown_steps": 0})
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--resolution", type=int, default=512)
     args = parser.parse_args()
     options = families.Options(resolution=args.resolution)
-    model = LatentTextToImage(sd3.SPEC, pipeline(), "sd3-medium", options)
+    model = DiffusionModel(sd3.SPEC, pipeline(), "sd3-medium", options, families.Hints())
     size = sum(p.numel() for p in model.network.parameters()) / 1e9
     print(f"{size:.3f} B parameters, {args.resolution}x{args.resolution}, after loading {peak():.2f} GiB", flush=True)
     mine, most = ours(model, args.steps), peak()

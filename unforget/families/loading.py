@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from unforget import families
 from unforget.errors import CannotRun, UnforgetError, UsageError
@@ -56,17 +57,16 @@ class Options:
 def load(ref: str, options: Options | None = None) -> Family:
     """The model that `ref` names: an alias, a diffusers folder, a single file, or a hub id `owner/name[@revision]`.
 
-    Raises:
-        UsageError: If `ref` names nothing that can be opened, or only pickled weights.
-        CannotRun: If opening it failed.
+    UsageError if `ref` names nothing that can be opened, or only pickled weights; CannotRun if opening it failed.
     """
     options = options or Options()
     source, spec = examined(ref, options)
-    model: Family = opening(ref, source, lambda: _opened(ref, source, spec, options))
-    return model
+    with opening(ref, source):
+        return _opened(ref, source, spec, options)
 
 
-def _opened(ref: str, source: str, spec: FamilySpec, options: Options) -> Any:
+def _opened(ref: str, source: str, spec: FamilySpec, options: Options) -> Family:
+    from unforget.families.model import DiffusionModel
     from unforget.families.pipelines import stock
 
     pipeline = stock(spec, source, options)
@@ -74,7 +74,7 @@ def _opened(ref: str, source: str, spec: FamilySpec, options: Options) -> Any:
     if missing := [n for n in needed if getattr(pipeline, n) is None]:
         raise CannotRun(f"the model '{ref}' lacks its {missing[0]}", "Get the model again, with all its parts.")
     single = options.pipeline_config if Path(source).is_file() else None
-    model = spec.model(spec, pipeline, ref, options, hints(single or Path(source)))
+    model = DiffusionModel(spec, pipeline, ref, options, hints(single or Path(source)))
     families.trim_memory(sum(p.numel() for p in model.network.parameters()))
     for part in pipeline.components.values():
         # The extremes tell of NaN and infinity, too, and take no memory.
@@ -84,12 +84,7 @@ def _opened(ref: str, source: str, spec: FamilySpec, options: Options) -> Any:
 
 
 def examined(ref: str, options: Options) -> tuple[str, FamilySpec]:
-    """Folder, file or hub id that `ref` names, and its row; what lies here was looked at before a library opens it.
-
-    Raises:
-        UsageError: If it is not what it says.
-        CannotRun: If weights are missing or do not fit.
-    """
+    """Folder, file or hub id that `ref` names, and its row; what lies here was looked at before a library opens it."""
     source = _source(ref)
     spec = _spec(source, ref)
     if Path(source).is_dir():
@@ -117,35 +112,25 @@ def home(ref: str) -> Path | None:
 
 
 def hints(folder: Path) -> Hints:
-    """What a model folder says about itself to this tool; nothing for one that does not.
-
-    Raises:
-        UsageError: If it says what nobody understands.
-    """
+    """What a model folder says about itself to this tool; UsageError for what nobody understands."""
     path = folder / "unforget.json"
     if not path.is_file():
         return Hints()
     try:
         return Hints.model_validate(read_json(path))
-    except (ValidationError, ValueError):
+    except ValueError:
         raise UsageError(f"'{path}' is not what this tool expects there", "Remove or mend it.") from None
 
 
 def editor(ref: str) -> tuple[Any, str]:
-    """An instruction editor, any diffusers pipeline that takes an image and a prompt, and the name of its licence.
-
-    Raises:
-        UsageError: If the pipeline takes no image and prompt.
-        CannotRun: If opening it failed.
-    """
+    """An instruction editor, any diffusers pipeline that takes an image and a prompt, and the name of its licence."""
     from diffusers import DiffusionPipeline
 
-    pipeline = opening(ref, ref, lambda: DiffusionPipeline.from_pretrained(**where(ref), use_safetensors=True))
+    with opening(ref, ref):
+        pipeline = DiffusionPipeline.from_pretrained(**where(ref), use_safetensors=True)
     if not {"image", "prompt"} <= set(inspect.signature(pipeline.__call__).parameters):
-        raise UsageError(
-            f"'{ref}' is a {type(pipeline).__name__}, which takes no picture and instruction",
-            "Give an instruction editor: FLUX.2-klein, FLUX.1-Kontext, Qwen-Image-Edit or InstructPix2Pix.",
-        )
+        hint = "Give an instruction editor: FLUX.2-klein, FLUX.1-Kontext, Qwen-Image-Edit or InstructPix2Pix."
+        raise UsageError(f"'{ref}' is a {type(pipeline).__name__}, which takes no picture and instruction", hint)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline, _licence(ref)
 
@@ -167,10 +152,8 @@ def _source(ref: str) -> str:
     source = str(files("unforget.families") / "models" / ref) if ref in families.EMBEDDED else aliases.get(ref, ref)
     if not Path(source).exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
         known = ", ".join([*families.EMBEDDED, *aliases])
-        raise UsageError(
-            f"no model '{ref}'",
-            f"Give an alias ({known}), a diffusers folder, a .safetensors file, or a hub id owner/name.",
-        )
+        hint = f"Give an alias ({known}), a diffusers folder, a .safetensors file, or a hub id owner/name."
+        raise UsageError(f"no model '{ref}'", hint)
     return source
 
 
@@ -184,7 +167,8 @@ def _spec(source: str, ref: str) -> FamilySpec:
     else:
         from diffusers import DiffusionPipeline
 
-        name = opening(ref, source, lambda: DiffusionPipeline.load_config(**where(source))["_class_name"])
+        with opening(ref, source):
+            name = DiffusionPipeline.load_config(**where(source))["_class_name"]
     for spec in families.FAMILIES:
         if spec.pipeline_class == name:
             return spec
@@ -199,11 +183,11 @@ def _spec_of_single(file: Path, ref: str) -> FamilySpec:
         names = set(open_tensors(file).tensors)
     except BadFile as error:
         raise UsageError(f"'{ref}' cannot be opened: {error}", "Get it again.") from None
-    with_layout = [spec for spec in families.FAMILIES if spec.layout is not None]
-    for spec in with_layout:
-        if spec.layout is not None and any(n.startswith(spec.layout.mark) for n in names):
+    layouts = [(spec, spec.layout) for spec in families.FAMILIES if spec.layout is not None]
+    for spec, layout in layouts:
+        if any(n.startswith(layout.mark) for n in names):
             return spec
-    known = ", ".join(spec.title for spec in with_layout)
+    known = ", ".join(spec.title for spec, _ in layouts)
     raise UsageError(f"'{ref}' is a checkpoint of no family that has such", f"Give one of: {known}; or a folder.")
 
 
@@ -225,25 +209,24 @@ def where(source: str) -> dict[str, str]:
 
 def _check_single(file: Path, spec: FamilySpec, config: Path | None) -> None:
     if config is None:
-        raise UsageError(
-            f"'{file}' does not say what its model is made of",
-            "Give --pipeline-config: a diffusers folder of that model (weights are not needed), or its hub id.",
-        )
+        hint = "Give --pipeline-config: a diffusers folder of that model (weights are not needed), or its hub id."
+        raise UsageError(f"'{file}' does not say what its model is made of", hint)
     if config.is_dir():
         safety.check_single(file, spec, config)
     elif str(config).count("/") != 1 or config.is_absolute():
         raise UsageError(f"there is no folder '{config}'", "Give a diffusers folder, or a hub id owner/name.")
 
 
-def opening(ref: str, source: str, action: Callable[[], Any]) -> Any:
-    """Run what may fail inside diffusers, and say so in one sentence."""
+@contextmanager
+def opening(ref: str, source: str) -> Iterator[None]:
+    """Let what fails inside diffusers be said in one sentence."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        return action()
+        yield
     except UnforgetError:
         raise
     except BaseException as error:  # what tokenizers raise where Rust panics is not even an Exception

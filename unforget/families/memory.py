@@ -44,16 +44,11 @@ class Plan:
     """Bytes of a run, by what they are for."""
 
     runtime: int
-    weights: int
-    """The network, and the autoencoder where there is one."""
-    base: int
-    """A frozen second copy, unless an adapter is trained."""
-    gradients: int
-    """Of both losses and their combination."""
-    optimizer: int
-    """Two moments of every trained weight."""
-    activations: int
-    """What autograd keeps of the largest pass."""
+    weights: int  # the network, and the autoencoder where there is one
+    base: int  # a frozen second copy, unless an adapter is trained
+    gradients: int  # of both losses and their combination
+    optimizer: int  # two moments of every trained weight
+    activations: int  # what autograd keeps of the largest pass
 
     @property
     def peak(self) -> int:
@@ -73,45 +68,30 @@ class Blueprint:
     network: Any
     latent_shape: tuple[int, int, int]
     image_shape: tuple[int, int, int]
-    beside: int = 0
-
-    def forward(self, n: int) -> Tensor:
-        """One pass over n images."""
-        shapes = self.latent_shape, *self.spec.conditioning_shapes(self.network.config)
-        x_t, *conditioning = (torch.empty(n, *s, device="meta", dtype=self.network.dtype) for s in shapes)
-        return self.spec.call(self.network, x_t, torch.zeros(n, device="meta"), conditioning)
+    beside: int
 
 
 def blueprint(ref: str, options: Options) -> Blueprint:
     """The network of a model on the meta device, from its configuration alone."""
-    from unforget.families.loading import opening
+    from diffusers import AutoencoderKL
+
+    from unforget.families.loading import opening, where
+    from unforget.families.model import shapes
+    from unforget.families.pipelines import dtype_of, network_class, network_config
 
     source, spec = families.examined(ref, options)
     if Path(source).is_file():
         source = str(options.pipeline_config)
-    found: Blueprint = opening(ref, source, lambda: _blueprint(ref, source, spec, options))
-    return found
-
-
-def _blueprint(ref: str, source: str, spec: FamilySpec, options: Options) -> Blueprint:
-    from diffusers import AutoencoderKL
-
-    from unforget.families.latent import shapes
-    from unforget.families.loading import where
-    from unforget.families.model import pixels
-    from unforget.families.pipelines import dtype_of, network_class, network_config
-
-    config = network_config(spec, source)
-    dtype = dtype_of(spec, config)
-    with torch.device("meta"):
-        network = network_class(spec).from_config(config).to(dtype)
-    if not spec.inpaint_class:
-        return Blueprint(spec, network, pixels(config), pixels(config))
-    parts = AutoencoderKL.load_config(**where(source), subfolder="vae")
-    with torch.device("meta"):
-        vae = AutoencoderKL.from_config(parts).to(getattr(torch, spec.vae_dtype) if spec.vae_dtype else dtype)
-    factor = 2 ** (len(parts["block_out_channels"]) - 1)
-    return Blueprint(spec, network, *shapes(spec, config, factor, ref, options.resolution), _bytes(vae.parameters()))
+    with opening(ref, source):
+        config, factor, beside = network_config(spec, source), 1, 0
+        dtype = dtype_of(spec, config)
+        with torch.device("meta"):
+            network = network_class(spec).from_config(config).to(dtype)
+            if spec.prompted:
+                parts = AutoencoderKL.load_config(**where(source), subfolder="vae")
+                vae = AutoencoderKL.from_config(parts).to(getattr(torch, spec.vae_dtype) if spec.vae_dtype else dtype)
+                factor, beside = 2 ** (len(parts["block_out_channels"]) - 1), _bytes(vae.parameters())
+        return Blueprint(spec, network, *shapes(spec, config, factor, ref, options.resolution), beside)
 
 
 def _bytes(tensors: Any) -> int:
@@ -143,8 +123,9 @@ def reckon(found: Blueprint, scope: Scope, rank: int, *, micro_batch: int, check
 
 
 def _kept(found: Blueprint, n: int) -> int:
-    """Bytes that autograd keeps of one pass, weights not counted, each storage once."""
-    own = {p.untyped_storage()._cdata for p in found.network.parameters()}
+    """Bytes that autograd keeps of one pass over n images, weights not counted, each storage once."""
+    network = found.network
+    own = {p.untyped_storage()._cdata for p in network.parameters()}
     seen: dict[int, Any] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -152,7 +133,9 @@ def _kept(found: Blueprint, n: int) -> int:
             seen[t.untyped_storage()._cdata] = t.untyped_storage()  # held, so that no address is used twice
         return t
 
+    shapes = found.latent_shape, *found.spec.conditioning_shapes(network.config)
+    x_t, *conditioning = (torch.empty(n, *s, device="meta", dtype=network.dtype) for s in shapes)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        answer = found.forward(n)
+        answer = found.spec.call(network, x_t, torch.zeros(n, device="meta"), conditioning)
     del answer
     return sum(storage.nbytes() for storage in seen.values())

@@ -1,9 +1,10 @@
-"""What all families have in common: sampling, scopes, copies."""
+"""A loaded pipeline behind the `Family` protocol: prompts, images, sampling, scopes, copies."""
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.resources import files
 from typing import Any, Self
 
 import torch
@@ -11,36 +12,38 @@ from torch import Tensor, nn
 
 from unforget.core.schedule import Schedule
 from unforget.core.types import UNCONDITIONAL, Scope
-from unforget.errors import UsageError
+from unforget.errors import CannotRun, UsageError
+from unforget.families.loading import Hints, Options
 from unforget.families.spec import FamilySpec, check_scope
 
 
 class DiffusionModel:
-    """A stock pipeline and the row of its family; subclasses say what images and prompts are to the network."""
+    """A stock pipeline, by the row of its family.
 
-    latent_shape: tuple[int, int, int]
-    image_shape: tuple[int, int, int]
+    x_0 is the scaled, shifted mean of the autoencoder's posterior, or the pixels where there is no autoencoder. Prompts
+    are embedded once, by `prompt_ids`; after `unload_text_encoders` only known prompts work.
+    """
 
-    def __init__(self, spec: FamilySpec, pipeline: Any, name: str, device: str = "cpu") -> None:
-        self.spec, self.pipeline, self.name, self.device = spec, pipeline, name, torch.device(device)
-        self.guidance = spec.guidance
-        self.dtype = torch.float32
-        self.schedule = Schedule.from_diffusers(pipeline.scheduler)
-        self.plain = False
+    def __init__(self, spec: FamilySpec, pipeline: Any, name: str, options: Options, hints: Hints) -> None:
+        self.spec, self.pipeline, self.name, self.device = spec, pipeline, name, torch.device(options.device)
+        self.schedule, self.plain = Schedule.from_diffusers(pipeline.scheduler), False
+        self.absent = tuple(n for n in spec.text_encoders if getattr(pipeline, n) is None)
         self.network = self._placed(getattr(pipeline, spec.network))
+        self.vae = pipeline.vae.to(self.device) if spec.prompted else None
+        self.guidance = spec.guidance and (options.guidance or hints.guidance or spec.guidance)
+        self.retain_prompts = (hints.retain_prompts or _everyday_prompts()) if spec.prompted else ("",)
+        factor = pipeline.vae_scale_factor if spec.prompted else 1
+        self.latent_shape, self.image_shape = shapes(spec, self.network.config, factor, name, options.resolution)
+        self.prompts: list[str] = [] if spec.prompted else [""]
+        self._conditioning: list[list[Tensor]] = [[] for _ in spec.conditioning]
+        self.prompt_ids([""])
+        self.dtype = self._conditioning[0][UNCONDITIONAL].dtype if spec.conditioning else torch.float32
 
     def _placed(self, network: Any) -> Any:
         """A network where and as it is to work."""
-        raise NotImplementedError
-
-    def predict(self, x_t: Tensor, timestep: Tensor, prompt_ids: Tensor) -> Tensor:
-        """The network's answer at (x_t, timestep, prompt_ids), on the device of x_t."""
-        raise NotImplementedError
-
-    @property
-    def kind(self) -> str:
-        """Name of the family."""
-        return self.spec.name
+        network = network.to(self.device).eval().requires_grad_(False)
+        self.spec.adapt(network, self.absent)
+        return network
 
     @property
     def scheduler_config(self) -> Any:
@@ -51,9 +54,108 @@ class DiffusionModel:
         """See `trainable` below."""
         return trainable(self.spec, self.network, scope, rank=rank, alpha=alpha, seed=seed)
 
+    @torch.no_grad()
+    def prompt_ids(self, prompts: Sequence[str]) -> Tensor:
+        """The row of each prompt, (len(prompts),); the empty one is `UNCONDITIONAL`.
+
+        Raises:
+            UsageError: If the model takes no prompts, or not such long ones.
+            CannotRun: If the text encoders were released and a prompt is new.
+        """
+        if new := [p for p in dict.fromkeys(prompts) if p not in self.prompts]:
+            self._embed(new)
+        return torch.tensor([self.prompts.index(p) for p in prompts], dtype=torch.long)
+
+    def _embed(self, prompts: list[str]) -> None:
+        """Add prompts to the table; the text encoders are on the network's device meanwhile."""
+        for prompt in prompts:
+            self._check_prompt(prompt)
+        encoders = [e for e in (getattr(self.pipeline, name) for name in self.spec.text_encoders) if e is not None]
+        for encoder in encoders:
+            encoder.to(self.device)
+        for prompt in prompts:
+            embedded = self.spec.embed(self.pipeline, prompt, self.device)
+            self.prompts.append(prompt)
+            for table, tensor in zip(self._conditioning, embedded, strict=True):
+                table.append(tensor[0].cpu())
+        for encoder in encoders:
+            encoder.to("cpu")
+
+    def _check_prompt(self, prompt: str) -> None:
+        if not self.spec.prompted:
+            raise UsageError(f"'{self.name}' takes no prompts", "Leave --prompt out.")
+        if self.pipeline.text_encoder is None:
+            raise CannotRun(f"the prompt '{prompt}' came after the text encoders were released", "Name it earlier.")
+        found, most = len(self.pipeline.tokenizer(prompt).input_ids), self.pipeline.tokenizer.model_max_length
+        if found > most:
+            sentence = f"the prompt '{prompt[:40]}...' has {found} tokens, the tokenizer allows {most}"
+            raise UsageError(sentence, "Shorten it.")
+
+    def unload_text_encoders(self) -> None:
+        """Drop the text encoders: the prompts known so far stay."""
+        for name in self.spec.text_encoders:
+            setattr(self.pipeline, name, None)
+
+    @torch.no_grad()
+    def encode(self, pictures: Tensor) -> Tensor:
+        """What the network works on, (N, *latent_shape): latents are float32 and on the CPU."""
+        vae = self.vae
+        if vae is None:
+            return pictures
+        if not len(pictures):
+            return torch.empty(0, *self.latent_shape)
+        parts = [vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mode() for part in torch.split(pictures, 8)]
+        latents: Tensor = (torch.cat(parts).float() - self._shift) * vae.config.scaling_factor
+        return latents.cpu()
+
+    @torch.no_grad()
+    def decode(self, x_0: Tensor) -> Tensor:
+        """Pictures in [-1, 1], (N, C, H, W); those of an autoencoder on the CPU."""
+        vae = self.vae
+        if vae is not None:
+            x_0 = x_0 / vae.config.scaling_factor + self._shift
+            parts = [vae.decode(part.to(vae.device, vae.dtype)).sample.float().cpu() for part in torch.split(x_0, 8)]
+            x_0 = torch.cat(parts)
+        return x_0.clamp(-1, 1)
+
+    @property
+    def _shift(self) -> float:
+        return self.pipeline.vae.config.get("shift_factor") or 0.0
+
+    def predict(self, x_t: Tensor, timestep: Tensor, prompt_ids: Tensor) -> Tensor:
+        """The network's answer at (x_t, timestep, prompt_ids), float32, on the device of x_t."""
+        device, rows = next(self.network.parameters()).device, prompt_ids.tolist()
+        conditioning = [torch.stack([table[i] for i in rows]).to(device) for table in self._conditioning]
+        with self._adapter():
+            answer = self.spec.call(
+                self.network, x_t.to(device, self.dtype), timestep.to(device, torch.float32), conditioning
+            )
+        return answer.float().to(x_t.device)
+
+    @contextmanager
+    def _adapter(self) -> Iterator[None]:
+        """Switch the LoRA off for the length of a call, where this is the view without it."""
+        if not self.plain or not getattr(self.network, "_hf_peft_config_loaded", False):
+            yield
+            return
+        self.network.disable_adapters()
+        try:
+            yield
+        finally:
+            self.network.enable_adapters()
+
     def _sampler(self, steps: int, name: str | None = None) -> Any:
-        options = {} if name else self.spec.sampler_options
-        sampler = sampler_named(name or self.spec.sampler, self.scheduler_config, **options)
+        """The family's sampler, or diffusers' scheduler of that name; UsageError if there is none that fits."""
+        import diffusers
+
+        options, name = {} if name else self.spec.sampler_options, name or self.spec.sampler
+        kind = getattr(diffusers, name, None)
+        if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+            raise UsageError(f"diffusers has no scheduler '{name}'", "Give a class name, such as DDIMScheduler.")
+        try:
+            sampler: Any = kind.from_config(self.scheduler_config, **options)  # type: ignore[attr-defined]
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise UsageError(f"the scheduler '{name}' does not fit this model: {error}", "Give another.") from None
         sampler.set_timesteps(steps)
         return sampler
 
@@ -98,17 +200,33 @@ class DiffusionModel:
         plain, asked = self.predict(torch.cat([x_t, x_t]), timestep.repeat(2), both).chunk(2)
         return plain + self.guidance * (asked - plain)
 
-    @contextmanager
-    def _adapter(self) -> Iterator[None]:
-        """Switch the LoRA off for the length of a call, where this is the view without it."""
-        if not self.plain or not getattr(self.network, "_hf_peft_config_loaded", False):
-            yield
-            return
-        self.network.disable_adapters()
-        try:
-            yield
-        finally:
-            self.network.enable_adapters()
+    @torch.no_grad()
+    def inpaint(
+        self, picture: Tensor, mask: Tensor, *, prompt_id: int, strength: float, count: int, steps: int, seed: int
+    ) -> Tensor:
+        """`count` fills (count, 3, H, W) of a picture (3, H, W) in [-1, 1] where the mask (1, H, W) is 1.
+
+        By the same weights in diffusers' inpainting pipeline, from the share `strength` of the schedule; `seed` is the
+        first one's, and the others follow.
+        """
+        import diffusers
+
+        embedded = {
+            f"{against}{name}": table[row].expand(count, *table[row].shape)
+            for against, row in (("", prompt_id), ("negative_", UNCONDITIONAL))
+            for name, table in zip(self.spec.conditioning, self._conditioning, strict=True)
+        }
+        # What is passed when loading is passed here, too: another class has other parts that may be left out.
+        kind = getattr(diffusers, self.spec.inpaint_class)
+        pipeline = kind(**{**self.pipeline.components, **self.spec.passed})
+        pipeline.set_progress_bar_config(disable=True)
+        images: Tensor = pipeline(
+            image=(picture.expand(count, -1, -1, -1) + 1) / 2, mask_image=mask.expand(count, -1, -1, -1),
+            strength=strength, num_inference_steps=steps,
+            height=picture.shape[1], width=picture.shape[2], guidance_scale=self.guidance,
+            generator=[torch.Generator().manual_seed(seed + i) for i in range(count)], output_type="pt", **embedded,
+        ).images  # fmt: skip
+        return images.float().cpu() * 2 - 1
 
     def copy(self) -> Self:
         """An independent model with equal, frozen weights; all but the network is shared."""
@@ -126,19 +244,13 @@ class DiffusionModel:
         return view
 
     def set_network(self, network: Any) -> None:
-        """Another network of the same class, or none."""
-        self.network = None if network is None else self._placed(network)
+        """Another network of the same class, in the precision of the prompts, or none."""
+        self.network = None if network is None else self._placed(network.to(self.dtype))
         setattr(self.pipeline, self.spec.network, self.network)
 
 
-def trainable(
-    spec: FamilySpec, network: Any, scope: Scope, *, rank: int, alpha: int, seed: int
-) -> list[nn.Parameter]:  # fmt: skip
-    """The weights of a scope, in the network's order; for `lora`, of an adapter that is added if need be.
-
-    Raises:
-        UsageError: If the family has no such scope.
-    """
+def trainable(spec: FamilySpec, network: Any, scope: Scope, *, rank: int, alpha: int, seed: int) -> list[nn.Parameter]:
+    """The weights of a scope, in the network's order; for `lora`, of an adapter that is added if need be."""
     check_scope(spec, scope)
     if scope == "full":
         return list(network.parameters())
@@ -148,33 +260,33 @@ def trainable(
         from peft import LoraConfig
 
         targets = list(spec.lora_targets)
+        config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network.add_adapter(
-                LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets)
-            )
+            network.add_adapter(config)
     return [p for name, p in network.named_parameters() if ".lora_" in name]
 
 
-def sampler_named(name: str, config: Any, **options: Any) -> Any:
-    """A diffusers scheduler with a model's configuration.
+Shape = tuple[int, int, int]
 
-    Raises:
-        UsageError: If diffusers has no such class, or it takes no such configuration.
+
+def shapes(spec: FamilySpec, config: Any, factor: int, name: str, resolution: int | None) -> tuple[Shape, Shape]:
+    """(C, H, W) of what the network works on and of pictures, at the model's own resolution or another one.
+
+    UsageError if the network cannot work at it.
     """
-    import diffusers
-
-    kind = getattr(diffusers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-        raise UsageError(f"diffusers has no scheduler '{name}'", "Give a class name, such as DDIMScheduler.")
-    try:
-        return kind.from_config(config, **options)  # type: ignore[attr-defined]
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise UsageError(f"the scheduler '{name}' does not fit this model: {error}", "Give another.") from None
-
-
-def pixels(config: Any) -> tuple[int, int, int]:
-    """(C, H, W) of what a network that works on pixels draws."""
     size = config["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    return config["in_channels"], height, width
+    if not spec.prompted:
+        height, width = (size, size) if isinstance(size, int) else size
+        return (config["in_channels"], height, width), (config["in_channels"], height, width)
+    side = resolution or size * factor
+    unit, most = spec.latent_side(config)
+    if side % (unit * factor) or side > most * factor:
+        hint = f"Give a --resolution that is a multiple of {unit * factor}, {most * factor} at most."
+        raise UsageError(f"'{name}' cannot draw {side}x{side} pixels", hint)
+    return (config["in_channels"], side // factor, side // factor), (3, side, side)
+
+
+def _everyday_prompts() -> tuple[str, ...]:
+    """The built-in list of retain prompts: everyday pictures of many kinds."""
+    return tuple((files("unforget.families") / "models" / "retain_prompts.txt").read_text().split("\n")[:-1])

@@ -20,12 +20,9 @@ SMALL = 500_000_000
 
 def stock(spec: FamilySpec, source: str, options: Options) -> Any:
     """The loaded pipeline; parts that the row leaves out, and a network that was given, are not loaded."""
-    parts = dict(spec.passed)
-    if options.network is not None:
-        parts[spec.network] = options.network
-    if Path(source).is_file():
-        return _from_single_file(spec, source, options, parts)
-    return _from_pretrained(spec, source, options, parts)
+    parts = {**spec.passed, **({} if options.network is None else {spec.network: options.network})}
+    opener = _from_single_file if Path(source).is_file() else _from_pretrained
+    return opener(spec, source, options, parts)
 
 
 def network_class(spec: FamilySpec) -> Any:
@@ -36,9 +33,7 @@ def network_class(spec: FamilySpec) -> Any:
 def network_config(spec: FamilySpec, source: str) -> dict[str, Any]:
     """The network's configuration in a folder, in the root of an old one, or on the hub."""
     flat = Path(source).is_dir() and not (Path(source) / spec.network).is_dir()
-    found: dict[str, Any] = network_class(spec).load_config(
-        **where(source), **({} if flat else {"subfolder": spec.network})
-    )
+    found: dict[str, Any] = network_class(spec).load_config(**where(source), subfolder=None if flat else spec.network)
     return found
 
 
@@ -103,7 +98,6 @@ def _from_single_file(spec: FamilySpec, path: str, options: Options, parts: dict
             encoder = getattr(transformers, class_name)
             parts[name] = encoder.from_pretrained(f"{config}/{name}", dtype=rest, use_safetensors=True)
     if options.network_dtype not in (None, rest) and spec.network not in parts:
-        parts[spec.network] = network_class(spec).from_single_file(
-            path, subfolder=spec.network, dtype=options.network_dtype, **how
-        )
+        how_network = {"subfolder": spec.network, "dtype": options.network_dtype, **how}
+        parts[spec.network] = network_class(spec).from_single_file(path, **how_network)
     return getattr(diffusers, spec.pipeline_class).from_single_file(path, dtype=rest, **how, **parts)

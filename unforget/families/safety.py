@@ -24,31 +24,21 @@ if TYPE_CHECKING:
 
 PLAIN = re.compile(r"[A-Za-z0-9_]+(?:[.-][A-Za-z0-9_]+)*")
 """File names and names of parts: nothing that leads elsewhere."""
-LIBRARIES = ("diffusers", "transformers")
-"""Where a part's class may come from; another name would be a module of the folder's own."""
-MOST = 2**20
-"""Largest whole number in a configuration; vocabularies have a tenth of it."""
+STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+"""Names of weights, by where a part's class may come from; another name would be a module of the folder's own."""
+MOST = 2**20  # largest whole number in a configuration; vocabularies have a tenth of it
 FEW = {"num_layers": 512, "num_hidden_layers": 512, "layers_per_block": 64, "pos_embed_max_size": 1024}
 """Numbers whose cost is more than their own size."""
-SIDE = 8192
-"""Largest `sample_size`."""
-SPARE = 1.05
-"""How many numbers a transformer may ask for, as a share of those in a single file."""
-WORDS = 2**23
-"""Largest file of a tokenizer, bytes; those of SD3 have a third of it."""
-VARIANT = "fp16"
-"""The word in the names of weights that some repositories have in half precision."""
-STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
+SIDE = 8192  # largest `sample_size`
+SPARE = 1.05  # how many numbers a transformer may ask for, as a share of those in a single file
+WORDS = 2**23  # largest file of a tokenizer, bytes; those of SD3 have a third of it
+VARIANT = "fp16"  # the word in the names of weights that some repositories have in half precision
 
 
 def check(folder: Path, spec: FamilySpec, allow_pickle: bool) -> None:
     """Refuse a diffusers folder, nested or flat, that is not what it says; parts that are never loaded apart.
 
     Pickled weights, where allowed, are left to torch's restricted unpickler.
-
-    Raises:
-        UsageError: If its files are not those of a model.
-        CannotRun: If weights are missing or others than its configuration asks for.
     """
     try:
         index = read_json(folder / "model_index.json")
@@ -61,12 +51,7 @@ def check(folder: Path, spec: FamilySpec, allow_pickle: bool) -> None:
 
 
 def check_single(file: Path, spec: FamilySpec, config: Path) -> None:
-    """Refuse a single file, or a diffusers folder for it whose configuration asks for more than the file holds.
-
-    Raises:
-        UsageError: If either is not what it says.
-        CannotRun: If they do not go together.
-    """
+    """Refuse a single file, or a diffusers folder for it whose configuration asks for more than the file holds."""
     try:
         tensors = open_tensors(file).tensors
         for name, value in read_json(config / "model_index.json").items():
@@ -76,15 +61,13 @@ def check_single(file: Path, spec: FamilySpec, config: Path) -> None:
         network = _made("diffusers", spec.network_class, read_json(config / spec.network / "config.json"))
     except (BadFile, OSError, AttributeError) as error:
         reason = error if isinstance(error, BadFile) else f"'{config}' is no diffusers folder"
-        raise UsageError(
-            f"'{file}' cannot be opened: {reason}", "Get it again, or give another --pipeline-config."
-        ) from None
+        hint = "Get it again, or give another --pipeline-config."
+        raise UsageError(f"'{file}' cannot be opened: {reason}", hint) from None
     wanted = sum(p.numel() for p in network.parameters())
     held = sum(math.prod(t.shape) for t in tensors.values())
     if wanted > SPARE * held:
-        raise CannotRun(
-            f"'{config}' asks for {wanted:,} numbers, '{file}' holds {held:,}", "Give the model's --pipeline-config."
-        )
+        sentence = f"'{config}' asks for {wanted:,} numbers, '{file}' holds {held:,}"
+        raise CannotRun(sentence, "Give the model's --pipeline-config.")
 
 
 def variant(folder: Path, network: str) -> str | None:
@@ -94,18 +77,16 @@ def variant(folder: Path, network: str) -> str | None:
     return VARIANT if not plain and (home / f"{stem}.{VARIANT}.safetensors").is_file() else None
 
 
-def opened(home: Path, stem: str, of: str | None = None) -> list[Opened]:
-    """The safetensors of a part: one file, of the variant if it is there, or shards; none if there are no such.
+def opened(home: Path, stem: str, of: str | None = None) -> Opened | None:
+    """The safetensors of a part: one file, of the variant if it is there, or shards; None if there are no such.
 
-    Raises:
-        BadFile: If they are not what they say.
-        CannotRun: If a shard is missing.
+    BadFile if they are not what they say, CannotRun if a shard is missing.
     """
     index, single = home / f"{stem}.safetensors.index.json", home / f"{stem}.safetensors"
     if of is not None and (home / f"{stem}.{of}.safetensors").is_file():
-        return [open_tensors(home / f"{stem}.{of}.safetensors")]
+        return open_tensors(home / f"{stem}.{of}.safetensors")
     if not index.is_file():
-        return [open_tensors(single)] if single.is_file() else []
+        return open_tensors(single) if single.is_file() else None
     try:
         table = dict(read_json(index, most=2**24)["weight_map"])
     except (KeyError, TypeError, ValueError):
@@ -117,9 +98,10 @@ def opened(home: Path, stem: str, of: str | None = None) -> list[Opened]:
         if not (home / shard).is_file():
             raise CannotRun(f"'{home}' misses the shard {shard}", "Download the model again.")
         found.append(open_tensors(home / shard))
-    if {name for one in found for name in one.tensors} != set(table):
+    tensors = {name: lazy for one in found for name, lazy in one.tensors.items()}
+    if set(tensors) != set(table):
         raise BadFile(f"'{index.name}' and its shards disagree")
-    return found
+    return Opened(found[0].metadata if found else {}, tensors)
 
 
 def _part(name: str, value: list[Any]) -> tuple[str, str]:
@@ -129,14 +111,12 @@ def _part(name: str, value: list[Any]) -> tuple[str, str]:
     library, class_name = value
     if library is None or class_name is None:
         return "", ""
-    if library not in LIBRARIES or not isinstance(class_name, str) or not class_name.isidentifier():
+    if library not in [*STEMS] or not isinstance(class_name, str) or not class_name.isidentifier():
         raise BadFile(f"'{name}' is to be made by '{library}.{class_name}', which is code of its own")
     return library, class_name
 
 
-def _check_part(
-    folder: Path, name: str, library: str, class_name: str, of: str | None, allow_pickle: bool
-) -> None:  # fmt: skip
+def _check_part(folder: Path, name: str, library: str, class_name: str, of: str | None, allow_pickle: bool) -> None:
     # Old DDPM repositories are flat, and diffusers takes every part that has no folder for such.
     flat = not (folder / name).is_dir() and (folder / "config.json").is_file()
     home = folder if flat else folder / name
@@ -155,15 +135,13 @@ def _check_part(
     config = read_json(home / "config.json")
     _check_numbers(config, f"{name}/config.json")
     found = opened(home, STEMS[library], of)
-    if found:
-        _fits(config, name, library, class_name, {n: t for one in found for n, t in one.tensors.items()})
+    if found is not None:
+        _fits(config, name, library, class_name, found.tensors)
     elif not any(home.glob("*.bin")):
         raise CannotRun(f"'{home}' holds no weights", f"Expected {STEMS[library]}.safetensors in it.")
     elif not allow_pickle:
-        raise UsageError(
-            f"'{home}' holds pickled weights only, which can run code when opened",
-            "Convert them to safetensors, or say --allow-pickle if you trust where they come from.",
-        )
+        hint = "Convert them to safetensors, or say --allow-pickle if you trust where they come from."
+        raise UsageError(f"'{home}' holds pickled weights only, which can run code when opened", hint)
 
 
 def _check_numbers(value: Any, where: str, key: str = "", depth: int = 0) -> None:

@@ -30,8 +30,6 @@ from unforget.files.storage import BadFile, Lazy, Opened, open_tensors, read_jso
 if TYPE_CHECKING:
     from unforget.core.types import Family
 
-PARTS = {spec.name: spec.network for spec in families.FAMILIES}
-"""The network's subfolder, by name of family."""
 STEM = STEMS["diffusers"]
 
 
@@ -42,33 +40,29 @@ class Source:
     tensors: Mapping[str, Lazy]
     """Of its network as they lie on disk, by their names in it; none where they cannot be read so: if they are pickled,
     or diffusers translates them while it loads."""
-    metadata: dict[str, str]
-    """Of the file that holds them, the first shard's."""
-    home: Path | None
-    """Folder with the configuration of all parts; None for a single file that came without one."""
-    file: Path | None = None
-    """The single file, if it is one."""
-    layout: Layout | None = None
+    metadata: dict[str, str]  # of the file that holds them, the first shard's
+    home: Path | None  # folder with the configuration of all parts; None for a single file that came without one
+    file: Path | None  # the single file, if it is one
+    layout: Layout | None
 
 
 def source(ref: str, family: Family, pipeline_config: Path | None) -> Source:
-    """Where the weights of a model are that `families.load(ref)` gave.
-
-    Raises:
-        CannotRun: If a file is damaged.
-    """
+    """Where the weights of a model are that `families.load(ref)` gave; CannotRun if a file is damaged."""
     home, spec = families.home(ref), family.spec
     try:
-        if home is None:
-            single = open_tensors(Path(ref))
-            tensors = _tensors(spec, [single], family.network)
-            return Source(tensors, single.metadata, pipeline_config, Path(ref), spec.layout)
-        part = home / spec.network
-        found = opened(part if part.is_dir() else home, STEM, variant(home, spec.network))
+        found = _stored(spec, home or Path(ref))
     except BadFile as error:
         raise CannotRun(f"cannot read the weights of '{ref}': {error}", "Get the model again.") from None
     tensors = _tensors(spec, found, family.network)
-    return Source(tensors, found[0].metadata if found else {}, home, layout=spec.layout)
+    return Source(tensors, found.metadata, home or pipeline_config, None if home else Path(ref), spec.layout)
+
+
+def _stored(spec: FamilySpec, path: Path) -> Opened:
+    """A network's tensors as they lie in a single file, or in a folder, nested or flat; empty if they are pickled."""
+    if path.is_file():
+        return open_tensors(path)
+    part = path / spec.network
+    return opened(part if part.is_dir() else path, STEM, variant(path, spec.network)) or Opened({}, {})
 
 
 def load(ref: str, options: Options) -> Family:
@@ -89,19 +83,18 @@ def _lean(ref: str, options: Options) -> nn.Module | None:
         home = families.home(ref)
     except (HfHubHTTPError, LocalEntryNotFoundError):  # not here yet
         return None
-    file = Path(ref) if home is None else None
-    home = home or options.pipeline_config
+    file, home = (None, home) if home else (Path(ref), options.pipeline_config)
     if home is None or not (home / spec.network / "config.json").is_file():
         return None
     try:
-        found = [open_tensors(file)] if file else opened(home / spec.network, STEM, variant(home, spec.network))
+        found = _stored(spec, file or home)
         config = read_json(home / spec.network / "config.json")
     except BadFile:  # the stock loader has a sentence for it
         return None
     return _built(spec, config, found, dtype_of(spec, config) if file is None else torch.bfloat16)
 
 
-def _built(spec: FamilySpec, config: Mapping[str, Any], found: list[Opened], dtype: torch.dtype) -> nn.Module | None:
+def _built(spec: FamilySpec, config: Mapping[str, Any], found: Opened, dtype: torch.dtype) -> nn.Module | None:
     """A large network from its files, converted a tensor at a time; None if it is small or does not fit."""
     with init_empty_weights():
         network: nn.Module = network_class(spec).from_config(config)
@@ -116,12 +109,12 @@ def _built(spec: FamilySpec, config: Mapping[str, Any], found: list[Opened], dty
     return network.eval() if tensors else None
 
 
-def _tensors(spec: FamilySpec, found: list[Opened], network: nn.Module) -> dict[str, Lazy]:
+def _tensors(spec: FamilySpec, found: Opened, network: nn.Module) -> dict[str, Lazy]:
     """The tensors of a network's files under diffusers' names, in its order, if they are all of its and nothing else.
 
     Of a single file in the original layout, whatever else it holds.
     """
-    tensors, state = {n: lazy for one in found for n, lazy in one.tensors.items()}, network.state_dict()
+    tensors, state = found.tensors, network.state_dict()
     if spec.layout is not None and any(name.startswith(spec.layout.mark) for name in tensors):
         tensors = from_original(tensors, spec.layout.network(state))
     wanted = {n: tuple(t.shape) for n, t in state.items()}
@@ -131,8 +124,7 @@ def _tensors(spec: FamilySpec, found: list[Opened], network: nn.Module) -> dict[
 def checkpoint(origin: Source, network: Mapping[str, Lazy], config: Any) -> dict[str, Lazy]:
     """All tensors of a single file in the original layout, with `network` in it; the others as they lie on disk.
 
-    Raises:
-        CannotRun: If a part has no weights that can be read, or the layout no place for one.
+    CannotRun if a part has no weights that can be read, or the layout no place for one.
     """
     layout = origin.layout
     assert layout is not None
@@ -152,10 +144,10 @@ def checkpoint(origin: Source, network: Mapping[str, Lazy], config: Any) -> dict
 
 def _part(folder: Path, stem: str) -> dict[str, Lazy]:
     """The tensors of a part, from its file or shards."""
-    tensors = {n: lazy for one in opened(folder, stem) for n, lazy in one.tensors.items()}
-    if not tensors:
+    found = opened(folder, stem)
+    if found is None or not found.tensors:
         raise CannotRun(f"'{folder.name}' has no safetensors", "Export the format diffusers, and that one again.")
-    return tensors
+    return found.tensors
 
 
 def large(family: Family) -> bool:
@@ -166,16 +158,14 @@ def large(family: Family) -> bool:
 @contextmanager
 def quiet() -> Iterator[None]:
     """No warnings of the libraries: of parts that are absent on purpose, of casts that are meant."""
-    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
-    before = [logger.level for logger in loggers]
+    before = {logger: logger.level for logger in map(logging.getLogger, ("diffusers", "transformers"))}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for logger in loggers:
+        with warnings.catch_warnings(action="ignore"):
+            for logger in before:
                 logger.setLevel(logging.ERROR)
             yield
     finally:
-        for logger, level in zip(loggers, before, strict=True):
+        for logger, level in before.items():
             logger.setLevel(level)
 
 
@@ -242,12 +232,11 @@ def save_parts(family: Any, folder: Path, parts: list[str]) -> None:
 
 def converted(family: Family, path: Path, part: str, config: Mapping[str, Any], dtype: torch.dtype) -> None:
     """Give a family whose network is in the precision of a file the same network in another one, never both at once."""
-    if family.network is not None and next(family.network.parameters()).dtype == dtype:
+    if next(family.network.parameters()).dtype == dtype:
         return
     if not large(family):
         family.network.to(dtype)
         return
     family.set_network(None)
     families.trim_memory(LARGE + 1)
-    found = [open_tensors(path)] if path.is_file() else opened(path / part, STEM)
-    family.set_network(_built(family.spec, config, found, dtype))
+    family.set_network(_built(family.spec, config, _stored(family.spec, path), dtype))

@@ -12,41 +12,26 @@ from unforget.files.storage import Lazy
 
 @dataclass(frozen=True)
 class Piece:
-    """Where a tensor of diffusers lies in the original; no bit is lost either way.
+    """Where a tensor of diffusers lies in the original; no bit is lost either way."""
 
-    Attributes:
-        original: The name there.
-        part: (index, count): part `index` of `count` equal parts along dim 0, as of fused q, k and v.
-        swapped: Its halves along dim 0 change places: (shift, scale) in the original, (scale, shift) in diffusers.
-        convolution: A 1x1 convolution in the original, (out, in, 1, 1), a linear layer in diffusers, (out, in).
-        copies: Further names in the original under which the same tensor is stored again.
-    """
-
-    original: str
-    part: tuple[int, int] = (0, 1)
-    swapped: bool = False
-    convolution: bool = False
-    copies: tuple[str, ...] = ()
+    original: str  # the name there
+    part: tuple[int, int] = (0, 1)  # (index, count) of equal parts along dim 0, as of fused q, k and v
+    swapped: bool = False  # halves along dim 0 change places: (shift, scale) there, (scale, shift) in diffusers
+    convolution: bool = False  # a 1x1 convolution there, (out, in, 1, 1), a linear layer in diffusers, (out, in)
+    copies: tuple[str, ...] = ()  # further names there under which the same tensor is stored again
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The names in the original single file of a family.
+    """The names in the original single file of a family: pieces, by the names of tensors in diffusers."""
 
-    Attributes:
-        mark: How the names of some of the network's tensors begin, and no other family's.
-        vae_prefix, text_encoders: How those of the other parts begin, the text encoders' by part.
-        network, vae, text_encoder: The pieces of every tensor, by the tensors' names (of a part) in diffusers.
-        check: Refuses a text encoder, by part and tensors, that stock loaders would not read back from the file.
-    """
-
-    mark: str
-    vae_prefix: str
-    text_encoders: Mapping[str, str]
+    mark: str  # how the names of some of the network's tensors begin, and no other family's
+    text_encoders: Mapping[str, str]  # how the names of theirs begin, by part
     network: Callable[[Iterable[str]], dict[str, Piece]]
     vae: Callable[[Iterable[str]], dict[str, Piece]]
     text_encoder: Callable[[str, Iterable[str]], dict[str, Piece]]
     check: Callable[[str, Mapping[str, Lazy]], None]
+    """Refuses a text encoder, by part and tensors, that stock loaders would not read back from the file."""
 
 
 def grouped(layout: Mapping[str, Piece]) -> dict[str, list[str]]:
@@ -70,11 +55,7 @@ def _swap(tensor: Tensor, name: str) -> Tensor:
 
 
 def to_diffusers(piece: Piece, tensor: Tensor) -> Tensor:
-    """diffusers' tensor, a view where it can be, of the original's whole `tensor`, named `piece.original`.
-
-    Raises:
-        CannotRun: If it cannot be divided as it should.
-    """
+    """diffusers' tensor, a view where it can be, of the original's whole `tensor`, named `piece.original`."""
     index, count = piece.part
     if count > 1:
         tensor = _parts(tensor, count, piece.original)[index]
@@ -86,8 +67,7 @@ def to_diffusers(piece: Piece, tensor: Tensor) -> Tensor:
 def to_original(pieces: Sequence[tuple[Piece, Tensor]]) -> Tensor:
     """The original's tensor, contiguous, of all of diffusers' that share its name, in any order.
 
-    Raises:
-        CannotRun: If a part is missing, or parts differ in shape or precision: they would not be what they were.
+    CannotRun if a part is missing, or parts differ in shape or precision: they would not be what they were.
     """
     pieces = sorted(pieces, key=lambda item: item[0].part[0])
     name, count = pieces[0][0].original, pieces[0][0].part[1]

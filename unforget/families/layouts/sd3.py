@@ -56,11 +56,7 @@ _VAE = {
 
 
 def transformer(names: Iterable[str]) -> dict[str, Piece]:
-    """The pieces of the tensors of an `SD3Transformer2DModel`, of SD3 and SD3.5.
-
-    Raises:
-        CannotRun: If the original knows no such tensor.
-    """
+    """The pieces of the tensors of an `SD3Transformer2DModel`, of SD3 and SD3.5; CannotRun for one unknown there."""
     names = list(names)
     last = max((int(n.split(".")[1]) for n in names if n.startswith("transformer_blocks.")), default=0)
     return {name: _transformer_piece(name, last) for name in names}
@@ -82,11 +78,7 @@ def _transformer_piece(name: str, last: int) -> Piece:
 
 
 def vae(names: Iterable[str]) -> dict[str, Piece]:
-    """The pieces of the tensors of an `AutoencoderKL`.
-
-    Raises:
-        CannotRun: If the original knows no such tensor.
-    """
+    """The pieces of the tensors of an `AutoencoderKL`; CannotRun for one that the original does not know."""
     names = list(names)
     last = max(int(m[1]) for n in names if (m := re.search(r"up_blocks\.(\d+)", n)))
 
@@ -102,8 +94,7 @@ def vae(names: Iterable[str]) -> dict[str, Piece]:
         original = re.sub(r"mid_block\.resnets\.(\d+)", lambda m: f"mid.block_{int(m[1]) + 1}", original)
         for ours, theirs in _VAE.items():
             original = original.replace(ours, theirs)
-        convolution = re.search(r"attentions\.0\.to_.*weight", name) is not None
-        found[name] = Piece(VAE + original, convolution=convolution)
+        found[name] = Piece(VAE + original, convolution=bool(re.search(r"attentions\.0\.to_.*weight", name)))
     return found
 
 
@@ -136,10 +127,8 @@ def check(part: str, tensors: Mapping[str, Lazy]) -> None:
     if part == "text_encoder" and projection is not None:
         found = projection.make()
         if not torch.equal(found, torch.eye(len(found), dtype=found.dtype)):
-            raise CannotRun(
-                "text_encoder has a projection that is not the identity: stock loaders of a single file drop it",
-                "Give the format diffusers or transformer.",
-            )
+            sentence = "text_encoder has a projection that is not the identity: stock loaders of a single file drop it"
+            raise CannotRun(sentence, "Give the format diffusers or transformer.")
 
 
-LAYOUT = Layout(f"{TRANSFORMER}joint_blocks.", VAE, TEXT_ENCODERS, transformer, vae, text_encoder, check)
+LAYOUT = Layout(f"{TRANSFORMER}joint_blocks.", TEXT_ENCODERS, transformer, vae, text_encoder, check)
