@@ -79,16 +79,8 @@ Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Family(Protocol):
     """A loaded model: the one place that knows what kind it is."""
 
-<<<<<<< HEAD
-    kind: str  # name of the family
     spec: Any  # what is particular of the family: a `families.spec.FamilySpec`
     name: str  # what the user called the model
-=======
-    spec: Any
-    """What is particular of the family: a `families.spec.FamilySpec`."""
-    name: str
-    """What the user called the model."""
->>>>>>> s-fam
     schedule: Schedule
     scheduler_config: Any  # of its diffusers scheduler, from which others are built
     network: nn.Module  # the one whose weights are trained
