@@ -257,8 +257,8 @@ class Stack:
 
     def before(self, network: nn.Module) -> dict[str, Tensor]:
         """Copies of the tensors that change."""
-        names = set(self.names())
-        return {n: t.clone() for n, t in network.state_dict().items() if n in names}
+        state = network.state_dict()
+        return {n: state[n].clone() for n in self.names()}
 
 
 def plain(network: nn.Module) -> dict[str, Tensor]:
@@ -279,15 +279,14 @@ def joined(stack: Stack, patch: Patch, state: Mapping[str, Tensor]) -> Patch:
     for p in stack.patches:
         said = p.provenance.model_dump(include={"targets", "surrogates", "prompts"})
         ledger.append(LedgerEntry(digest=p.digest, **said))
-    parts = [*stack.pairs(), (patch, 1.0)]
+    parts, changes = [*stack.pairs(), (patch, 1.0)], dict[str, Any](earlier=ledger)
     if all(p.provenance.holds == "lora" for p, _ in parts):
         tensors, rank = side_by_side(parts)
-        changes: dict[str, Any] = {"earlier": ledger, "holds": "lora", "adapter": {"rank": rank, "alpha": rank}}
+        changes |= {"holds": "lora", "adapter": {"rank": rank, "alpha": rank}}
     else:
-        names = sorted({n for p, _ in parts for n in p.names()})
-        after = {n: patch.after(n, state[n]) if patch.changes(n) else state[n] for n in names}
+        after = {n: patch.after(n, state[n]) if patch.changes(n) else state[n] for p, _ in parts for n in p.names()}
         tensors = {n: t.detach().cpu().contiguous() for n, t in after.items()}
-        changes = {"earlier": ledger, "holds": "weights", "adapter": None}
+        changes |= {"holds": "weights", "adapter": None}
     return Patch(tensors, patch.provenance.model_copy(update=changes))
 
 

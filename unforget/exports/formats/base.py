@@ -26,35 +26,31 @@ HASH = "modelspec.hash_sha256"
 DIFFUSERS = "https://github.com/huggingface/diffusers"
 PREDICTIONS = {"v_prediction": "v"}
 """ModelSpec's words, where they are not diffusers'."""
+OPEN = """\
+from diffusers import {pipeline}
+
+here = "."  # this folder, or the id of this repository
+pipe = {pipeline}.from_pretrained("""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A base that was opened, and what is to be written of it.
-
-    Attributes:
-        ref: What the user called the base.
-        options: How it was opened.
-        family: The row of its family.
-        origin: Where its weights lie.
-        config: Of its network.
-        resolution: Width and height of its images.
-        prediction: What its network predicts, as its scheduler is configured.
-        merge: The tensors to write.
-        compute: The precision in which the family computes.
-        max_shard_size: Largest file of a folder, such as 10GB.
-        advance: Called for every tensor that is written.
-    """
+    """A base that was opened, and what is to be written of it."""
 
     ref: str
+    """What the user called the base."""
     options: Options
     family: FamilySpec
     origin: Source
     config: Mapping[str, Any]
+    """Of the network."""
     resolution: tuple[int, int]
+    """Width and height of its images."""
     prediction: str
+    """What its network predicts, as its scheduler is configured."""
     merge: Merge
     compute: torch.dtype
+    """The precision in which the family computes."""
     max_shard_size: str
     advance: Callable[..., Any]
 
@@ -65,11 +61,9 @@ class Job:
 
 
 class Format(ABC):
-    """A form of export. These defaults are of one that holds the network's weights with the patches on.
+    """A form of export, in a precision (None: that of the base's own file).
 
-    Args:
-        stack: The patches.
-        dtype: The precision that was asked for; None is that of the base's own file.
+    These defaults are of one that holds the network's weights with the patches on.
     """
 
     kind: ClassVar[str]
@@ -79,7 +73,7 @@ class Format(ABC):
     is_adapter: ClassVar[bool] = False
     """Whether it is nothing without the base."""
     usage: ClassVar[str] = ""
-    """Python that opens a folder, for the card, to be formatted with `base`, `network` and `options`."""
+    """Python that opens a folder, for the card; its fields are `pipeline`, `network`, `base` and `options`."""
 
     def __init__(self, stack: Stack, dtype: torch.dtype | None) -> None:
         self.dtype = dtype

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from unforget.core.types import Family
 from unforget.errors import CannotRun, UsageError
-from unforget.exports.formats.base import HASH, Format, Job, model_spec
+from unforget.exports.formats.base import HASH, OPEN, Format, Job, model_spec
 from unforget.exports.manifest import ExportManifest
 from unforget.exports.merging import MergeStats
 from unforget.families import weights
@@ -29,12 +29,7 @@ class Lora(Format):
     is_folder = True
     is_adapter = True
     file: ClassVar[str] = "pytorch_lora_weights.safetensors"
-    usage = """\
-from diffusers import DiffusionPipeline
-
-here = "."  # this folder, or the id of this repository
-pipe = DiffusionPipeline.from_pretrained({base})
-pipe.load_lora_weights(here, weight_name="pytorch_lora_weights.safetensors")"""
+    usage = f'{OPEN}{{base}})\npipe.load_lora_weights(here, weight_name="{file}")'
 
     def __init__(self, stack: Stack, dtype: torch.dtype | None) -> None:
         if any(p.provenance.adapter is None for p in stack.patches):
@@ -100,13 +95,10 @@ class Peft(Lora):
 
     kind = "peft"
     file = "adapter_model.safetensors"
-    usage = """\
-from diffusers import DiffusionPipeline
-from peft import PeftModel
-
-here = "."  # this folder, or the id of this repository
-pipe = DiffusionPipeline.from_pretrained({base})
-pipe.{network} = PeftModel.from_pretrained(pipe.{network}, here)"""
+    usage = (
+        f"from peft import PeftModel\n{OPEN}{{base}})\n"
+        "pipe.{network} = PeftModel.from_pretrained(pipe.{network}, here)"
+    )
 
     def write(self, job: Job, manifest: ExportManifest, out: Path) -> None:
         self._write(job, manifest, out, "base_model.model.", {})
