@@ -52,8 +52,7 @@ def write(
     code = f"import torch\n{code}" if "=torch." in code else code
     text = template("card.md.jinja", lambda text: entities(text, _SPECIAL), "exports").render(
         metadata=data.to_yaml(), manifest=manifest, repo=repo, is_adapter=form.is_adapter, code=code,
-        images=_copied(images, folder / "images"), recipe=_recipe, versions=_versions,
-        targets=list(dict.fromkeys(t for part in manifest.patches for t in part.provenance.all_targets)),
+        images=_copied(images, folder / "images"), recipe=_recipe,
         prompts=list(dict.fromkeys(p for part in manifest.patches for p in part.provenance.all_prompts)),
     )  # fmt: skip
     path = folder / "README.md"
@@ -110,7 +109,3 @@ def _recipe(made: Provenance) -> str:
     said = {n: recipe.get(n) for n in ("objective", "surgery", "train", "rank", "alpha", "learning_rate")}
     kinds = {n: v.get("kind") if isinstance(v, Mapping) else v for n, v in said.items()}
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in kinds.items() if value is not None)
-
-
-def _versions(versions: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))

@@ -55,7 +55,7 @@ def write_export(request: ExportRequest, out: Path, progress: Progress) -> tuple
     family.prompt_ids(prompt)
     family.unload_text_encoders()
     progress.stage("merge", len(job.merge.base))
-    stats = job.merge.apply(family.network, progress.advance)
+    stats = job.merge.apply(family.network)
     families.trim_memory(job.numbers)
     manifest = _manifest(request, form, job, stats, progress)
     noise = _noise(family, config.seed)
@@ -98,7 +98,7 @@ def _job(request: ExportRequest, family: Family, form: Format, out: Path, progre
         config.model, replace(request.options, t5=False, guidance=family.guidance), row, origin,
         weights.network_config(family.network), (family.image_shape[2], family.image_shape[1]),
         family.scheduler_config.get("prediction_type", "flow"),
-        Merge(request.stack, origin.tensors, computed, dtype), compute, config.max_shard_size, progress.advance,
+        Merge(request.stack, origin.tensors, computed, dtype, progress.advance), compute, config.max_shard_size,
     )  # fmt: skip
 
 

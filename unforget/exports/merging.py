@@ -35,6 +35,8 @@ class Merge:
     """The precision in which each is computed with."""
     dtype: torch.dtype
     """The precision that floating-point tensors are to be written in."""
+    advance: Callable[..., Any]
+    """Called for every tensor that is merged, and again when it is written."""
 
     def tensors(self) -> dict[str, Lazy]:
         """What is to be written."""
@@ -45,6 +47,7 @@ class Merge:
         return self.dtype if base.dtype.is_floating_point else base.dtype
 
     def _tensor(self, name: str, changes: bool) -> Tensor:
+        self.advance(1)
         before = self.base[name].make()
         return self._written(name, self._after(name, before, before.to(self.computed[name])) if changes else before)
 
@@ -63,7 +66,7 @@ class Merge:
         return found
 
     @torch.no_grad()
-    def apply(self, network: nn.Module, advance: Callable[..., Any]) -> MergeStats:
+    def apply(self, network: nn.Module) -> MergeStats:
         """Make the base's network what a reader of the export will compute with, and learn all that is to be said.
 
         CannotRun if the file holds other numbers than the loader read, or one does not fit into float16.
@@ -73,7 +76,7 @@ class Merge:
         for name, there in network.state_dict().items():
             if there.is_floating_point():
                 stats.meter.largest = max(stats.meter.largest, *(float(e.abs()) for e in there.aminmax()))
-            advance(1)
+            self.advance(1)
             before = self.base[name].make()
             weight = before.to(there.dtype)
             if not torch.equal(weight, there.cpu()):

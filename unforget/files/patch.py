@@ -100,6 +100,11 @@ def _opened(path: Path) -> tuple[Provenance, Opened]:
         raise UsageError(f"'{path}' is not a patch: {error}", WRITTEN) from None
 
 
+def _factors(name: str) -> list[str]:
+    """What a LoRA calls the factors of a tensor of the network, (rank, in) and (out, rank)."""
+    return [f"{name.removesuffix('.weight')}.lora_{side}.weight" for side in "AB"]
+
+
 @dataclass(frozen=True)
 class Patch:
     """The changed tensors of a network and their provenance."""
@@ -147,14 +152,12 @@ class Patch:
 
     def changes(self, name: str) -> bool:
         """Whether it changes a tensor of the network."""
-        lora = f"{name.removesuffix('.weight')}.lora_A.weight"
-        return (lora if self.provenance.holds == "lora" else name) in self.tensors
+        return (_factors(name)[0] if self.provenance.holds == "lora" else name) in self.tensors
 
     def difference(self, name: str, weight: Tensor) -> Tensor:
         """What it adds to one of the base's tensors, in float32."""
         if adapter := self.provenance.adapter:
-            module = name.removesuffix(".weight")
-            down, up = (self.tensors[f"{module}.lora_{side}.weight"].float() for side in "AB")
+            down, up = (self.tensors[factor].float() for factor in _factors(name))
             return (adapter["alpha"] / adapter["rank"] * (up @ down)).to(weight.device)
         return self.after(name, weight).float() - weight.float()
 
@@ -170,8 +173,8 @@ class Patch:
         for name in self.names():
             fits = name in shapes
             if fits and rank:
-                module, (out, *rest) = name.removesuffix(".weight"), shapes[name] or [0]
-                pair = [self.tensors.get(f"{module}.lora_{side}.weight") for side in "AB"]
+                out, *rest = shapes[name] or [0]
+                pair = [self.tensors.get(factor) for factor in _factors(name)]
                 fits = [t is not None and list(t.shape) for t in pair] == [[rank, *rest], [out, rank]]
             elif fits:
                 fits = list(self.tensors[name].shape) == list(shapes[name])

@@ -2,13 +2,12 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from unforget.core.types import Family
 from unforget.errors import CannotRun
@@ -52,7 +51,6 @@ class Job:
     compute: torch.dtype
     """The precision in which the family computes."""
     max_shard_size: str
-    advance: Callable[..., Any]
 
     @property
     def numbers(self) -> int:
@@ -106,21 +104,10 @@ class Format(ABC):
         return opened
 
 
-class Written(Digested):
-    """The digest of what is written, a step of the progress a tensor."""
-
-    def __init__(self, job: Job) -> None:
-        super().__init__()
-        self.job = job
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        self.job.advance(1)
-        super().add(name, tensor)
-
-    def check(self, manifest: ExportManifest) -> None:
-        """CannotRun unless the tensors that were written are those that were checked."""
-        if self.hexdigest() != manifest.digest:
-            raise CannotRun("the base changed on the disk while it was read", "Export again.")
+def check_written(written: Digested, manifest: ExportManifest) -> None:
+    """CannotRun unless the tensors that were written are those that were checked."""
+    if written.hexdigest() != manifest.digest:
+        raise CannotRun("the base changed on the disk while it was read", "Export again.")
 
 
 def header(job: Job, manifest: ExportManifest) -> dict[str, str]:
@@ -135,7 +122,7 @@ def model_spec(job: Job, manifest: ExportManifest, implementation: str = DIFFUSE
 
     `implementation` is the code that reads its layout. Equal exports have equal headers: no date, no path.
     """
-    targets = len({t for part in manifest.patches for t in part.provenance.all_targets})
+    targets = len(manifest.targets)
     what = f"{targets} picture{'s' * (targets != 1)} unlearned"
     return {
         "modelspec.sai_model_spec": "1.0.1",

@@ -12,11 +12,11 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from unforget import families
 from unforget.core.types import Family
-from unforget.exports.formats.base import OPEN, Format, Job, Written, header
+from unforget.exports.formats.base import OPEN, Format, Job, check_written, header
 from unforget.exports.manifest import PATH, ExportManifest
 from unforget.exports.rounding import DTYPES
 from unforget.families import weights
-from unforget.files.storage import BadFile, open_tensors, read_json, write_json, write_tensors
+from unforget.files.storage import BadFile, Digested, open_tensors, read_json, write_json, write_tensors
 
 STEM = "diffusion_pytorch_model"
 WEIGHTS = re.compile(r"[\w-]+?(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -124,7 +124,7 @@ def _rest_dtype(job: Job) -> torch.dtype | None:
 
 def _write_shards(job: Job, manifest: ExportManifest, folder: Path) -> None:
     """The network's weights as diffusers lays them out: one file, or shards and their index."""
-    tensors, written = job.merge.tensors(), Written(job)
+    tensors, written = job.merge.tensors(), Digested()
     split = split_state_dict_into_shards_factory(
         dict[str, Any](tensors), get_storage_size=lambda lazy: lazy.size, max_shard_size=job.max_shard_size,
         filename_pattern=f"{STEM}{{suffix}}.safetensors",
@@ -134,4 +134,4 @@ def _write_shards(job: Job, manifest: ExportManifest, folder: Path) -> None:
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(index, folder / f"{STEM}.safetensors.index.json")
-    written.check(manifest)
+    check_written(written, manifest)
