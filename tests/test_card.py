@@ -1,5 +1,6 @@
 """The card of an export: what it says, what it never says, and that nothing a user wrote can break it."""
 
+import dataclasses
 import re
 import shutil
 from html.parser import HTMLParser
@@ -260,6 +261,15 @@ def run(folder: Path, base: object, monkeypatch) -> object:
 def without_t5(folder: Path) -> str:
     """A base that stock loaders refuse unless told."""
     return f"{str(folder)!r}, text_encoder_3=None, tokenizer_3=None"
+
+
+@pytest.mark.parametrize("format", ["diffusers", "lora", "peft"])
+def test_the_lines_are_of_the_family(tmp_path, format):
+    row = dataclasses.replace(SD3, pipeline_class="NewPipeline", network="unet")
+    text = write(tmp_path, made(format), row)
+    assert "from diffusers import NewPipeline\n" in text and "pipe = NewPipeline.from_pretrained(" in text
+    assert ("pipe.unet = PeftModel.from_pretrained(pipe.unet, here)" in text) == (format == "peft")
+    assert "transformer" not in text and "DiffusionPipeline" not in text
 
 
 def test_the_lines_for_a_whole_model_open_it(tmp_path, monkeypatch):

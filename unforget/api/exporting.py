@@ -10,7 +10,7 @@ from unforget.api.common import options, versions, writable
 from unforget.config import ExportConfig
 from unforget.core.types import Progress
 from unforget.errors import CannotRun, UsageError
-from unforget.exports import card, placement
+from unforget.exports import card, hub, placement
 from unforget.exports.exporter import ExportRequest, write_export
 from unforget.exports.formats import FORMATS
 from unforget.exports.manifest import ExportManifest, Verified
@@ -20,25 +20,19 @@ from unforget.files.storage import BadFile
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export` wrote.
-
-    Attributes:
-        output: The file or folder.
-        manifest: What it says of itself.
-        url: Where it was uploaded to.
-    """
+    """What `export` wrote, and what that says of itself."""
 
     output: Path
     manifest: ExportManifest
     url: str | None = None
+    """Where it was uploaded to."""
 
 
 def export(config: ExportConfig, progress: Progress | None = None) -> Exported:
     """Write base plus patches and open it again by the stock loader: same weights, same image.
 
-    Raises:
-        UsageError: If what is asked for does not go together, or a file is not what it should be.
-        CannotRun: If the base is another one, rounding loses the change, or the export does not read back.
+    UsageError if what is asked for does not go together, or a file is not what it should be; CannotRun if the base is
+    another one, rounding loses the change, or the export does not read back.
     """
     writable(config.output, config.force)
     inputs = [Path(config.model), *config.patch, *filter(None, [config.report])]
@@ -47,12 +41,8 @@ def export(config: ExportConfig, progress: Progress | None = None) -> Exported:
         raise UsageError(f"there is no folder '{config.card_images}'", "Give --card-images a folder of pictures.")
     if config.threads:
         torch.set_num_threads(config.threads)
-    request = ExportRequest(
-        config.model, options(config), Stack.load(config.patch, config.scale), config.format, config.dtype,
-        config.max_shard_size, config.seed, config.force_rounding,
-        Verified.of(config.report) if config.report else None, config.patch[-1].with_suffix(".run") / "verify.json",
-        versions(),
-    )  # fmt: skip
+    opening, stack = options(config), Stack.load(config.patch, config.scale)
+    request = ExportRequest(config, opening, stack, Verified.of(config.report) if config.report else None, versions())
     try:
         with placement.atomic_export(config.output) as out:
             manifest, row = write_export(request, out, progress or Progress())
@@ -61,14 +51,8 @@ def export(config: ExportConfig, progress: Progress | None = None) -> Exported:
                 card.write(out, manifest, row, base_card=home and home / "README.md", images=config.card_images)
     except BadFile as error:
         raise CannotRun(f"cannot read the model '{config.model}': {error}", "Get the model again.") from None
-    return Exported(config.output, manifest, _pushed(config, manifest))
-
-
-def _pushed(config: ExportConfig, manifest: ExportManifest) -> str | None:
-    """Upload what was written, where that was asked for."""
     if config.push_to_hub is None:
-        return None
-    from unforget.exports import hub
-
+        return Exported(config.output, manifest)
     message = f"{manifest.base}, {len(manifest.patches)} patch(es), by unforget {manifest.versions['unforget']}"
-    return hub.push(config.output, config.push_to_hub, private=config.private, message=message)
+    url = hub.push(config.output, config.push_to_hub, private=config.private, message=message)
+    return Exported(config.output, manifest, url)

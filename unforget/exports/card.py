@@ -14,8 +14,6 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # no __all__, but documented there
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from unforget.exports.formats import FORMATS
 from unforget.exports.manifest import ExportManifest
@@ -23,36 +21,23 @@ from unforget.families import HUB_ALIASES
 from unforget.families.spec import FamilySpec
 from unforget.files.patch import Provenance
 from unforget.files.storage import read_json, write_bytes
-from unforget.reports.words import number, one_line
+from unforget.reports.rendering import template
+from unforget.reports.words import entities, one_line
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".gif"}
 MAX_CARD = 2**20
 """Largest card of a base that is read, bytes."""
 _SPECIAL = re.compile(r"[&<>|`*_~\[\]\\$:@]|(?<=www)\.", re.IGNORECASE)
-
-
-def escaped(value: Any) -> Markup:
-    """One line in which nothing is markup or becomes a link: entities, which tables and paragraphs read alike."""
-    if isinstance(value, Markup):
-        return value
-    return Markup(_SPECIAL.sub(lambda special: f"&#{ord(special[0])};", one_line(str(value), 1000)))
+"""What is markup, or would become a link."""
 
 
 def write(
     folder: Path, manifest: ExportManifest, family: FamilySpec, *, base_card: Path | None = None,
     images: Path | None = None,
 ) -> Path:  # fmt: skip
-    """Write `README.md` into an exported folder; equal input is equal bytes.
+    """Write `README.md` into an exported folder and return its path; equal input is equal bytes.
 
-    Args:
-        folder: What was exported.
-        manifest: Where it came from.
-        family: The row of the model's family.
-        base_card: Card of the base, whose licence is kept.
-        images: Folder of images that are copied to `images/`, under numbers, and shown. None are but these.
-
-    Returns:
-        The path of the card.
+    `base_card` is the card of the base, whose licence is kept; of `images`, and no others, copies are shown.
     """
     form, (repo, revision) = FORMATS[manifest.format], _hub_id(manifest.base)
     fields: dict[str, Any] = {"license": "other", **_licence(base_card)}
@@ -61,17 +46,13 @@ def write(
     tags = ["unforget", "machine-unlearning", *(["lora"] if form.is_adapter else [])]
     data = ModelCardData(**fields, library_name="diffusers", pipeline_tag=family.task, tags=tags)
     opened = f'"{repo or "path/to/the/base"}"' + (f', revision="{revision}"' if revision else "")
-    code = form.usage.format(base=opened, network=family.network, options=_options(folder, manifest))
+    code = form.usage.format(
+        pipeline=family.pipeline_class, network=family.network, base=opened, options=_options(folder, manifest)
+    )
     code = f"import torch\n{code}" if "=torch." in code else code
-    here = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"), finalize=escaped, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
-    here.filters |= {"number": number, "recipe": _recipe, "versions": _versions}
-    text = here.get_template("card.md.jinja").render(
+    text = template("card.md.jinja", lambda text: entities(text, _SPECIAL), "exports").render(
         metadata=data.to_yaml(), manifest=manifest, repo=repo, is_adapter=form.is_adapter, code=code,
-        images=_copied(images, folder / "images"),
-        targets=list(dict.fromkeys(t for part in manifest.patches for t in part.provenance.all_targets)),
+        images=_copied(images, folder / "images"), recipe=_recipe,
         prompts=list(dict.fromkeys(p for part in manifest.patches for p in part.provenance.all_prompts)),
     )  # fmt: skip
     path = folder / "README.md"
@@ -128,7 +109,3 @@ def _recipe(made: Provenance) -> str:
     said = {n: recipe.get(n) for n in ("objective", "surgery", "train", "rank", "alpha", "learning_rate")}
     kinds = {n: v.get("kind") if isinstance(v, Mapping) else v for n, v in said.items()}
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in kinds.items() if value is not None)
-
-
-def _versions(versions: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in sorted(versions.items()))

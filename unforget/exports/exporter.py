@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from unforget import families
+from unforget.config import ExportConfig
 from unforget.core import sampling
 from unforget.core.metrics import rms
 from unforget.core.types import Family, Progress
@@ -27,55 +28,37 @@ SIDE = 16
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What is to be exported.
+    """What is to be exported: the configuration, and what it names."""
 
-    Attributes:
-        ref: What the user called the base.
-        options: How to open it.
-        stack: The patches.
-        format: A key of `FORMATS`.
-        dtype: Precision to write, a key of `DTYPES`; that of the base's own file if None.
-        max_shard_size: Largest file of a folder, such as 10GB.
-        seed: Of the image that is compared.
-        force_rounding: Write it although rounding loses the change.
-        verified: The verdict that was given.
-        report: Where one may lie, if none was given.
-        versions: For the record.
-    """
-
-    ref: str
+    config: ExportConfig
     options: Options
     stack: Stack
-    format: str
-    dtype: str | None
-    max_shard_size: str
-    seed: int
-    force_rounding: bool
     verified: Verified | None
-    report: Path
+    """The verdict that was given."""
     versions: Mapping[str, str]
+    """For the record."""
 
 
 def write_export(request: ExportRequest, out: Path, progress: Progress) -> tuple[ExportManifest, FamilySpec]:
     """Write base plus patches to `out`, which is not there yet; returns what it says of itself, and the family's row.
 
-    Raises:
-        UsageError: If the family has no such format, or the verdict is about other weights.
-        CannotRun: If the base is another one, rounding loses the change, or the export does not read back.
+    UsageError if the family has no such format, or the verdict is about other weights; CannotRun if the base is another
+    one, rounding loses the change, or the export does not read back.
     """
-    form = FORMATS[request.format](request.stack, DTYPES.get(request.dtype or ""))
+    config = request.config
+    form = FORMATS[config.format](request.stack, DTYPES.get(config.dtype or ""))
     with weights.quiet():  # T5 stays where it is: the images that are compared need none
-        family = weights.load(request.ref, replace(request.options, t5=False))
+        family = weights.load(config.model, replace(request.options, t5=False))
     job = _job(request, family, form, out, progress)
     check_room(out.parent, form.size(job))
     prompt = family.retain_prompts[:1]
     family.prompt_ids(prompt)
     family.unload_text_encoders()
     progress.stage("merge", len(job.merge.base))
-    stats = job.merge.apply(family.network, progress.advance)
+    stats = job.merge.apply(family.network)
     families.trim_memory(job.numbers)
     manifest = _manifest(request, form, job, stats, progress)
-    noise = _noise(family, request.seed)
+    noise = _noise(family, config.seed)
     meant = sampling.draw(family, noise, steps=4, prompt_ids=family.prompt_ids(prompt))
     family.set_network(None)
     del family
@@ -97,11 +80,11 @@ def write_export(request: ExportRequest, out: Path, progress: Progress) -> tuple
 
 def _job(request: ExportRequest, family: Family, form: Format, out: Path, progress: Progress) -> Job:
     """The base, checked to be the one that the patches are for, and what is to be done with it."""
-    row, state = family.spec, family.network.state_dict()
-    if request.format not in row.formats:
-        raise UsageError(f"a {row.name} has no {request.format}", f"It has the formats {', '.join(row.formats)}.")
-    request.stack.check(family.network, request.ref)
-    origin = weights.source(request.ref, family, request.options.pipeline_config)
+    config, row, state = request.config, family.spec, family.network.state_dict()
+    if config.format not in row.formats:
+        raise UsageError(f"a {row.name} has no {config.format}", f"It has the formats {', '.join(row.formats)}.")
+    request.stack.check(family.network, config.model)
+    origin = weights.source(config.model, family, request.options.pipeline_config)
     if not origin.tensors:
         # Pickled, or under names that the loader translated: laid down once as they are in memory.
         file = out.with_name(f".{out.name}.network")
@@ -112,10 +95,10 @@ def _job(request: ExportRequest, family: Family, form: Format, out: Path, progre
     compute = next(family.network.parameters()).dtype
     dtype = compute if form.is_adapter else form.dtype or precision(origin.tensors, computed)
     return Job(
-        request.ref, replace(request.options, t5=False, guidance=family.guidance), row, origin,
+        config.model, replace(request.options, t5=False, guidance=family.guidance), row, origin,
         weights.network_config(family.network), (family.image_shape[2], family.image_shape[1]),
         family.scheduler_config.get("prediction_type", "flow"),
-        Merge(request.stack, origin.tensors, computed, dtype), compute, request.max_shard_size, progress.advance,
+        Merge(request.stack, origin.tensors, computed, dtype, progress.advance), compute, config.max_shard_size,
     )  # fmt: skip
 
 
@@ -126,32 +109,30 @@ def _noise(family: Family, seed: int) -> Tensor:
     return sampling.random_noise(1, (channels, min(height, most), min(width, most)), seed, "export")
 
 
-def _manifest(
-    request: ExportRequest, form: Format, job: Job, stats: MergeStats, progress: Progress
-) -> ExportManifest:  # fmt: skip
+def _manifest(request: ExportRequest, form: Format, job: Job, stats: MergeStats, progress: Progress) -> ExportManifest:
     """What the export says of itself; CannotRun if rounding loses the change."""
     patches = [
         AppliedPatch(scale=s, provenance=p.provenance.model_copy(update={"base": called(p.provenance.base)}))
         for p, s in request.stack.pairs()
     ]
     manifest = ExportManifest(
-        format=form.kind, dtype=NAMES[form.dtype or job.merge.dtype], base=called(request.ref),
+        format=form.kind, dtype=NAMES[form.dtype or job.merge.dtype], base=called(request.config.model),
         base_digest=patches[0].provenance.base_digest, patched_digest=stats.patched, digest=form.digest(stats),
         patches=patches, verified=_verdict(request, stats, progress), versions=dict(request.versions),
     )  # fmt: skip
     if form.is_adapter:
         return manifest
     lora = "lora" in job.family.formats and all(p.provenance.adapter is not None for p in patches)
-    rounding = judge(stats.meter, manifest, lora=lora, force=request.force_rounding, note=progress.note)
+    rounding = judge(stats.meter, manifest, lora=lora, force=request.config.force_rounding, note=progress.note)
     return manifest.model_copy(update={"rounding": rounding})
 
 
 def _verdict(request: ExportRequest, stats: MergeStats, progress: Progress) -> Verified | None:
     """The verdict of `unforget verify`, if it is about these weights; UsageError if one was given that is not."""
-    found = request.verified
-    if found is None and request.report.is_file():
+    found, beside = request.verified, request.config.patch[-1].with_suffix(".run") / "verify.json"
+    if found is None and beside.is_file():
         try:
-            found = Verified.of(request.report)
+            found = Verified.of(beside)
         except UsageError as error:
             progress.note(error.message)
     if found is None:

@@ -19,11 +19,7 @@ def push(path: Path, repo: str, *, private: bool = True, message: str) -> str:
     """Upload a folder, or one file, to a model repository, which is made if there is none; returns the commit's URL.
 
     Endpoint and token are huggingface_hub's: HF_ENDPOINT, HF_TOKEN or the stored login. `private` refuses a repository
-    that is there and public.
-
-    Raises:
-        UsageError: If `repo` is no name of a repository, or there is nothing at `path`.
-        CannotRun: If the hub cannot be reached or refuses, in its own words. No message holds a token.
+    that is there and public. CannotRun, if the hub refuses, has its own words; no message holds a token.
     """
     try:
         validate_repo_id(repo)

@@ -97,6 +97,11 @@ class ExportManifest(_Record):
     verified: Verified | None = None
     versions: dict[str, str]
 
+    @property
+    def targets(self) -> list[str]:
+        """Ids of all targets of all patches, in order."""
+        return list(dict.fromkeys(t for part in self.patches for t in part.provenance.all_targets))
+
     def header(self) -> dict[str, str]:
         """As an entry in the header of a safetensors file."""
         return {HEADER: json.dumps(self.model_dump(mode="json"), sort_keys=True)}

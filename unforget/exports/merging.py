@@ -16,34 +16,27 @@ from unforget.files.storage import Digested, Lazy
 
 @dataclass
 class MergeStats:
-    """What one pass over base and patches found.
-
-    Attributes:
-        patched: Digest of the network with the patches on, in the precision in which it is computed with.
-        written: Digest of what is to be written.
-        meter: What rounding does.
-    """
+    """What one pass over base and patches found."""
 
     patched: str = ""
+    """Digest of the network with the patches on, in the precision in which it is computed with."""
     written: str = ""
+    """Digest of what is to be written."""
     meter: Meter = field(default_factory=Meter)
 
 
 @dataclass(frozen=True)
 class Merge:
-    """The tensors of an export.
-
-    Attributes:
-        stack: The patches.
-        base: Tensors of the network as they lie on disk.
-        computed: The precision in which each is computed with.
-        dtype: The precision that floating-point tensors are to be written in.
-    """
+    """The tensors of an export: those of the base as they lie on disk, with the patches on."""
 
     stack: Stack
     base: Mapping[str, Lazy]
     computed: Mapping[str, torch.dtype]
+    """The precision in which each is computed with."""
     dtype: torch.dtype
+    """The precision that floating-point tensors are to be written in."""
+    advance: Callable[..., Any]
+    """Called for every tensor that is merged, and again when it is written."""
 
     def tensors(self) -> dict[str, Lazy]:
         """What is to be written."""
@@ -54,6 +47,7 @@ class Merge:
         return self.dtype if base.dtype.is_floating_point else base.dtype
 
     def _tensor(self, name: str, changes: bool) -> Tensor:
+        self.advance(1)
         before = self.base[name].make()
         return self._written(name, self._after(name, before, before.to(self.computed[name])) if changes else before)
 
@@ -72,22 +66,17 @@ class Merge:
         return found
 
     @torch.no_grad()
-    def apply(self, network: nn.Module, advance: Callable[..., Any]) -> MergeStats:
-        """Make the network what a reader of the export will compute with, in place, and learn all that is to be said.
+    def apply(self, network: nn.Module) -> MergeStats:
+        """Make the base's network what a reader of the export will compute with, and learn all that is to be said.
 
-        Args:
-            network: The base, which the patches were checked against.
-            advance: Called after every tensor.
-
-        Raises:
-            CannotRun: If the file holds other numbers than the loader read, or one does not fit into float16.
+        CannotRun if the file holds other numbers than the loader read, or one does not fit into float16.
         """
         stats, names = MergeStats(), set(self.stack.names())
         patched, written = Digested(), Digested()
         for name, there in network.state_dict().items():
             if there.is_floating_point():
                 stats.meter.largest = max(stats.meter.largest, *(float(e.abs()) for e in there.aminmax()))
-            advance(1)
+            self.advance(1)
             before = self.base[name].make()
             weight = before.to(there.dtype)
             if not torch.equal(weight, there.cpu()):

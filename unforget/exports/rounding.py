@@ -72,13 +72,7 @@ class Meter:
     """Of the numbers of the whole network."""
 
     def add(self, before: Tensor, after: Tensor, written: Tensor) -> None:
-        """Take a changed tensor into account.
-
-        Args:
-            before: The base's, as its file has it.
-            after: With the patches on, in float32.
-            written: What is written of that.
-        """
+        """Take a changed tensor into account: as the base's file has it, patched in float32, and as written of that."""
         parts = (torch.split(t.flatten(), CHUNK) for t in (before, after, written))
         for b, a, w in zip(*parts, strict=True):
             meant = a - b.float()
@@ -86,34 +80,22 @@ class Meter:
                 rounded = w if w.dtype == dtype else a.to(dtype)
                 self.sums[name].add(meant, rounded.float() - b.to(dtype).float())
 
-    def rounding(self, dtype: str) -> Rounding:
-        """What one precision does."""
-        return self.sums[dtype].rounding(dtype)
-
     def remedies(self, dtype: str) -> Mapping[str, float]:
         """The other precisions that keep the change, with the cosine that was measured."""
-        found = {n: self.rounding(n).cosine for n in ("float16", "float32") if n != dtype}
-        if self.largest > torch.finfo(torch.float16).max:
-            found.pop("float16", None)
+        fit = ("float32",) if self.largest > torch.finfo(torch.float16).max else ("float16", "float32")
+        found = {n: self.sums[n].rounding(n).cosine for n in fit if n != dtype}
         return {n: cosine for n, cosine in found.items() if cosine >= TOLD}
 
 
 def judge(
     meter: Meter, manifest: ExportManifest, *, lora: bool, force: bool, note: Callable[[str], Any]
 ) -> Rounding | None:
-    """What rounding did, if it did anything.
+    """What rounding did, if it did anything; `note` is told where some of the change is lost.
 
-    Args:
-        meter: What was measured.
-        manifest: Of the export, with the verdict of `unforget verify` where there is one.
-        lora: Whether it could be written as a LoRA instead.
-        force: Write it all the same.
-        note: Told where some of the change is lost.
-
-    Raises:
-        CannotRun: If the change is lost, unless these very bits were verified.
+    CannotRun if all of it is, unless these very bits were verified, or the user forces it. `lora` is whether it could
+    be written as a LoRA instead.
     """
-    found, verified = meter.rounding(manifest.dtype), manifest.verified
+    found, verified = meter.sums[manifest.dtype].rounding(manifest.dtype), manifest.verified
     if found.error < EXACT:
         return None
     if found.cosine >= TOLD:
@@ -122,8 +104,9 @@ def judge(
         f"rounded to {manifest.dtype}, the change has cosine {found.cosine:.3f} with what was meant, "
         f"and {found.still:.0%} of its numbers come out as they were"
     )
-    proven = verified is not None and manifest.digest == manifest.patched_digest
-    if found.cosine < LOST and not force and not (proven and verified and verified.verdict in ("forgotten", "allowed")):
+    forgotten = verified is not None and verified.verdict in ("forgotten", "allowed")
+    proven = forgotten and manifest.digest == manifest.patched_digest
+    if found.cosine < LOST and not force and not proven:
         ways = [f"--dtype {name} (cosine {cosine:.4f})" for name, cosine in meter.remedies(manifest.dtype).items()]
         ways += ["--format lora, which leaves the base's weights alone"] if lora else []
         raise CannotRun(sentence, f"Give {', or '.join(ways)}." if ways else "Say --force-rounding to write it.")

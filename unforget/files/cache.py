@@ -44,14 +44,10 @@ def drawn_cached(
 
 def cached(key: Sequence[object], make: Callable[[], Tensor]) -> Tensor:
     """Images (N, C, H, W) in [-1, 1], in 8 bits, made once for a key and then read from the cache."""
-
-    def eight_bit() -> Tensor:
-        # Contiguous as what is read from a file is: sums depend on how tensors lie in memory.
-        return ((make().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).contiguous()
-
     found = _once(
         _place(key, "safetensors"),
-        eight_bit,
+        # Contiguous as what is read from a file is: sums depend on how tensors lie in memory.
+        lambda: ((make().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).contiguous(),
         lambda path: open_tensors(path).load()["images"],
         lambda images, path: write_tensors({"images": images}, {}, path),
     )

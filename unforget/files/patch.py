@@ -100,6 +100,11 @@ def _opened(path: Path) -> tuple[Provenance, Opened]:
         raise UsageError(f"'{path}' is not a patch: {error}", WRITTEN) from None
 
 
+def _factors(name: str) -> list[str]:
+    """What a LoRA calls the factors of a tensor of the network, (rank, in) and (out, rank)."""
+    return [f"{name.removesuffix('.weight')}.lora_{side}.weight" for side in "AB"]
+
+
 @dataclass(frozen=True)
 class Patch:
     """The changed tensors of a network and their provenance."""
@@ -147,14 +152,12 @@ class Patch:
 
     def changes(self, name: str) -> bool:
         """Whether it changes a tensor of the network."""
-        lora = f"{name.removesuffix('.weight')}.lora_A.weight"
-        return (lora if self.provenance.holds == "lora" else name) in self.tensors
+        return (_factors(name)[0] if self.provenance.holds == "lora" else name) in self.tensors
 
     def difference(self, name: str, weight: Tensor) -> Tensor:
         """What it adds to one of the base's tensors, in float32."""
         if adapter := self.provenance.adapter:
-            module = name.removesuffix(".weight")
-            down, up = (self.tensors[f"{module}.lora_{side}.weight"].float() for side in "AB")
+            down, up = (self.tensors[factor].float() for factor in _factors(name))
             return (adapter["alpha"] / adapter["rank"] * (up @ down)).to(weight.device)
         return self.after(name, weight).float() - weight.float()
 
@@ -170,8 +173,8 @@ class Patch:
         for name in self.names():
             fits = name in shapes
             if fits and rank:
-                module, (out, *rest) = name.removesuffix(".weight"), shapes[name] or [0]
-                pair = [self.tensors.get(f"{module}.lora_{side}.weight") for side in "AB"]
+                out, *rest = shapes[name] or [0]
+                pair = [self.tensors.get(factor) for factor in _factors(name)]
                 fits = [t is not None and list(t.shape) for t in pair] == [[rank, *rest], [out, rank]]
             elif fits:
                 fits = list(self.tensors[name].shape) == list(shapes[name])
@@ -257,8 +260,8 @@ class Stack:
 
     def before(self, network: nn.Module) -> dict[str, Tensor]:
         """Copies of the tensors that change."""
-        names = set(self.names())
-        return {n: t.clone() for n, t in network.state_dict().items() if n in names}
+        state = network.state_dict()
+        return {n: state[n].clone() for n in self.names()}
 
 
 def plain(network: nn.Module) -> dict[str, Tensor]:
@@ -279,15 +282,14 @@ def joined(stack: Stack, patch: Patch, state: Mapping[str, Tensor]) -> Patch:
     for p in stack.patches:
         said = p.provenance.model_dump(include={"targets", "surrogates", "prompts"})
         ledger.append(LedgerEntry(digest=p.digest, **said))
-    parts = [*stack.pairs(), (patch, 1.0)]
+    parts, changes = [*stack.pairs(), (patch, 1.0)], dict[str, Any](earlier=ledger)
     if all(p.provenance.holds == "lora" for p, _ in parts):
         tensors, rank = side_by_side(parts)
-        changes: dict[str, Any] = {"earlier": ledger, "holds": "lora", "adapter": {"rank": rank, "alpha": rank}}
+        changes |= {"holds": "lora", "adapter": {"rank": rank, "alpha": rank}}
     else:
-        names = sorted({n for p, _ in parts for n in p.names()})
-        after = {n: patch.after(n, state[n]) if patch.changes(n) else state[n] for n in names}
+        after = {n: patch.after(n, state[n]) if patch.changes(n) else state[n] for p, _ in parts for n in p.names()}
         tensors = {n: t.detach().cpu().contiguous() for n, t in after.items()}
-        changes = {"earlier": ledger, "holds": "weights", "adapter": None}
+        changes |= {"holds": "weights", "adapter": None}
     return Patch(tensors, patch.provenance.model_copy(update=changes))
 
 

@@ -70,11 +70,7 @@ def write_json(value: Any, path: Path) -> None:
 
 
 def read_json(path: Path, *, most: int = MAX_JSON) -> Any:
-    """A JSON file.
-
-    Raises:
-        BadFile: If it is too large, too deep, or no JSON.
-    """
+    """A JSON file; BadFile if it is too large, too deep, or no JSON."""
     size = path.stat().st_size
     if size > most:
         raise BadFile(f"'{path.name}' has {size} bytes, more than {most}")
@@ -116,11 +112,7 @@ class Opened:
 
 
 def open_tensors(path: Path) -> Opened:
-    """Read the header of a safetensors file.
-
-    Raises:
-        BadFile: If the file is none, or its header claims what the file does not hold.
-    """
+    """Read the header of a safetensors file; BadFile if it is none, or claims what the file does not hold."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
     if length > MAX_HEADER:
@@ -162,9 +154,7 @@ def write_tensors(
 ) -> None:  # fmt: skip
     """Write a safetensors file with a sorted header, in place and a tensor at a time; equal content is equal bytes.
 
-    Args:
-        digested: Told every tensor on its way.
-        hash_key: Key of the metadata that is to hold `0x` and the SHA-256 of the data, as ModelSpec wants it.
+    `digested` is told every tensor on its way; the header's `hash_key` gets the SHA-256 of the data (ModelSpec).
     """
     lazy = {n: t if isinstance(t, Lazy) else Lazy.of(t) for n, t in tensors.items()}
     # Wide types first, so that every tensor is aligned in its file.

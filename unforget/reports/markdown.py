@@ -5,18 +5,16 @@ from bisect import bisect_right
 
 from unforget.reports import tables
 from unforget.reports.rendering import template
-from unforget.reports.words import one_line, tally, worst_first
+from unforget.reports.words import entities, tally, worst_first
 from unforget.verification.report import Report
 
 _SPECIAL = re.compile(r"[&<>|`*_~\[\]\\$]")
 
 
 def markdown(report: Report, limit: int = 1_000_000) -> str:
-    """The verdict and the targets first, all checks last.
+    """The verdict and the targets first, all checks last, in at most `limit` bytes of UTF-8 (GitHub takes 1 MiB).
 
-    Args:
-        report: What to show.
-        limit: Most bytes of UTF-8 (GitHub takes 1 MiB). The longest tables end early, and say how much is left out.
+    The longest tables end early, and say how much is left out.
     """
     checks = worst_first(report.checks)
     excused = {t.id for t in report.targets if t.verdict == "allowed"}
@@ -27,7 +25,7 @@ def markdown(report: Report, limit: int = 1_000_000) -> str:
         **tables.by_title(report),
         f"All checks: {tally(checks)}": tables.of_checks(checks),
     }
-    document = template("report.md.jinja", _escape)
+    document = template("report.md.jinja", lambda text: entities(text, _SPECIAL))
 
     def write(most: int) -> bytes:
         return document.render(report=report, tables=told, most=most).encode()
@@ -38,8 +36,3 @@ def markdown(report: Report, limit: int = 1_000_000) -> str:
         most = bisect_right(range(longest), limit, key=lambda most: len(write(most))) - 1
         text = write(max(most, 0))[:limit]  # without any row it may still be too long
     return text.decode(errors="ignore")
-
-
-def _escape(text: str) -> str:
-    """One line in which nothing is markup: entities, since a table splits its cells before it reads backslashes."""
-    return _SPECIAL.sub(lambda special: f"&#{ord(special[0])};", one_line(text, 1000))

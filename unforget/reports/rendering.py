@@ -8,14 +8,14 @@ from markupsafe import Markup
 from unforget.reports import charts, tables, words
 
 
-def template(name: str, escape: Callable[[str], str]) -> Template:
-    """A template of this room. Everything that it prints goes through `escape`, except what its own macros wrote."""
+def template(name: str, escape: Callable[[str], str], room: str = "reports") -> Template:
+    """A template of a room. Everything that it prints goes through `escape`, except what its own macros wrote."""
 
     def finalize(value: object) -> Markup:
         return value if isinstance(value, Markup) else Markup(escape(str(value)))
 
     environment = Environment(
-        loader=PackageLoader("unforget.reports"), autoescape=True, finalize=finalize, undefined=StrictUndefined,
+        loader=PackageLoader(f"unforget.{room}"), autoescape=True, finalize=finalize, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     environment.globals |= {"charts": charts, "tables": tables, "words": words}

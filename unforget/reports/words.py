@@ -22,6 +22,11 @@ def one_line(text: str, longest: int = 300) -> str:
     return line if len(line) <= longest else line[: longest - 1] + "…"
 
 
+def entities(text: str, special: re.Pattern[str]) -> str:
+    """The text on one line, its special characters as entities: tables split their cells before backslashes count."""
+    return special.sub(lambda found: f"&#{ord(found[0])};", one_line(text, 1000))
+
+
 def number(value: float | None) -> str:
     """Four digits; a dash for none."""
     return "—" if value is None else f"{value:.4g}"

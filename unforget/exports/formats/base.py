@@ -2,13 +2,12 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from unforget.core.types import Family
 from unforget.errors import CannotRun
@@ -26,37 +25,32 @@ HASH = "modelspec.hash_sha256"
 DIFFUSERS = "https://github.com/huggingface/diffusers"
 PREDICTIONS = {"v_prediction": "v"}
 """ModelSpec's words, where they are not diffusers'."""
+OPEN = """\
+from diffusers import {pipeline}
+
+here = "."  # this folder, or the id of this repository
+pipe = {pipeline}.from_pretrained("""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A base that was opened, and what is to be written of it.
-
-    Attributes:
-        ref: What the user called the base.
-        options: How it was opened.
-        family: The row of its family.
-        origin: Where its weights lie.
-        config: Of its network.
-        resolution: Width and height of its images.
-        prediction: What its network predicts, as its scheduler is configured.
-        merge: The tensors to write.
-        compute: The precision in which the family computes.
-        max_shard_size: Largest file of a folder, such as 10GB.
-        advance: Called for every tensor that is written.
-    """
+    """A base that was opened, and what is to be written of it."""
 
     ref: str
+    """What the user called the base."""
     options: Options
     family: FamilySpec
     origin: Source
     config: Mapping[str, Any]
+    """Of the network."""
     resolution: tuple[int, int]
+    """Width and height of its images."""
     prediction: str
+    """What its network predicts, as its scheduler is configured."""
     merge: Merge
     compute: torch.dtype
+    """The precision in which the family computes."""
     max_shard_size: str
-    advance: Callable[..., Any]
 
     @property
     def numbers(self) -> int:
@@ -65,11 +59,9 @@ class Job:
 
 
 class Format(ABC):
-    """A form of export. These defaults are of one that holds the network's weights with the patches on.
+    """A form of export, in a precision (None: that of the base's own file).
 
-    Args:
-        stack: The patches.
-        dtype: The precision that was asked for; None is that of the base's own file.
+    These defaults are of one that holds the network's weights with the patches on.
     """
 
     kind: ClassVar[str]
@@ -79,7 +71,7 @@ class Format(ABC):
     is_adapter: ClassVar[bool] = False
     """Whether it is nothing without the base."""
     usage: ClassVar[str] = ""
-    """Python that opens a folder, for the card, to be formatted with `base`, `network` and `options`."""
+    """Python that opens a folder, for the card; its fields are `pipeline`, `network`, `base` and `options`."""
 
     def __init__(self, stack: Stack, dtype: torch.dtype | None) -> None:
         self.dtype = dtype
@@ -112,21 +104,10 @@ class Format(ABC):
         return opened
 
 
-class Written(Digested):
-    """The digest of what is written, a step of the progress a tensor."""
-
-    def __init__(self, job: Job) -> None:
-        super().__init__()
-        self.job = job
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        self.job.advance(1)
-        super().add(name, tensor)
-
-    def check(self, manifest: ExportManifest) -> None:
-        """CannotRun unless the tensors that were written are those that were checked."""
-        if self.hexdigest() != manifest.digest:
-            raise CannotRun("the base changed on the disk while it was read", "Export again.")
+def check_written(written: Digested, manifest: ExportManifest) -> None:
+    """CannotRun unless the tensors that were written are those that were checked."""
+    if written.hexdigest() != manifest.digest:
+        raise CannotRun("the base changed on the disk while it was read", "Export again.")
 
 
 def header(job: Job, manifest: ExportManifest) -> dict[str, str]:
@@ -141,7 +122,7 @@ def model_spec(job: Job, manifest: ExportManifest, implementation: str = DIFFUSE
 
     `implementation` is the code that reads its layout. Equal exports have equal headers: no date, no path.
     """
-    targets = len({t for part in manifest.patches for t in part.provenance.all_targets})
+    targets = len(manifest.targets)
     what = f"{targets} picture{'s' * (targets != 1)} unlearned"
     return {
         "modelspec.sai_model_spec": "1.0.1",

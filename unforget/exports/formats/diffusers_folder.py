@@ -12,10 +12,11 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from unforget import families
 from unforget.core.types import Family
-from unforget.exports.formats.base import Format, Job, Written, header
+from unforget.exports.formats.base import OPEN, Format, Job, check_written, header
 from unforget.exports.manifest import PATH, ExportManifest
+from unforget.exports.rounding import DTYPES
 from unforget.families import weights
-from unforget.files.storage import BadFile, Lazy, read_json, write_json, write_tensors
+from unforget.files.storage import BadFile, Digested, open_tensors, read_json, write_json, write_tensors
 
 STEM = "diffusion_pytorch_model"
 WEIGHTS = re.compile(r"[\w-]+?(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
@@ -32,11 +33,7 @@ class DiffusersFolder(Format):
 
     kind = "diffusers"
     is_folder = True
-    usage = """\
-from diffusers import DiffusionPipeline
-
-here = "."  # this folder, or the id of this repository
-pipe = DiffusionPipeline.from_pretrained(here{options})"""
+    usage = f"{OPEN}here{{options}})"
 
     def size(self, job: Job) -> int:
         files = copies(job.origin.home, job.family.network)[0] if job.origin.home else {}
@@ -67,10 +64,9 @@ pipe = DiffusionPipeline.from_pretrained(here{options})"""
 
 
 def copies(home: Path, network: str) -> tuple[dict[Path, Path], list[str]]:
-    """What of a base's folder goes into the new one, but for the weights of the network.
+    """What of a base's folder goes into the new one, but for the weights of the network, by its place there.
 
-    Returns:
-        The files by their places in the new folder, and the parts whose weights are in no form that can be copied.
+    And the parts whose weights are in no form that can be copied.
     """
     said = [f for f in home.iterdir() if f.name == "model_index.json" or (LICENCES.fullmatch(f.name) and f.is_file())]
     found, missing = {Path(f.name): f for f in said}, []
@@ -118,17 +114,17 @@ def _clean(value: Any) -> Any:
 
 def _rest_dtype(job: Job) -> torch.dtype | None:
     """The precision of a single file's other parts; None for a base of another kind."""
-    if job.origin.file is None:
+    file, layout = job.origin.file, job.origin.layout
+    if file is None or layout is None:
         return None
-    mark = torch.float64  # a type that says which names are the network's in the layout of the file
-    marked = {n: Lazy(mark, t.shape, t.make) for n, t in job.merge.base.items()}
-    found = {t.dtype for t in weights.checkpoint(job.origin, marked, job.config).values()}
-    return max(found & {torch.float32, torch.float16, torch.bfloat16}, key=str, default=None)
+    parts = (layout.vae_prefix, *layout.text_encoders.values())
+    found = {t.dtype for n, t in open_tensors(file).tensors.items() if n.startswith(parts)}
+    return max(found & {*DTYPES.values()}, key=str, default=None)
 
 
 def _write_shards(job: Job, manifest: ExportManifest, folder: Path) -> None:
     """The network's weights as diffusers lays them out: one file, or shards and their index."""
-    tensors, written = job.merge.tensors(), Written(job)
+    tensors, written = job.merge.tensors(), Digested()
     split = split_state_dict_into_shards_factory(
         dict[str, Any](tensors), get_storage_size=lambda lazy: lazy.size, max_shard_size=job.max_shard_size,
         filename_pattern=f"{STEM}{{suffix}}.safetensors",
@@ -138,4 +134,4 @@ def _write_shards(job: Job, manifest: ExportManifest, folder: Path) -> None:
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(index, folder / f"{STEM}.safetensors.index.json")
-    written.check(manifest)
+    check_written(written, manifest)

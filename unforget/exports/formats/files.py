@@ -5,10 +5,10 @@ from pathlib import Path
 
 from unforget import families
 from unforget.core.types import Family
-from unforget.exports.formats.base import DIFFUSERS, HASH, Format, Job, Written, header, model_spec
+from unforget.exports.formats.base import DIFFUSERS, HASH, Format, Job, check_written, header, model_spec
 from unforget.exports.manifest import ExportManifest
 from unforget.families import weights
-from unforget.files.storage import Lazy, write_tensors
+from unforget.files.storage import Digested, Lazy, write_tensors
 
 
 class Transformer(Format):
@@ -17,7 +17,7 @@ class Transformer(Format):
     kind = "transformer"
 
     def write(self, job: Job, manifest: ExportManifest, out: Path) -> None:
-        _write(job, manifest, job.merge.tensors(), DIFFUSERS, out).check(manifest)
+        check_written(_write(job, manifest, job.merge.tensors(), DIFFUSERS, out), manifest)
 
     def load(self, job: Job, out: Path) -> Family:
         rest = weights.load(job.ref, job.options)
@@ -45,9 +45,9 @@ class SingleFile(Format):
         return weights.checkpoint(job.origin, job.merge.tensors(), job.config)
 
 
-def _write(job: Job, manifest: ExportManifest, tensors: Mapping[str, Lazy], implementation: str, out: Path) -> Written:
+def _write(job: Job, manifest: ExportManifest, tensors: Mapping[str, Lazy], implementation: str, out: Path) -> Digested:
     """With a header in ModelSpec's words, in which the base's own are kept."""
-    own, said, written = header(job, manifest), model_spec(job, manifest, implementation), Written(job)
+    own, said, written = header(job, manifest), model_spec(job, manifest, implementation), Digested()
     more = {
         "modelspec.merged_from": own.get("modelspec.merged_from", manifest.base),
         "modelspec.tags": ", ".join(filter(None, [own.get("modelspec.tags"), said["modelspec.tags"]])),

@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from unforget.core.types import Family
 from unforget.errors import CannotRun, UsageError
-from unforget.exports.formats.base import HASH, Format, Job, model_spec
+from unforget.exports.formats.base import HASH, OPEN, Format, Job, model_spec
 from unforget.exports.manifest import ExportManifest
 from unforget.exports.merging import MergeStats
 from unforget.families import weights
@@ -29,12 +28,9 @@ class Lora(Format):
     is_folder = True
     is_adapter = True
     file: ClassVar[str] = "pytorch_lora_weights.safetensors"
-    usage = """\
-from diffusers import DiffusionPipeline
-
-here = "."  # this folder, or the id of this repository
-pipe = DiffusionPipeline.from_pretrained({base})
-pipe.load_lora_weights(here, weight_name="pytorch_lora_weights.safetensors")"""
+    put_on = staticmethod(weights.with_lora)
+    """Puts the factors beside the base's weights; returns them as the stock loader read them."""
+    usage = f'{OPEN}{{base}})\npipe.load_lora_weights(here, weight_name="{file}")'
 
     def __init__(self, stack: Stack, dtype: torch.dtype | None) -> None:
         if any(p.provenance.adapter is None for p in stack.patches):
@@ -81,10 +77,6 @@ pipe.load_lora_weights(here, weight_name="pytorch_lora_weights.safetensors")"""
     def load(self, job: Job, out: Path) -> Family:
         return weights.load(job.ref, job.options)
 
-    def put_on(self, base: Family, out: Path) -> dict[str, Tensor]:
-        """The factors as the stock loader read them, now beside the base's weights."""
-        return weights.with_lora(base, out)
-
     def reopen(self, job: Job, manifest: ExportManifest, out: Path) -> Family:
         """The base with the factors on, compared in whatever precision the loader holds them."""
         base = self.load(job, out)
@@ -100,17 +92,12 @@ class Peft(Lora):
 
     kind = "peft"
     file = "adapter_model.safetensors"
-    usage = """\
-from diffusers import DiffusionPipeline
-from peft import PeftModel
-
-here = "."  # this folder, or the id of this repository
-pipe = DiffusionPipeline.from_pretrained({base})
-pipe.{network} = PeftModel.from_pretrained(pipe.{network}, here)"""
+    put_on = staticmethod(weights.with_peft)
+    usage = (
+        f"from peft import PeftModel\n{OPEN}{{base}})\n"
+        "pipe.{network} = PeftModel.from_pretrained(pipe.{network}, here)"
+    )
 
     def write(self, job: Job, manifest: ExportManifest, out: Path) -> None:
         self._write(job, manifest, out, "base_model.model.", {})
         write_json(self._config(manifest.base), out / "adapter_config.json")
-
-    def put_on(self, base: Family, out: Path) -> dict[str, Tensor]:
-        return weights.with_peft(base, out)
