@@ -82,13 +82,16 @@ class Family(Protocol):
     spec: Any  # what is particular of the family: a `families.spec.FamilySpec`
     name: str  # what the user called the model
     schedule: Schedule
-    scheduler_config: Any  # of its diffusers scheduler, from which others are built
     network: nn.Module  # the one whose weights are trained
     latent_shape: tuple[int, int, int]  # (C, H, W) of what the network works on
     image_shape: tuple[int, int, int]
     prompts: list[str]  # the table of prompts, by id; the first is empty
     guidance: float | None  # of its draws, where there is such
     retain_prompts: tuple[str, ...]  # under which retain images are drawn, unless the user gives others
+
+    @property
+    def scheduler_config(self) -> Any:
+        """Of its diffusers scheduler, from which others are built."""
 
     def predict(self, x_t: Tensor, timestep: Tensor, prompt_ids: Tensor) -> Tensor: ...
     def prompt_ids(self, prompts: Sequence[str]) -> Tensor: ...  # (len(prompts),); new ones are embedded and added

@@ -26,6 +26,7 @@ class Layout:
     """The names in the original single file of a family: pieces, by the names of tensors in diffusers."""
 
     mark: str  # how the names of some of the network's tensors begin, and no other family's
+    vae_prefix: str  # how the names of the autoencoder's begin
     text_encoders: Mapping[str, str]  # how the names of theirs begin, by part
     network: Callable[[Iterable[str]], dict[str, Piece]]
     vae: Callable[[Iterable[str]], dict[str, Piece]]

@@ -131,4 +131,4 @@ def check(part: str, tensors: Mapping[str, Lazy]) -> None:
             raise CannotRun(sentence, "Give the format diffusers or transformer.")
 
 
-LAYOUT = Layout(f"{TRANSFORMER}joint_blocks.", TEXT_ENCODERS, transformer, vae, text_encoder, check)
+LAYOUT = Layout(f"{TRANSFORMER}joint_blocks.", VAE, TEXT_ENCODERS, transformer, vae, text_encoder, check)
