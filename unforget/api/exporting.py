@@ -41,8 +41,12 @@ def export(config: ExportConfig, progress: Progress | None = None) -> Exported:
         raise UsageError(f"there is no folder '{config.card_images}'", "Give --card-images a folder of pictures.")
     if config.threads:
         torch.set_num_threads(config.threads)
-    opening, stack = options(config), Stack.load(config.patch, config.scale)
-    request = ExportRequest(config, opening, stack, Verified.of(config.report) if config.report else None, versions())
+    request = ExportRequest(
+        config.model, options(config), Stack.load(config.patch, config.scale), config.format, config.dtype,
+        config.max_shard_size, config.seed, config.force_rounding,
+        Verified.of(config.report) if config.report else None, config.patch[-1].with_suffix(".run") / "verify.json",
+        versions(),
+    )  # fmt: skip
     try:
         with placement.atomic_export(config.output) as out:
             manifest, row = write_export(request, out, progress or Progress())

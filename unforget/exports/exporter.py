@@ -7,7 +7,6 @@ from pathlib import Path
 from torch import Tensor
 
 from unforget import families
-from unforget.config import ExportConfig
 from unforget.core import sampling
 from unforget.core.metrics import rms
 from unforget.core.types import Family, Progress
@@ -28,13 +27,20 @@ SIDE = 16
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """What is to be exported: the configuration, and what it names."""
+    """What is to be exported, and how."""
 
-    config: ExportConfig
+    model: str
     options: Options
     stack: Stack
+    format: str
+    dtype: str | None
+    max_shard_size: str
+    seed: int
+    force_rounding: bool
     verified: Verified | None
     """The verdict that was given."""
+    report: Path
+    """Where one lies that was not given."""
     versions: Mapping[str, str]
     """For the record."""
 
@@ -45,10 +51,9 @@ def write_export(request: ExportRequest, out: Path, progress: Progress) -> tuple
     UsageError if the family has no such format, or the verdict is about other weights; CannotRun if the base is another
     one, rounding loses the change, or the export does not read back.
     """
-    config = request.config
-    form = FORMATS[config.format](request.stack, DTYPES.get(config.dtype or ""))
+    form = FORMATS[request.format](request.stack, DTYPES.get(request.dtype or ""))
     with weights.quiet():  # T5 stays where it is: the images that are compared need none
-        family = weights.load(config.model, replace(request.options, t5=False))
+        family = weights.load(request.model, replace(request.options, t5=False))
     job = _job(request, family, form, out, progress)
     check_room(out.parent, form.size(job))
     prompt = family.retain_prompts[:1]
@@ -58,7 +63,7 @@ def write_export(request: ExportRequest, out: Path, progress: Progress) -> tuple
     stats = job.merge.apply(family.network)
     families.trim_memory(job.numbers)
     manifest = _manifest(request, form, job, stats, progress)
-    noise = _noise(family, config.seed)
+    noise = _noise(family, request.seed)
     meant = sampling.draw(family, noise, steps=4, prompt_ids=family.prompt_ids(prompt))
     family.set_network(None)
     del family
@@ -80,11 +85,11 @@ def write_export(request: ExportRequest, out: Path, progress: Progress) -> tuple
 
 def _job(request: ExportRequest, family: Family, form: Format, out: Path, progress: Progress) -> Job:
     """The base, checked to be the one that the patches are for, and what is to be done with it."""
-    config, row, state = request.config, family.spec, family.network.state_dict()
-    if config.format not in row.formats:
-        raise UsageError(f"a {row.name} has no {config.format}", f"It has the formats {', '.join(row.formats)}.")
-    request.stack.check(family.network, config.model)
-    origin = weights.source(config.model, family, request.options.pipeline_config)
+    row, state = family.spec, family.network.state_dict()
+    if request.format not in row.formats:
+        raise UsageError(f"a {row.name} has no {request.format}", f"It has the formats {', '.join(row.formats)}.")
+    request.stack.check(family.network, request.model)
+    origin = weights.source(request.model, family, request.options.pipeline_config)
     if not origin.tensors:
         # Pickled, or under names that the loader translated: laid down once as they are in memory.
         file = out.with_name(f".{out.name}.network")
@@ -95,10 +100,10 @@ def _job(request: ExportRequest, family: Family, form: Format, out: Path, progre
     compute = next(family.network.parameters()).dtype
     dtype = compute if form.is_adapter else form.dtype or precision(origin.tensors, computed)
     return Job(
-        config.model, replace(request.options, t5=False, guidance=family.guidance), row, origin,
+        request.model, replace(request.options, t5=False, guidance=family.guidance), row, origin,
         weights.network_config(family.network), (family.image_shape[2], family.image_shape[1]),
         family.scheduler_config.get("prediction_type", "flow"),
-        Merge(request.stack, origin.tensors, computed, dtype, progress.advance), compute, config.max_shard_size,
+        Merge(request.stack, origin.tensors, computed, dtype, progress.advance), compute, request.max_shard_size,
     )  # fmt: skip
 
 
@@ -116,20 +121,20 @@ def _manifest(request: ExportRequest, form: Format, job: Job, stats: MergeStats,
         for p, s in request.stack.pairs()
     ]
     manifest = ExportManifest(
-        format=form.kind, dtype=NAMES[form.dtype or job.merge.dtype], base=called(request.config.model),
+        format=form.kind, dtype=NAMES[form.dtype or job.merge.dtype], base=called(request.model),
         base_digest=patches[0].provenance.base_digest, patched_digest=stats.patched, digest=form.digest(stats),
         patches=patches, verified=_verdict(request, stats, progress), versions=dict(request.versions),
     )  # fmt: skip
     if form.is_adapter:
         return manifest
     lora = "lora" in job.family.formats and all(p.provenance.adapter is not None for p in patches)
-    rounding = judge(stats.meter, manifest, lora=lora, force=request.config.force_rounding, note=progress.note)
+    rounding = judge(stats.meter, manifest, lora=lora, force=request.force_rounding, note=progress.note)
     return manifest.model_copy(update={"rounding": rounding})
 
 
 def _verdict(request: ExportRequest, stats: MergeStats, progress: Progress) -> Verified | None:
     """The verdict of `unforget verify`, if it is about these weights; UsageError if one was given that is not."""
-    found, beside = request.verified, request.config.patch[-1].with_suffix(".run") / "verify.json"
+    found, beside = request.verified, request.report
     if found is None and beside.is_file():
         try:
             found = Verified.of(beside)
