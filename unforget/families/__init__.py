@@ -9,7 +9,7 @@ from unforget.families.loading import Hints, Options, editor, examined, hints, h
 from unforget.families.memory import trim_memory
 from unforget.families.spec import FamilySpec, check_scope
 
-FAMILIES: tuple[FamilySpec, ...] = tuple(import_module(f"{__name__}.{name}").SPEC for name in ("ddpm", "sd3"))
+FAMILIES: tuple[FamilySpec, ...] = tuple(import_module(f"{__name__}.{name}").SPEC for name in ("ddpm", "sd3", "sd"))
 EMBEDDED = ("faces", "flags")
 """Models inside the package: no download."""
 HUB_ALIASES = {alias: repo for spec in FAMILIES for alias, repo in spec.aliases.items()}

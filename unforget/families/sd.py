@@ -1,0 +1,72 @@
+"""Text-to-image models with a UNet: diffusers' `StableDiffusionPipeline` (Stable Diffusion 1.x and 2.x)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unforget.core.objectives import CleanSpace, Linear, PosteriorSwap, Surrogate
+from unforget.core.recipe import Recipe
+from unforget.families.spec import PAPER, Config, FamilySpec
+
+
+def embed(pipeline: Any, prompt: str, device: torch.device) -> tuple[Tensor]:
+    """Tokens of CLIP, (1, 77, D)."""
+    embeds, _ = pipeline.encode_prompt(prompt, device, 1, do_classifier_free_guidance=False)
+    return (embeds,)
+
+
+def call(network: Any, x_t: Tensor, timestep: Tensor, conditioning: Sequence[Tensor]) -> Tensor:
+    """The noise or the velocity, whichever its scheduler's configuration names."""
+    answer: Tensor = network(x_t, timestep, *conditioning, return_dict=False)[0]
+    return answer
+
+
+def architecture(config: Config) -> str:
+    """1.x, or 2.x by the size of its pictures."""
+    if config.get("cross_attention_dim") != 1024:
+        return "stable-diffusion-v1"
+    return "stable-diffusion-v2-768-v" if config.get("sample_size") == 96 else "stable-diffusion-v2-512"
+
+
+SPEC = FamilySpec(
+    name="sd",
+    title="Stable Diffusion 1.x",
+    pipeline_class="StableDiffusionPipeline",
+    inpaint_class="StableDiffusionInpaintPipeline",
+    network="unet",
+    network_class="UNet2DConditionModel",
+    prompted=True,
+    scopes=("lora", "full"),
+    recipes={
+        # SD3's at the same ratios of noise to image, with the rate of diffusers' LoRA script; not tuned.
+        "default": Recipe(
+            objective=PosteriorSwap(weighting=CleanSpace(cap=1.0, retain=32.0), taper=(620, 730)), train="lora",
+            learning_rate=1e-4, max_train_steps=360, cooldown_steps=140, forget_range=(13, 1000), stop_margin=None,
+        ),
+        # As arXiv:2603.10445 has it for Stable Diffusion 3.
+        "paper": PAPER.model_copy(
+            update={
+                "objective": Surrogate(weighting=Linear(beta=2e-4)), "train": "lora", "learning_rate": 1e-5,
+                "max_train_steps": 100,
+            }
+        ),
+    },
+    formats=("diffusers", "lora", "peft", "transformer"),
+    task="text-to-image",
+    architecture=architecture,
+    lora_targets=("to_q", "to_k", "to_v", "to_out.0"),  # as diffusers' own LoRA script
+    aliases={"sd1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5"},
+    sampler="DDIMScheduler",
+    sampler_options={"clip_sample": False},  # as the pipeline does: latents have no bounds
+    call=call,
+    text_encoders={"text_encoder": "CLIPTextModel"},
+    embed=embed,
+    conditioning=("prompt_embeds",),
+    conditioning_shapes=lambda config: ((77, config["cross_attention_dim"]),),
+    guidance=7.5,
+    vae_dtype="float32",
+    blocks=lambda config: 2 * len(config["block_out_channels"]) + 1,
+    passed={"safety_checker": None, "feature_extractor": None, "image_encoder": None, "requires_safety_checker": False},
+)  # fmt: skip
