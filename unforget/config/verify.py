@@ -10,7 +10,7 @@ from unforget.config.base import MACHINE, Config, ImageConfig, PatchedConfig, Pr
 
 RENAMED_PROBES = {
     "reword": "paraphrase", "cast": "quantization", "complete": "partial_denoise", "retain": "retention",
-    "keep": "retention", "seek": "noise_search", "revive": "relearning",
+    "keep": "must_retain", "seek": "noise_search", "revive": "relearning",
 }  # fmt: skip
 Timestep = Annotated[int, Field(gt=0, lt=1000)]
 SIMILARITY = ("pixels", "structure", "sscd", "face")
