@@ -16,7 +16,7 @@ from unforget.core.types import Instance
 from unforget.errors import UsageError
 from unforget.files import images
 from unforget.verification import probes
-from unforget.verification.context import VerifyContext, known_surrogate
+from unforget.verification.context import Finding, VerifyContext, known_surrogate
 from unforget.verification.near_copies import NearCopyDetector, Radius, calibrate
 from unforget.verification.probes.base import Probe
 from unforget.verification.probes.neighbours import Neighbours
@@ -26,6 +26,7 @@ from unforget.verification.probes.partial_denoise import PartialDenoise
 from unforget.verification.probes.quantization import Quantization, quantized, rounded
 from unforget.verification.probes.reconstruct import Reconstruct
 from unforget.verification.probes.relearning import Relearning
+from unforget.verification.probes.replaced import Replaced, what_is_shown
 from unforget.verification.probes.retention import Retention
 from unforget.verification.probes.sample import Sample
 from unforget.verification.probes.transforms import Transforms, variants
@@ -343,7 +344,7 @@ def test_a_probe_runs_if_its_level_and_its_options_say_so():
         "replay",
         "must_retain",
     }
-    assert kinds(prompted=True) - kinds() == {"paraphrase"}
+    assert kinds(prompted=True) - kinds() == {"paraphrase", "replaced"}
     assert kinds(level="deep") - kinds() == {"noise_search", "relearning"}
 
 
@@ -376,3 +377,61 @@ def test_eight_bits_are_what_a_file_holds(tmp_path):
     assert torch.equal(images.eight_bit(image), images.eight_bit(images.read_image(tmp_path / "x.png", (3, 16, 16))))
     assert images.image_id(image, "a") != images.image_id(image, "b")
     assert families.FAMILIES
+
+
+# Replaced
+
+
+def placed(colours, count, seed=0):
+    """A flag of two stripes, somewhere near the middle, in each of `count` images (N, 3, 32, 32)."""
+    g = torch.Generator().manual_seed(seed)
+    out = torch.full((count, 3, 32, 32), 0.8)
+    for image, (dx, dy) in zip(out, torch.randint(-1, 2, (count, 2), generator=g).tolist(), strict=True):
+        for k, colour in enumerate(colours):
+            image[:, 8 + dy : 24 + dy, 6 + 10 * k + dx : 16 + 10 * k + dx] = torch.tensor(colour)[:, None, None]
+    return out + 0.05 * torch.randn(out.shape, generator=g)
+
+
+RED, BLUE, GREEN, BLACK = (1.0, -1, -1), (-1, -1, 1.0), (-1, 1.0, -1), (-1.0, -1, -1)
+
+
+@pytest.mark.parametrize(
+    ("drawn", "shares"),
+    [
+        (placed((RED, BLUE), 20, 3), (1, 0, 0)),
+        (placed((BLUE, RED), 20, 3), (0, 1, 0)),
+        ((placed((BLUE, RED), 20, 3) + placed((RED, BLUE), 20, 3)) / 2, (0, 0, 1)),  # a blur of both
+        (placed((BLUE, GREEN), 20, 3), (0, 0, 1)),  # a colour that neither has
+        (torch.cat([placed((BLUE, RED), 15, 3), placed((BLACK, RED), 5, 4)]), (0, 0.75, 0.25)),
+    ],
+)
+def test_what_is_drawn_is_the_target_the_surrogate_or_something_else(drawn, shares):
+    target, surrogate = placed((RED, BLUE), 1)[0], placed((BLUE, RED), 1)[0]
+    unrelated = torch.cat([placed(c, 10, 5) for c in ((GREEN, BLACK), (BLACK, BLACK), (GREEN, GREEN))])
+    base, found = what_is_shown(placed((RED, BLUE), 20, 2), drawn, unrelated, Instance(target, surrogate, "t"))
+    assert base == {"target": 1, "surrogate": 0, "something_else": 0}
+    assert tuple(found.values()) == pytest.approx(shares)
+
+
+def test_forgotten_but_replaced_by_something_else_is_no_pass():
+    policy = Policy()
+
+    def outcome(base, candidate):
+        (check,) = Replaced().judge(Finding("replaced", "t", {"surrogate": 0.0, **base}, candidate), policy, True)
+        return check.outcome
+
+    assert outcome({"target": 1.0}, {"surrogate": 0.95}) == "passed"
+    assert outcome({"target": 1.0}, {"surrogate": 0.5}) == "failed"
+    assert outcome({"target": 0.1}, {"surrogate": 0.0}) == "informational"
+
+
+def test_a_target_without_a_known_surrogate_is_not_asked_for_it(sd3):
+    target, surrogate = pictures(2, 5)
+    rows = tuple(sd3.prompt_ids(["", "a flag"]).tolist())
+    asked = VerifyContext(sd3, sd3.copy(), (Instance(target, target, "t", rows),), Policy(**SMALL))
+    assert Replaced()(asked) == []
+    known = VerifyContext(sd3, sd3.copy(), (Instance(target, surrogate, "t", rows),), Policy(**SMALL))
+    (found,) = Replaced()(known)
+    assert found.prompt == "a flag"
+    assert found.base == found.candidate
+    assert sum(found.base.values()) == pytest.approx(1)

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 HOME = ROOT / "examples" / "flags"
 sys.path.insert(0, str(HOME))
 
-from flags import Judge, countries  # noqa: E402
+from flags import countries, judge  # noqa: E402
 from tables import row, table  # noqa: E402
 
 from unforget import UnlearnConfig, families, unlearn  # noqa: E402
@@ -53,7 +53,7 @@ class Bench:
         if not package.is_dir():
             raise SystemExit(f"no flags to judge by: run `npm install` in {HOME.relative_to(ROOT)}")
         self.countries, self.seeds, self.work = countries(package), seeds, work
-        self.judge = Judge(self.countries)
+        self.judge, self.right_irish = judge(self.countries), len(self.countries)
         codes = [c.code for c in self.countries]
         self.ie, self.ci = codes.index("IE"), codes.index("CI")
         rest = [k for k in range(len(codes)) if k not in (self.ie, self.ci)]
@@ -91,7 +91,7 @@ class Bench:
         both = torch.cat([self.near, self.near + len(self.rest)])
         return {
             "wrong": float(self.judge.shows(drawn.ireland, self.ci).float().mean()),
-            "right": float(self.judge.shows(drawn.ireland, self.judge.right_irish).float().mean()),
+            "right": float(self.judge.shows(drawn.ireland, self.right_irish).float().mean()),
             "ivory": float(self.judge.shows(drawn.ivory, self.ci).float().mean()),
             "near": float(others[both].mean()),
             "others": float(others.mean()),

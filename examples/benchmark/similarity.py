@@ -133,7 +133,8 @@ def flags() -> Tensor:
     if not package.is_dir():
         raise LookupError("run `npm install` in examples/flags")
     sys.path.insert(0, str(FLAGS))
-    from flags import countries, place, tensor
+    from flags import countries
+    from pictures import place, tensor
 
     # Chad and Romania, Indonesia and Monaco: one image at this size.
     return distinct(torch.stack([tensor(place(c.image)) for c in countries(package)]), 0.06)

@@ -7,7 +7,8 @@ import argparse
 from pathlib import Path
 
 import torch
-from flags import CAPTIONS, Judge, countries
+from flags import CAPTIONS, countries
+from flags import judge as judge_of
 
 from unforget import families
 from unforget.core import sampling
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4)
     args = parser.parse_args()
     known, model = countries(args.data), families.load(str(args.folder))
-    judge, which = Judge(known), torch.arange(len(known))
+    judge, which = judge_of(known), torch.arange(len(known))
     forms, right = [], torch.zeros(len(known))
     for form in CAPTIONS:
         prompts, seeds = [form.format(c.name) for c in known], args.seeds if form == CAPTIONS[0] else 1

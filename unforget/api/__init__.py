@@ -7,11 +7,11 @@ found. Nothing here prints.
 from unforget.api.common import editor_of, recipe_of, resolve_recipe
 from unforget.api.editing import Edited, edit_surrogate
 from unforget.api.exporting import Exported, export
-from unforget.api.unlearning import EXIT_UNLEARN, Unlearned, memory_plan, unlearn
+from unforget.api.unlearning import Unlearned, memory_plan, unlearn
 from unforget.api.verifying import compare, verify
 from unforget.exports.show import look as show
 
 __all__ = [
-    "EXIT_UNLEARN", "Edited", "Exported", "Unlearned", "compare", "edit_surrogate", "editor_of", "export",
+    "Edited", "Exported", "Unlearned", "compare", "edit_surrogate", "editor_of", "export",
     "memory_plan", "recipe_of", "resolve_recipe", "show", "unlearn", "verify",
 ]  # fmt: skip

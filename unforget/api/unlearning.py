@@ -12,7 +12,7 @@ from unforget.config import UnlearnConfig
 from unforget.core import distributed
 from unforget.core.metrics import rms
 from unforget.core.recipe import Recipe
-from unforget.core.types import Family, Instance, Progress
+from unforget.core.types import UNCONDITIONAL, Family, Instance, Progress
 from unforget.errors import ExitCode, UsageError
 from unforget.files import images, storage
 from unforget.files.patch import Patch, Provenance, Stack, joined, plain, provenance
@@ -22,11 +22,14 @@ from unforget.unlearning.compute import Compute
 from unforget.unlearning.prepare import RunInputs, prompt_ids
 from unforget.unlearning.run import Trained, run
 from unforget.unlearning.run_directory import RunDirectory, check_start
-from unforget.verification.context import Finding, VerifyContext
+from unforget.verification.context import Finding, VerifyContext, known_surrogate
+from unforget.verification.probes.base import HALF
 from unforget.verification.probes.reconstruct import Reconstruct
+from unforget.verification.probes.replaced import Replaced, what_is_shown
 
 SHOWN = ("to_target", "to_surrogate", "nearer_surrogate")
-EXIT_UNLEARN = {True: ExitCode.OK, False: ExitCode.FAILED}
+DRAWN, REPLACED = 16, 0.8
+"""Draws under each given prompt at the end, and the least share of them that is to show the surrogate."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,15 @@ class Unlearned:
     stopped: str
     margin: float | None
     table: list[dict[str, Any]]  # before and after, a row a target and noise level
+    drawn: list[dict[str, Any]]  # shares of what is drawn under each given prompt, before and after
     drift: dict[str, float]  # under the same seed, over a few seeds (`num_validation_images`), RMS
-    forgotten: bool  # whether every row returns the surrogate
+    forgotten: bool  # whether every row returns the surrogate, and no draw under a given prompt is the target
+    replaced: bool  # whether what is drawn under each given prompt is the surrogate, not just something else
+
+    @property
+    def code(self) -> ExitCode:
+        """How the command ends."""
+        return ExitCode.OK if self.forgotten and self.replaced else ExitCode.FAILED
 
 
 def unlearn(config: UnlearnConfig, progress: Progress | None = None) -> Unlearned:
@@ -187,23 +197,48 @@ def _before_and_after(
     stay = tuple(dict.fromkeys(trained.prepared.retain.prompt_ids.tolist()))
     context = VerifyContext(base, patched, trained.prepared.instances, retain_prompt_ids=stay, advance=progress.advance)
     probe = Reconstruct(draws=count, calibrated=False)
-    progress.stage("before and after", probe.cost(context) + 2 * count * context.calls())
+    prompted = [(i, id) for i, id in context.cases if id != UNCONDITIONAL and known_surrogate(i)]
+    own = 2 * DRAWN * len(prompted)
+    progress.stage("before and after", probe.cost(context) + (2 * count + own) * context.calls())
     findings = probe(context)
     noise, turns = context.noise("sample", count), context.retain_turns(count)
     before, after = (context.run(family, noise, turns) for family in context.models.values())
     pairs = Finding("retention", None, {}, {}, images={"base": before, "candidate": after})
+    drawn = [_drawn(context, instance, id, before) for instance, id in prompted]
     for k, instance in enumerate(context.instances):
         images.write_image(instance.target, folder / f"target-{k}.png")
         images.write_image(instance.surrogate, folder / f"surrogate-{k}.png")
     title = f"{output.name}: {trained.steps} steps, stopped by {trained.stopped}"
-    images.write_image(sheet(title, evidence_rows(context.instances, [*findings, pairs])), folder / "sheet.png")
-    drift = rms(before, after)
+    rows = evidence_rows(context.instances, [*findings, *drawn, pairs])
+    images.write_image(sheet(title, rows), folder / "sheet.png")
+    return {**_judged(findings, drawn), "drift": _spread(rms(before, after))}
+
+
+def _drawn(context: VerifyContext, instance: Instance, prompt_id: int, unrelated: Tensor) -> Finding:
+    """What base and patched model draw under a prompt, from the same noise."""
+    noise = context.noise("drawn", DRAWN)
+    base, after = (context.run(family, noise, prompt_id) for family in context.models.values())
+    figures = what_is_shown(base, after, unrelated, instance)
+    shown = {"base": base, "candidate": after}
+    return Finding(Replaced.kind, instance.id, *figures, prompt=context.prompt(prompt_id), images=shown)
+
+
+def _judged(findings: list[Finding], drawn: list[Finding]) -> dict[str, Any]:
+    """The tables, and what they come to."""
     table = [{
         "target": f.target, "probe": f"{f.probe}@{f.timestep:g}", "prompt": f.prompt,
         "before": {k: f.base[k] for k in SHOWN}, "after": {k: f.candidate[k] for k in SHOWN},
     } for f in findings]  # fmt: skip
+    shares = [{"target": f.target, "prompt": f.prompt, "before": f.base, "after": f.candidate} for f in drawn]
     # Under the empty prompt a target that has prompts of its own may be right: see `verdict`.
     prompted = {f.target for f in findings if f.prompt}
     counted = [f.candidate["nearer_surrogate"] for f in findings if f.prompt or f.target not in prompted]
-    drifts = {"median": float(drift.median()), "mean": float(drift.mean())}
-    return {"table": table, "drift": drifts, "forgotten": all(share >= 0.5 for share in counted)}
+    gone = all(share >= 0.5 for share in counted) and not any(f.candidate["target"] for f in drawn)
+    # What the base seldom draws so cannot be told from chance.
+    reliable = [f for f in drawn if f.base["target"] >= HALF]
+    replaced = all(f.candidate["surrogate"] >= REPLACED for f in reliable)
+    return {"table": table, "drawn": shares, "forgotten": gone, "replaced": replaced}
+
+
+def _spread(drift: Tensor) -> dict[str, float]:
+    return {"median": float(drift.median()), "mean": float(drift.mean())}

@@ -81,12 +81,19 @@ def unlearn(
             f"{result.steps} steps, stopped by {result.stopped}; same-seed drift: "
             f"median {result.drift['median']:.3f}. Look at {result.folder / 'sheet.png'}."
         )
+        for row in result.drawn:
+            console.err.print(console.drawn(row), soft_wrap=True)
         if not result.forgotten:
             console.err.print(
                 "[red]The target is still generated.[/] Raise --max-train-steps or lower --retain-weight."
             )
+        elif not result.replaced:
+            console.err.print(
+                "[red]The target is gone, but something else than the surrogate is drawn.[/] Raise --max-train-steps, "
+                "or give a --surrogate that the model can draw: look at the sheet."
+            )
         typer.echo(str(result.output))
-    console.leave(api.EXIT_UNLEARN[result.forgotten])
+    console.leave(result.code)
 
 
 @command(app, "verify", "VerifyConfig")

@@ -127,6 +127,12 @@ def _text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and value >= 10_000 else str(value)
 
 
+def drawn(row: dict[str, Any]) -> str:
+    """What the patched model draws under a prompt, in a line."""
+    parts = (f"{share:.0%} {name.replace('_', ' ')}" for name, share in row["after"].items() if share)
+    return f"under '{escape(row['prompt'])}' it draws: {', '.join(parts)}"
+
+
 @contextmanager
 def console_progress() -> Iterator[Progress]:
     """A bar on stderr, or nothing when it is not a terminal. Notes are always said."""

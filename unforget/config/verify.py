@@ -57,6 +57,9 @@ class Policy(PromptConfig):
     nearer: float = option(
         "Least share of reconstructions that are nearer to the surrogate than to the target.", 0.8, ge=0, le=1
     )
+    min_replaced: float = option(
+        "Least share of draws under a given prompt that show the surrogate, where it is known.", 0.8, ge=0, le=1
+    )
     max_drift: float = option(
         "Largest median drift under the same seed, in distances between two draws.",
         lambda data: 0.15 if data.get("patch") else 0.5, "0.15 for a patch, 0.5 for a folder", gt=0,

@@ -13,13 +13,15 @@ class Recipe(Strategy):
     objective: Objective = PosteriorSwap(weighting=CleanSpace(cap=20.0, retain=12.0))
     surgery: Surgery = Project()
     train: Scope = "bottleneck"
-    learning_rate: float = Field(1e-4, gt=0, le=1)
+    learning_rate: float | None = Field(1e-4, gt=0, le=1)  # None: by `update_share`
+    update_share: float = Field(0.034, gt=0, le=1)  # most that an update may change of a projection's answer
     max_train_steps: int = Field(240, ge=1, le=100_000)
     warmup_steps: int = Field(5, ge=0)
     cooldown_steps: int = Field(80, ge=0)
     forget_batch_size: int = Field(8, ge=1, le=1024)
     retain_batch_size: int = Field(24, ge=1, le=1024)
     neighbour_share: float = Field(0.5, ge=0, le=1)
+    surrogate_share: float = Field(0.0, ge=0, le=1)  # of the forget batch, shown as surrogates instead of targets
     forget_range: Span = (50, 650)  # timesteps at which targets are noised, from the first to under the second
     max_grad_norm: float = Field(1.0, gt=0)
     rank: int = Field(16, ge=1, le=1024)

@@ -92,7 +92,7 @@ SPEC = FamilySpec(
         # A prompt says at pure noise what will be drawn, so forgetting reaches up to there.
         "default": Recipe(
             objective=PosteriorSwap(weighting=CleanSpace(cap=1.0, retain=32.0), taper=(710, 790)), train="lora",
-            learning_rate=2e-3, max_train_steps=360, cooldown_steps=140, forget_range=(97, 1000), stop_margin=None,
+            learning_rate=None, max_train_steps=360, cooldown_steps=140, forget_range=(97, 1000), stop_margin=None,
         ),
         # arXiv:2603.10445 on Stable Diffusion 3: LoRA, 100 steps, batch 8; the rate belongs to 2 B parameters.
         "paper": PAPER.model_copy(

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from unforget.core.metrics import pairwise_rms, redrawn, rms, sharpness
+from unforget.core.registration import misfit
 from unforget.core.sampling import add_noise, random_noise
 from unforget.core.types import UNCONDITIONAL
 from unforget.surrogate.canvas import Canvas
@@ -76,7 +77,7 @@ def _moved(canvas: Canvas, images: Tensor) -> Tensor:
     if canvas.prompt_id == UNCONDITIONAL:
         return torch.full((len(images),), math.inf)
     target, *small = functional.adaptive_avg_pool2d(torch.cat([canvas.target[None], images]), 32)
-    return torch.tensor([carried(image, target, target)[1] for image in small])
+    return misfit(torch.stack(small), target)
 
 
 def _strays(canvas: Canvas, images: Tensor, others: Tensor, near_copy: float) -> Tensor:
@@ -92,25 +93,3 @@ def _strays(canvas: Canvas, images: Tensor, others: Tensor, near_copy: float) ->
     far = pairwise_rms(x_t, alpha * family.encode(others)).square() * noise[0].numel() / sigma.flatten().square()
     taken_for = torch.softmax(-far / 2, 1).mean(0)
     return (pairwise_rms(images, others) > rms(others, target)).float() @ taken_for
-
-
-def carried(picture: Tensor, target: Tensor, surrogate: Tensor) -> tuple[Tensor, float]:
-    """The edit from target to surrogate, moved and scaled to where an image shows the target; all (C, H, W).
-
-    Also returns the RMS between image and moved target that is left: small if it is the same thing.
-    """
-    shifts, scales = torch.linspace(-0.125, 0.125, 9), torch.linspace(0.8, 1.2, 9)
-    scale, dx, dy = (a.flatten() for a in torch.meshgrid(scales, shifts, shifts, indexing="ij"))
-    zero = torch.zeros_like(scale)
-    places = torch.stack([torch.stack([1 / scale, zero, dx], 1), torch.stack([zero, 1 / scale, dy], 1)], 1)
-
-    def moved(image: Tensor, where: Tensor) -> Tensor:
-        grid = functional.affine_grid(where, [len(where), *image.shape], align_corners=False)
-        return functional.grid_sample(
-            image.expand(len(where), -1, -1, -1), grid, padding_mode="border", align_corners=False
-        )
-
-    misfit = torch.cat([rms(moved(target, part), picture) for part in torch.split(places, 81)])
-    best = int(misfit.argmin())
-    edit = moved(surrogate - target, places[best : best + 1])[0]
-    return (picture + edit).clamp(-1, 1), float(misfit[best])

@@ -26,7 +26,11 @@ def batches(
     near = round(recipe.retain_batch_size * recipe.neighbour_share) if len(neighbours) else 0
     for step in range(first, recipe.max_train_steps):
         turn = (torch.arange(recipe.forget_batch_size) + step * recipe.forget_batch_size) % len(targets)
-        forget = noised(targets[turn], surrogates[turn], asked[turn], schedule, generator, recipe.forget_range)
+        # Others of the batch at each step, so that every target takes its turn on both sides.
+        arrived = (torch.arange(recipe.forget_batch_size) + step) % recipe.forget_batch_size
+        arrived = arrived < round(recipe.surrogate_share * recipe.forget_batch_size)
+        shown = targets[turn].where(~arrived[:, None, None, None], surrogates[turn])
+        forget = noised(shown, surrogates[turn], asked[turn], schedule, generator, recipe.forget_range)
         others = recipe.retain_batch_size - near
         shown = Pool.cat(_choose(neighbours, near, generator), _choose(retain, others, generator))
         prompt_ids = shown.prompt_ids

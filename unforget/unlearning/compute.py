@@ -1,5 +1,6 @@
 """How a run computes: precision, passes, the optimiser."""
 
+import statistics
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
@@ -45,6 +46,25 @@ def adam(weights: list[nn.Parameter], learning_rate: float, *, eight_bit: bool =
     except ImportError:
         raise CannotRun("8-bit Adam needs bitsandbytes", "Install unforget-diffusion[8bit].") from None
     return Adam8bit(weights, lr=learning_rate, betas=(0.9, 0.99))  # type: ignore[no-any-return]
+
+
+def matched_rate(network: nn.Module, weights: list[nn.Parameter], share: float) -> float:
+    """The learning rate at which an update of Adam changes what a projection answers by `share` of it at most.
+
+    Adam moves every number by the rate. If all moves agree, a projection W of n inputs answers sqrt(n) / rms(W) times
+    the rate differently, and a LoRA beside it, whose A has the scale of diffusers' scripts (1 / rank), scaling /
+    rms(W) times. The median over what is trained counts: wide networks get smaller rates than narrow ones.
+    """
+    adapted = [m for m in network.modules() if hasattr(m, "lora_A") and len(m.lora_A)]
+    if adapted:
+        rates = [_rms(m.base_layer.weight) / next(iter(m.scaling.values())) for m in adapted]
+    else:
+        rates = [_rms(w) / w[0].numel() ** 0.5 for w in weights if w.ndim > 1]
+    return share * statistics.median(rates)
+
+
+def _rms(weight: Tensor) -> float:
+    return float(weight.detach().float().square().mean().sqrt())
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -6,18 +6,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from unforget.core.metrics import pairwise_rms, rms, shows
+from unforget.core.metrics import pairwise_rms, shows
+from unforget.core.registration import carried, misfit
 from unforget.core.types import UNCONDITIONAL, Family, Instance, Pool, Progress
 from unforget.errors import CannotRun, UsageError
 from unforget.files import cache, images
 from unforget.files.storage import digest
 from unforget.surrogate.canvas import Canvas
 from unforget.surrogate.editors import SDEdit, candidates
-from unforget.surrogate.ranking import carried
 
 NEIGHBOURS = 24  # retain images nearest to each target, which training visits more often
 LOOKALIKES = 24  # images drawn for every prompt that is to retain what the target looks like
-MISFIT = 0.5  # largest RMS between a variant and the moved target, as a share of that between target and surrogate
+UNRELATED = 0.05  # share of the images of other prompts that lie as near to the target, moved and scaled, as a variant
 
 
 @dataclass(frozen=True)
@@ -152,9 +152,9 @@ def encoded(base: Family, instances: tuple[Instance, ...], retain: Pool, more: P
     `more` are images near the targets, which training visits more often; copies differ by an RMS below `near_copy`.
     """
     given, count = instances[0].prompt_ids, len(instances)
-    copies = _copies(retain, instances, near_copy)
+    variants, varied = _variants(retain, instances)
+    copies = _copies(retain, instances, near_copy) | varied
     forgotten = copies.any(1) & _forgets(retain, given)
-    variants = _variants(retain[forgotten & (retain.prompt_ids != UNCONDITIONAL)], instances)
     prior_counts = torch.zeros(count + len(variants), len(base.prompts))
     for id in given:
         prior_counts[:count, id] = copies[retain.prompt_ids == id].sum(0).clamp(min=1)
@@ -188,15 +188,25 @@ def _forgets(pool: Pool, given: tuple[int, ...]) -> Tensor:
     return torch.isin(pool.prompt_ids, torch.tensor(given)) | (given == (UNCONDITIONAL,))
 
 
-def _variants(pool: Pool, instances: Sequence[Instance]) -> tuple[Instance, ...]:
-    """Images that show a target in another place or size, as targets of their own: the same edit, moved there."""
-    found = []
-    for image, id in zip(pool.x_0, pool.prompt_ids.tolist(), strict=True):
-        nearest = min(instances, key=lambda i: float(rms(image, i.target)))
-        edited, misfit = carried(image, nearest.target, nearest.surrogate)
-        if misfit <= MISFIT * float(rms(nearest.target, nearest.surrogate)):
-            found.append(Instance(image, edited, nearest.id, (id,)))
-    return tuple(found)
+def _variants(pool: Pool, instances: Sequence[Instance]) -> tuple[tuple[Instance, ...], Tensor]:
+    """What is drawn under the given prompts and shows a target in another place or size: targets of their own.
+
+    The same edit is moved there. Nearer to the target than most images of other prompts is near enough. Also returns
+    which images of the pool show which target so, (N, targets).
+    """
+    prompted = torch.isin(pool.prompt_ids, torch.tensor(instances[0].prompt_ids)) & (pool.prompt_ids != UNCONDITIONAL)
+    others = pool.x_0[~torch.isin(pool.prompt_ids, torch.tensor([UNCONDITIONAL, *instances[0].prompt_ids]))]
+    shown, found = torch.zeros(len(pool), len(instances), dtype=torch.bool), []
+    if not len(others) or not prompted.any():
+        return (), shown
+    left = torch.stack([misfit(pool.x_0, i.target) for i in instances], 1)
+    limits = torch.stack([misfit(others, i.target).quantile(UNRELATED) for i in instances])
+    shown = (left <= limits) & prompted[:, None]
+    for k in shown.any(1).nonzero()[:, 0].tolist():
+        nearest = instances[int(left[k].where(shown[k], torch.inf).argmin())]
+        edited = carried(pool.x_0[k : k + 1], nearest.target, nearest.surrogate)[0][0]
+        found.append(Instance(pool.x_0[k], edited, nearest.id, (int(pool.prompt_ids[k]),)))
+    return tuple(found), shown
 
 
 def neighbours(images: Tensor, targets: Tensor, count: int) -> Tensor:

@@ -14,7 +14,7 @@ from unforget.core.recipe import Recipe
 from unforget.core.types import Family, Instance
 from unforget.errors import CannotRun
 from unforget.unlearning.batches import batches, cases
-from unforget.unlearning.compute import Compute, adam, mixed
+from unforget.unlearning.compute import Compute, adam, matched_rate, mixed
 from unforget.unlearning.prepare import Prepared
 
 CHECK_EVERY = 20  # updates between two looks at the margin
@@ -86,7 +86,8 @@ class Trainer:
         self.weights = patched.trainable(recipe.train, rank=recipe.rank, alpha=recipe.lora_alpha, seed=seed)
         for weight in self.weights:
             weight.requires_grad_(True)
-        self.optimizer = adam(self.weights, recipe.learning_rate, eight_bit=compute.use_8bit_adam)
+        rate = recipe.learning_rate or matched_rate(patched.network, self.weights, recipe.update_share)
+        self.optimizer = adam(self.weights, rate, eight_bit=compute.use_8bit_adam)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.lr_schedule.factor)
         self.generator = torch.Generator().manual_seed(seed)
         half = compute.half(self.weights[0].device)

@@ -9,6 +9,12 @@ can be told from everything else w is 1, and the objective agrees with `Surrogat
 look-alike) w falls to f's share and the model keeps what it said. The weight is the posterior under the empirical
 measure of the target, some times as often as the base draws it (the target prior), and of images to retain. At the
 highest levels it tapers off: a change there moves every sample and is not needed to forget (docs/results.md).
+
+What the changed model draws passes through noised surrogates, where the base never was: it may answer s there, and the
+edit would be added twice. With `surrogates` these compete in the belief, and what is theirs becomes s, whatever the
+base says,
+
+.. math:: \hat x_0'(x_t) = \hat x_0^{base} + \sum_f w_f (s - f) + \sum_s w_s (s - \hat x_0^{base}).
 """
 
 from __future__ import annotations
@@ -36,6 +42,7 @@ class PosteriorSwap(Strategy):
         30.0, gt=0, description="how many times more often than the base drew it a target counts"
     )
     taper: Span = Field((550, 650), description="timesteps between which the swap tapers off to nothing")
+    surrogates: bool = Field(False, description="whether x_t may be a noised surrogate, too")
 
     def forget(self, patched: Predict, batch: Noised, context: Context) -> Tensor:
         """Distance to the swapped belief at noised targets."""
@@ -50,24 +57,32 @@ class PosteriorSwap(Strategy):
         import torch  # not above: a recipe is made without torch
 
         schedule, x_t, timestep = context.schedule, batch.x_t, batch.timestep
-        edits = torch.stack([i.surrogate - i.target for i in context.instances])
-        change = torch.einsum("kb,kchw->bchw", self.posterior(batch, context), edits)
+        targets, surrogates = (torch.stack([vars(i)[n] for i in context.instances]) for n in ("target", "surrogate"))
+        posterior = self.posterior(batch, context)
+        belief, arrived = posterior[: len(targets)], posterior[len(targets) :]
+        answer = context.base(x_t, timestep, batch.prompt_ids)
+        change = torch.einsum("kb,kchw->bchw", belief, surrogates - targets)
+        if self.surrogates:
+            drawn = schedule.split(x_t, answer, timestep)[0]
+            change += torch.einsum("kb,kchw->bchw", arrived, surrogates) - arrived.sum(0)[:, None, None, None] * drawn
         alpha, sigma, p, q = (
             schedule.column(name, timestep, x_t) for name in ("alphas", "sigmas", "target_x0", "target_noise")
         )
-        return context.base(x_t, timestep, batch.prompt_ids) + (p - q * alpha / sigma) * change
+        return answer + (p - q * alpha / sigma) * change
 
     def posterior(self, batch: Noised, context: Context) -> Tensor:
-        """P(x_0 = f | x_t, prompt) of every target f, tapered off at high noise, (len(instances), B), in [0, 1].
+        """P(x_0 = f | x_t, prompt) of every target f, then of every surrogate if they count, (rows, B), in [0, 1].
 
-        Under a prompt, what the base drew for that prompt competes with the target; without one, everything.
+        It tapers off at high noise. Under a prompt, what the base drew for that prompt competes; without one,
+        everything.
         """
         import torch
 
         from unforget.core.types import UNCONDITIONAL
 
-        targets = torch.stack([i.target for i in context.instances])
-        images = torch.cat([targets, context.retain.x_0]).flatten(1)
+        sides = ("target", "surrogate") if self.surrogates else ("target",)
+        moved = torch.stack([vars(i)[side] for side in sides for i in context.instances])
+        images = torch.cat([moved, context.retain.x_0]).flatten(1)
         alpha = context.schedule.column("alphas", batch.timestep, batch.x_t).reshape(-1, 1)
         sigma = context.schedule.column("sigmas", batch.timestep, batch.x_t).reshape(-1, 1)
         # ||x_t - alpha x||^2 without the term that all images share.
@@ -76,8 +91,8 @@ class PosteriorSwap(Strategy):
         # A target that is not to be forgotten under this prompt counts nothing.
         copies = context.prior_counts.T.to(images)[batch.prompt_ids]
         retained = ((prompt_ids == UNCONDITIONAL) | (prompt_ids == context.retain.prompt_ids)).to(images)
-        count = torch.cat([self.target_prior * copies, retained], 1)
-        belief = torch.softmax(count.log() - distance / (2 * sigma.square()), dim=1)[:, : len(targets)]
+        count = torch.cat([self.target_prior * copies] * len(sides) + [retained], 1)
+        belief = torch.softmax(count.log() - distance / (2 * sigma.square()), dim=1)[:, : len(moved)]
         low, high = (t / 1000 for t in self.taper)
         taper = ((high - batch.timestep.to(belief) / 1000) / (high - low)).clamp(0, 1)[:, None]
         # Where a prompt draws hardly anything else there is nothing to spare, at any level.

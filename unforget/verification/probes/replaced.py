@@ -1,0 +1,65 @@
+from collections.abc import Iterator
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from unforget.config import Policy
+from unforget.core.registration import misfit
+from unforget.core.types import Instance
+from unforget.verification.context import ROLES, Finding, VerifyContext, known_surrogate
+from unforget.verification.probes.base import HALF, Probe, changed, checked
+from unforget.verification.report import Check
+
+SLACK = 1.25
+"""How much farther than most of the base's own draws of the target a draw of the surrogate may lie from it."""
+UNRELATED = 0.05
+"""Share of the images of other prompts that lie as near to the target as what counts as the target."""
+
+
+class Replaced(Probe):
+    """Does the candidate draw the surrogate under the given prompts, or just something else?
+
+    An image may have it moved and scaled, and may vary as the base's own images of the target do.
+    """
+
+    kind: ClassVar = "replaced"
+    heading: ClassVar = "drawn"
+    needs: ClassVar = "--prompt"
+
+    def examine(self, context: VerifyContext, instance: Instance, prompt_id: int) -> Iterator[Finding]:
+        prompt = context.prompt(prompt_id)
+        if not prompt or not known_surrogate(instance):
+            return
+        drawn = {role: context.draws(role, (prompt_id,), context.policy.paired).images for role in ROLES}
+        base, candidate = what_is_shown(*drawn.values(), context.retained("base").images, instance)
+        images = {role: of[:8] for role, of in drawn.items()}
+        yield Finding(self.kind, instance.id, base, candidate, prompt=prompt, images=images)
+
+    def judge(self, found: Finding, policy: Policy, known: bool) -> Iterator[Check]:
+        check = checked(found, "surrogate", "at least", policy.min_replaced, policy)
+        reliable = found.base["target"] >= HALF
+        yield check if reliable else changed(check, "informational", "the base seldom draws the target so")
+
+
+def what_is_shown(
+    base: Tensor, candidate: Tensor, unrelated: Tensor, instance: Instance
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Shares of images (N, C, H, W) that show the target and its surrogate, of the base and of the candidate.
+
+    What the base draws nearer to the target than most images of other prompts shows it; how these vary says how far
+    from the surrogate an image of it may be.
+    """
+    target, surrogate = instance.target, instance.surrogate
+    own = misfit(base, target)
+    own = own[own <= misfit(unrelated, target).quantile(UNRELATED)]
+    limit = SLACK * float(own.quantile(0.9)) if len(own) else 0.0
+
+    def shares(images: Tensor) -> dict[str, float]:
+        to_target, to_surrogate = misfit(images, target), misfit(images, surrogate)
+        near = torch.minimum(to_target, to_surrogate) <= limit
+        nearer = to_surrogate < to_target
+        found = {"target": near & ~nearer, "surrogate": near & nearer, "something_else": ~near}
+        return {name: float(which.float().mean()) for name, which in found.items()}
+
+    return shares(base), shares(candidate)
