@@ -220,3 +220,23 @@ def test_where_a_prompt_draws_the_target_alone_pure_noise_leads_to_the_surrogate
     batch = forget_batch(alone, [999, 500, 5])
     clean = alone.schedule.split(batch.x_t, FACING.goal(batch, alone), batch.timestep)[0]
     torch.testing.assert_close(clean, batch.x_s, rtol=1e-4, atol=1e-4)
+
+
+def test_the_belief_of_large_images_is_that_of_small_ones():
+    """Each number of a 32x32 image nine times: a list of images would be certain, what a network has learnt is not."""
+    g, schedule = torch.Generator().manual_seed(0), Schedule.from_diffusers(DDPMScheduler())
+    f, s, other, noise = torch.randn(4, 3, 32, 32, generator=g, dtype=torch.float64)
+
+    def posterior(factor):
+        target, surrogate, look_alike, eps = (
+            x.repeat_interleave(factor, 1).repeat_interleave(factor, 2) for x in (f, s, f + 0.1 * other, noise)
+        )
+        context = Context(schedule, None, (Instance(target, surrogate, "f"),), Pool.of(look_alike[None]),
+                          torch.tensor([[1.0]]))  # fmt: skip
+        index = torch.tensor([800])
+        x_t = schedule.add_noise(target[None], eps[None], index)
+        batch = Noised(target[None], eps[None], index, x_t, surrogate[None], torch.zeros(1, dtype=torch.long))
+        return float(EXACT.posterior(batch, context))
+
+    assert 0.3 < posterior(1) < 0.999
+    assert posterior(3) == pytest.approx(posterior(1), abs=1e-6)

@@ -17,13 +17,15 @@ from diffusers import (
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
 
 from unforget import families
 from unforget.config import ExportConfig, UnlearnConfig, VerifyConfig
 from unforget.core import sampling
 from unforget.errors import CannotRun, UsageError
-from unforget.families import Options
+from unforget.families import Hints, Options
+from unforget.families import sd3 as sd3_row
+from unforget.families.model import DiffusionModel
 from unforget.files import cache, images
 from unforget.files.patch import Patch, Stack
 from unforget.surrogate.canvas import Canvas
@@ -464,3 +466,24 @@ def test_other_guidance_is_another_retain_set(sd3):
     first = cache.drawn_cached(sd3, "d", prompts, seed=0, steps=2)
     sd3.guidance = 9.0
     assert not torch.equal(cache.drawn_cached(sd3, "d", prompts, seed=0, steps=2), first)
+
+
+def test_a_t5_that_answers_zeros_is_left_out_and_stock_opens_the_folder_as_it_is(sd3_folder, tmp_path):
+    """Stock `from_pretrained` refuses a folder without a T5, and draws with 256 tokens of zeros where it has none."""
+    folder = tmp_path / "silent"
+    pipe = StableDiffusion3Pipeline.from_pretrained(sd3_folder, text_encoder_3=None, tokenizer_3=None)
+    width = pipe.transformer.config.joint_attention_dim
+    config = T5Config(vocab_size=len(T5Tokenizer()), d_model=width, d_kv=4, d_ff=4, num_layers=1, num_heads=1)
+    encoder = T5EncoderModel(config)
+    loud = StableDiffusion3Pipeline(**{**pipe.components, "text_encoder_3": encoder, "tokenizer_3": T5Tokenizer()})
+    assert DiffusionModel(sd3_row.SPEC, loud, "loud", Options(), Hints()).absent == ()
+    torch.nn.init.zeros_(encoder.encoder.final_layer_norm.weight)
+    loud.register_modules(text_encoder_3=encoder, tokenizer_3=T5Tokenizer())
+    loud.save_pretrained(folder)
+    assert families.load(str(folder)).absent == ("text_encoder_3",)
+    stock = StableDiffusion3Pipeline.from_pretrained(folder)
+    drawn, wanted = (
+        p("a flag", num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt").images
+        for p in (stock, pipe)
+    )
+    torch.testing.assert_close(drawn, wanted)

@@ -14,7 +14,7 @@ from unforget.core.schedule import Schedule
 from unforget.core.types import UNCONDITIONAL, Scope
 from unforget.errors import CannotRun, UsageError
 from unforget.families.loading import Hints, Options
-from unforget.families.spec import FamilySpec, check_scope
+from unforget.families.spec import FamilySpec, check_scope, tokenizer
 
 
 class DiffusionModel:
@@ -27,6 +27,9 @@ class DiffusionModel:
     def __init__(self, spec: FamilySpec, pipeline: Any, name: str, options: Options, hints: Hints) -> None:
         self.spec, self.pipeline, self.name, self.device = spec, pipeline, name, torch.device(options.device)
         self.schedule, self.plain = Schedule.from_diffusers(pipeline.scheduler), False
+        for name in spec.optional:
+            if getattr(pipeline, name) is not None and spec.silent(getattr(pipeline, name)):
+                pipeline.register_modules(**{name: None, tokenizer(name): None})
         self.absent = tuple(n for n in spec.text_encoders if getattr(pipeline, n) is None)
         self.network = self._placed(getattr(pipeline, spec.network))
         self.vae = pipeline.vae.to(self.device) if spec.prompted else None

@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from unforget.core.objectives import Context
     from unforget.core.types import Noised, Predict
 
+NUMBERS = 3072
+"""Numbers of an image that count as independent evidence, at most: all of a 32x32 one. Neighbouring pixels agree, and
+what the base has learnt is no list of images: beyond, an image counts by its mean squared distance alone."""
+
 
 class PosteriorSwap(Strategy):
     """Move each target's share of the base's belief to its surrogate, and keep the rest of the belief."""
@@ -92,7 +96,9 @@ class PosteriorSwap(Strategy):
         copies = context.prior_counts.T.to(images)[batch.prompt_ids]
         retained = ((prompt_ids == UNCONDITIONAL) | (prompt_ids == context.retain.prompt_ids)).to(images)
         count = torch.cat([self.target_prior * copies] * len(sides) + [retained], 1)
-        belief = torch.softmax(count.log() - distance / (2 * sigma.square()), dim=1)[:, : len(moved)]
+        # Of a large image every distance is certain, and prior and look-alikes would count for nothing.
+        evidence = min(1.0, NUMBERS / images.shape[1]) / (2 * sigma.square())
+        belief = torch.softmax(count.log() - distance * evidence, dim=1)[:, : len(moved)]
         low, high = (t / 1000 for t in self.taper)
         taper = ((high - batch.timestep.to(belief) / 1000) / (high - low)).clamp(0, 1)[:, None]
         # Where a prompt draws hardly anything else there is nothing to spare, at any level.
