@@ -1,7 +1,7 @@
 """Scores: plain functions from images or counts to numbers.
 
-Images are compared at one working size, so that a figure means the same at 64 and at 1024 pixels, and costs the same: at
-full size a recompressed or hardly blurred copy of a photograph differs from it in every fine detail.
+Images are compared at one working size: a figure means, and costs, the same at 64 and at 1024 pixels. At full size a
+recompressed or hardly blurred copy of a photograph differs from it in every fine detail.
 """
 
 import math
