@@ -17,6 +17,7 @@ from unforget.reports.contact_sheet import sheet
 from unforget.surrogate.canvas import ellipse_mask
 from unforget.surrogate.ranking import QUALITY, REDRAWN, carried
 from unforget.unlearning.prepare import neighbours
+from unforget.verification.near_copies import once
 from unforget.verification.similarity import Pixels, Structure, pairwise
 
 DISTANCE, NEAR_COPY = (DrawConfig.model_fields[n].default for n in ("min_distance", "near_copy"))
@@ -32,7 +33,8 @@ def photograph(name, size):
 
 @pytest.fixture(scope="module", params=SIZES)
 def photographs(request):
-    return torch.stack([photograph(name, request.param) for name in NAMES])
+    names = NAMES if request.param < 1024 else NAMES[:3]  # the largest cost most
+    return torch.stack([photograph(name, request.param) for name in names])
 
 
 def each(edit):
@@ -154,7 +156,8 @@ def test_a_strong_blur_is_of_poor_quality(photographs, made):
 @pytest.mark.parametrize("how", [Pixels(), Structure()], ids=lambda how: how.kind)
 def test_detectors_find_copies_nearer_than_any_other_photograph(how, photographs, made):
     whole = how.embed(photographs)
-    apart = pairwise(whole, whole)[torch.triu(torch.ones(len(NAMES), len(NAMES)), 1).bool()].min() / 2
+    distances = pairwise(whole, whole)
+    apart = distances[once(distances)].min() / 2
     for name in COPIES:
         if how.kind == "structure" or not name.startswith("shift"):
             assert ((how.embed(made[name]) - whole).norm(dim=1) < apart).all(), name

@@ -222,24 +222,34 @@ EDITS: dict[str, Damage] = {
 }
 
 
+def said_of(made: Tensor, photograph: Tensor) -> Tensor:
+    """Distance, share redrawn, sharpness; whether it is another instance, and of fair quality: (5, N)."""
+    far, drawn = rms(made, photograph), redrawn(made, photograph)
+    share = sharpness(at_working_size(made)) / sharpness(at_working_size(photograph))
+    another = (far >= DrawConfig.model_fields["min_distance"].default) & (drawn >= REDRAWN)
+    return torch.stack([far, drawn, share, another.float(), ((share >= QUALITY) & (share <= 1 / QUALITY)).float()])
+
+
 def constants() -> None:
     """One table: what edits and copies of whole photographs count as, at full size and at the working size."""
-    distance, working, every = DrawConfig.model_fields["min_distance"].default, metrics.WORKING_SIZE, opened().values()
+    working, every, changes = metrics.WORKING_SIZE, list(opened().values()), {**COPIES, **EDITS}
     print(f"\n## {len(every)} photographs: at full size / at {working} px, least to most", flush=True)
-    table("size", "what", "distance", "redrawn", "another instance, %", "sharpness", "of fair quality, %")
+    table("size", "what", "distance", "redrawn", "sharpness", "another instance, %", "of fair quality, %")
     for size in SIZES:
         whole = torch.stack([images.from_pil(ImageOps.fit(i, (size, size), Image.Resampling.LANCZOS)) for i in every])
-        for name, edit in {**COPIES, **EDITS}.items():
-            made, said = edit(whole).clamp(-1, 1), []
-            for metrics.WORKING_SIZE in (math.inf, working):
-                sharp, own = (sharpness(at_working_size(i)) for i in (made, whole))
-                drawn = torch.stack([redrawn(m[None], w)[0] for m, w in zip(made, whole, strict=True)])
-                far, share = rms(made, whole), sharp / own
-                another, fair = (far >= distance) & (drawn >= REDRAWN), (share >= QUALITY) & (share <= 1 / QUALITY)
-                spans = [f"{float(v.min()):.2f}-{float(v.max()):.2f}" for v in (far, drawn, share)]
-                shares = [f"{100 * float(v.float().mean()):.0f}" for v in (another, fair)]
-                said.append((spans[0], spans[1], shares[0], spans[2], shares[1]))
-            row(size, name, *(f"{full} / {small}" for full, small in zip(*said, strict=True)))
+        found: dict[float, list[Tensor]] = {math.inf: [], working: []}
+        for pair in zip(whole, whole.roll(1, 0), strict=True):
+            made = torch.stack([change(torch.stack(pair))[0] for change in changes.values()]).clamp(-1, 1)
+            for metrics.WORKING_SIZE in found:
+                found[metrics.WORKING_SIZE].append(said_of(made, pair[0]))
+        sides = [torch.stack(said, 2) for said in found.values()]
+        for k, name in enumerate(changes):
+            told = [
+                [f"{float(v[k].min()):.2f}-{float(v[k].max()):.2f}" for v in side[:3]]
+                + [f"{100 * float(v[k].mean()):.0f}" for v in side[3:]]
+                for side in sides
+            ]
+            row(size, name, *map(" / ".join, zip(*told, strict=True)))
 
 
 def main() -> None:
