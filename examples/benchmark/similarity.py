@@ -3,11 +3,15 @@
     cd examples/flags && npm install && cd -   # for the flags
     pip install scikit-image                   # for the photos
     python examples/benchmark/similarity.py [faces] [flags] [photos] [--backend KIND[=PATH] ...] [--copies 64]
+    python examples/benchmark/similarity.py constants
 
 Sets: `faces`, 32 px: the held-out faces and draws of the embedded model, near-copies of each other removed; `flags`,
 64 px: as the embedded model learnt them; `photos`, up to four 256 px tiles of every photo inside scikit-image. What is
 not installed is left out, with a note. The threshold is the 0.1 % quantile of the distances between different images of
 a set, so a backend cannot win by calling everything a copy. Shift is a share of the side (3 % is 1 px of 32).
+
+`constants`: what the thresholds of an edit say of whole photographs at 256, 512 and 1024 px, by their figures at full
+size and at the working size.
 """
 
 from __future__ import annotations
@@ -15,21 +19,25 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import io
+import math
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 from tables import row, table
 from torch import Tensor
 from torch.nn import functional
 
 from unforget import families
-from unforget.core import sampling
-from unforget.core.metrics import pairwise_rms
+from unforget.config.base import DrawConfig
+from unforget.core import metrics, sampling
+from unforget.core.metrics import at_working_size, pairwise_rms, redrawn, rms, sharpness
 from unforget.files import images
+from unforget.surrogate.canvas import ellipse_mask
+from unforget.surrogate.ranking import QUALITY, REDRAWN
 from unforget.verification.similarity import Backend, backend, pairwise
 
 ROOT = Path(__file__).parents[2]
@@ -50,14 +58,17 @@ def each(edit: Callable[[Image.Image], Image.Image]) -> Damage:
     return lambda batch: torch.stack([images.from_pil(edit(images.to_pil(image))) for image in batch])
 
 
-def jpeg(image: Image.Image) -> Image.Image:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=30)
-    return Image.open(file).convert("RGB")
+def jpeg(quality: int) -> Damage:
+    def saved(image: Image.Image) -> Image.Image:
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=quality)
+        return Image.open(file).convert("RGB")
+
+    return each(saved)
 
 
-def blur(image: Image.Image) -> Image.Image:
-    return image.filter(ImageFilter.GaussianBlur(max(0.8, image.width / 80)))
+def blur(pixels: float | None = None) -> Damage:
+    return each(lambda i: i.filter(ImageFilter.GaussianBlur(max(0.8, i.width / 80) if pixels is None else pixels)))
 
 
 def noise(sd: float) -> Damage:
@@ -94,8 +105,8 @@ def half(images: Tensor) -> Tensor:
 
 
 DAMAGES: dict[str, Damage] = {
-    "jpeg 30": each(jpeg),
-    "blur": each(blur),
+    "jpeg 30": jpeg(30),
+    "blur": blur(),
     "noise 5": noise(5),
     "noise 10": noise(10),
     "noise 25": noise(25),
@@ -140,13 +151,16 @@ def flags() -> Tensor:
     return distinct(torch.stack([tensor(place(c.image)) for c in countries(package)]), 0.06)
 
 
-def photos() -> Tensor:
+def opened() -> dict[str, Image.Image]:
     spec = importlib.util.find_spec("skimage")
     if spec is None or spec.origin is None:
         raise LookupError("install scikit-image")
+    return {name: Image.open(Path(spec.origin).parent / "data" / name).convert("RGB") for name in PHOTOS}
+
+
+def photos() -> Tensor:
     out, side = [], 256
-    for name in PHOTOS:
-        image = Image.open(Path(spec.origin).parent / "data" / name).convert("RGB")
+    for name, image in opened().items():
         corners = [
             (x, y) for y in range(0, image.height - side + 1, side) for x in range(0, image.width - side + 1, side)
         ]
@@ -179,12 +193,74 @@ def measure(how: Backend, images: Tensor, copies: dict[str, Tensor]) -> None:
         f"{100 * min(unflipped):.0f}", f"{100 * sum(unflipped) / len(unflipped):.0f}", f"{ms:.1f}")  # fmt: skip
 
 
+def inside(mask: Tensor, batch: Tensor) -> Tensor:
+    """Each photograph with another one inside the mask."""
+    return mask * batch.roll(1, 0) + (1 - mask) * batch
+
+
+def box(batch: Tensor) -> Tensor:
+    quarter = batch.shape[-1] // 4
+    return inside(functional.pad(torch.ones(1, 2 * quarter, 2 * quarter), (quarter,) * 4), batch)
+
+
+SIZES = (256, 512, 1024)
+COPIES: dict[str, Damage] = {
+    "jpeg 75": jpeg(75),
+    "jpeg 90": jpeg(90),
+    "jpeg 90, lighter": lambda batch: jpeg(90)((0.9 * batch + 0.3).clamp(-1, 1)),
+    "blur 0.7 px": blur(0.7),
+    "shift 1 px": lambda batch: shift(1 / batch.shape[-1])(batch),
+    "shift 2 px": lambda batch: shift(2 / batch.shape[-1])(batch),
+    "half size": half,
+    "2 % brighter": lambda batch: batch + 0.04,
+    "noise 5": noise(5),
+}
+EDITS: dict[str, Damage] = {
+    "another photograph": lambda batch: batch.roll(1, 0),
+    "region of another": box,
+    "ellipse of another": lambda batch: inside(ellipse_mask(*batch.shape[-2:]), batch),
+    "blur of 1/128": lambda batch: blur(batch.shape[-1] / 128)(batch),
+}
+
+
+def said_of(made: Tensor, photograph: Tensor) -> Tensor:
+    """Distance, share redrawn, sharpness; whether it is another instance, and of fair quality: (5, N)."""
+    far, drawn = rms(made, photograph), redrawn(made, photograph)
+    share = sharpness(at_working_size(made)) / sharpness(at_working_size(photograph))
+    another = (far >= DrawConfig.model_fields["min_distance"].default) & (drawn >= REDRAWN)
+    return torch.stack([far, drawn, share, another.float(), ((share >= QUALITY) & (share <= 1 / QUALITY)).float()])
+
+
+def constants() -> None:
+    """One table: what edits and copies of whole photographs count as, at full size and at the working size."""
+    working, every, changes = metrics.WORKING_SIZE, list(opened().values()), {**COPIES, **EDITS}
+    print(f"\n## {len(every)} photographs: at full size / at {working} px, least to most", flush=True)
+    table("size", "what", "distance", "redrawn", "sharpness", "another instance, %", "of fair quality, %")
+    for size in SIZES:
+        whole = torch.stack([images.from_pil(ImageOps.fit(i, (size, size), Image.Resampling.LANCZOS)) for i in every])
+        found: dict[float, list[Tensor]] = {math.inf: [], working: []}
+        for pair in zip(whole, whole.roll(1, 0), strict=True):
+            made = torch.stack([change(torch.stack(pair))[0] for change in changes.values()]).clamp(-1, 1)
+            for metrics.WORKING_SIZE in found:
+                found[metrics.WORKING_SIZE].append(said_of(made, pair[0]))
+        sides = [torch.stack(said, 2) for said in found.values()]
+        for k, name in enumerate(changes):
+            told = [
+                [f"{float(v[k].min()):.2f}-{float(v[k].max()):.2f}" for v in side[:3]]
+                + [f"{100 * float(v[k].mean()):.0f}" for v in side[3:]]
+                for side in sides
+            ]
+            row(size, name, *map(" / ".join, zip(*told, strict=True)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("set", nargs="*", help=f"of {', '.join(SETS)}")
+    parser.add_argument("set", nargs="*", help=f"of {', '.join(SETS)}; or constants")
     parser.add_argument("--backend", action="append", help="KIND or KIND=PATH; repeats; pixels and structure if none")
     parser.add_argument("--copies", type=int, default=64, help="images of a set that are damaged")
     args = parser.parse_args()
+    if args.set == ["constants"]:
+        return constants()
     backends = [backend(text) for text in args.backend or ("pixels", "structure")]
     for how in backends:
         how.check()

@@ -1,13 +1,40 @@
-"""Scores: plain functions from images or counts to numbers."""
+"""Scores: plain functions from images or counts to numbers.
+
+Images are compared at one working size: a figure means, and costs, the same at 64 and at 1024 pixels. At full size a
+recompressed or hardly blurred copy of a photograph differs from it in every fine detail.
+"""
+
+import math
 
 import torch
 from scipy.stats import beta
 from torch import Tensor
+from torch.nn import functional
+
+WORKING_SIZE = 80
+"""Longest side, in pixels, at which images are compared. Above, JPEG 75 redraws a photograph of 256 px as much as an
+edit does; below, a blur of 4 px at 512 px still counts as sharp: `docs/results.md`, Photographs."""
+
+
+def at_working_size(images: Tensor) -> Tensor:
+    """Images (..., C, H, W) scaled down to the working size, antialiased; smaller ones as they are."""
+    factor = max(images.shape[-2:]) / WORKING_SIZE
+    if factor <= 1:
+        return images
+    size = [max(1, round(side / factor)) for side in images.shape[-2:]]
+    planes = images.reshape(-1, 1, *images.shape[-2:])
+    small = functional.interpolate(planes, size, mode="bilinear", antialias=True)
+    return small.reshape(*images.shape[:-2], *size)
+
+
+def exact_rms(a: Tensor, b: Tensor) -> Tensor:
+    """Root mean square difference over the last three dimensions, of all numbers; for latents, too."""
+    return (a - b).square().mean((-3, -2, -1)).sqrt()
 
 
 def rms(a: Tensor, b: Tensor) -> Tensor:
     """Root mean square difference over each image, in pixels of [-1, 1]; (..., C, H, W) to (...)."""
-    return (a - b).square().mean((-3, -2, -1)).sqrt()
+    return exact_rms(at_working_size(a), at_working_size(b))
 
 
 def region(target: Tensor, surrogate: Tensor, share: float = 0.9) -> Tensor:
@@ -27,14 +54,19 @@ def rms_within(a: Tensor, b: Tensor, where: Tensor) -> Tensor:
 
 def pairwise_rms(a: Tensor, b: Tensor) -> Tensor:
     """RMS between every image of a (N, C, H, W) and of b (M, C, H, W): (N, M)."""
+    return pairwise_exact_rms(at_working_size(a), at_working_size(b))
+
+
+def pairwise_exact_rms(a: Tensor, b: Tensor) -> Tensor:
+    """The same of all numbers; for latents, too."""
     a, b = a.flatten(1).double(), b.flatten(1).double()
     square = a.square().sum(1, keepdim=True) + b.square().sum(1) - 2 * a @ b.T
     return (square / a.shape[1]).clamp(min=0).sqrt().float()
 
 
-def margin(images: Tensor, target: Tensor, surrogate: Tensor) -> Tensor:
-    """How much nearer images are to the surrogate than to the target, (N,): 1 at the surrogate, -1 at the target."""
-    return (rms(images, target) - rms(images, surrogate)) / rms(target, surrogate)
+def margin(latents: Tensor, target: Tensor, surrogate: Tensor) -> Tensor:
+    """How much nearer latents are to the surrogate than to the target, (N,): 1 at the surrogate, -1 at the target."""
+    return (exact_rms(latents, target) - exact_rms(latents, surrogate)) / exact_rms(target, surrogate)
 
 
 SIDED = -0.25  # margin up to which an image drawn under a prompt counts as the target, perhaps in another place or size
@@ -45,6 +77,7 @@ def shows(images: Tensor, target: Tensor, surrogate: Tensor) -> Tensor:
 
     An unrelated image is about as far from both; where target and surrogate are one image, nothing shows it.
     """
+    images, target, surrogate = map(at_working_size, (images, target, surrogate))
     apart = rms(target, surrogate)
     return (rms(images, target) - rms(images, surrogate) <= SIDED * apart) & (apart > 0)
 
@@ -79,11 +112,27 @@ def laplacian(images: Tensor) -> Tensor:
 
 
 def sharpness(images: Tensor) -> Tensor:
-    """Mean absolute Laplacian of each image, (N,): falls with blur, rises with left-over noise."""
+    """Mean absolute Laplacian of each image, (N,), at its own size: falls with blur, rises with left-over noise."""
     return laplacian(images).abs().mean((-3, -2, -1))
 
 
 def redrawn(images: Tensor, target: Tensor) -> Tensor:
-    """RMS between the Laplacians of images and target, as a share of the target's own, (N,); 1.4 if unrelated."""
-    drawing = laplacian(target)
-    return rms(laplacian(images), drawing) / drawing.square().mean().sqrt().clamp(min=1e-6)
+    """RMS between the Laplacians of images and target, as a share of the target's own, (N,); 1.4 if unrelated.
+
+    A move by less than a pixel of the working size redraws nothing: the least over such moves counts.
+    """
+    drawn, own = laplacian(at_working_size(images)), laplacian(at_working_size(target)).square().mean().sqrt()
+    apart = torch.stack([exact_rms(drawn, laplacian(moved)) for moved in _nudged(target)]).amin(0)
+    return apart / own.clamp(min=1e-6)
+
+
+def _nudged(target: Tensor) -> list[Tensor]:
+    """The target (C, H, W) at the working size, after moves by up to half a pixel of that, in eighths."""
+    height, width = target.shape[-2:]
+    factor = max(height, width) / WORKING_SIZE
+    if factor <= 1:
+        return [target]
+    reach = math.ceil(factor / 2)
+    moves = range(0, 2 * reach + 1, max(1, round(factor / 8)))
+    wide = functional.pad(target, (reach,) * 4, mode="replicate")
+    return [at_working_size(wide[:, y : y + height, x : x + width]) for y in moves for x in moves]

@@ -1,15 +1,14 @@
 """Finding one image again where another shows it, moved and scaled: that is how a prompted model repeats what it draws.
 
-All images are (C, H, W) or (N, C, H, W) in [-1, 1]. Places are compared at a width of `WIDTH` pixels at most.
+All images are (C, H, W) or (N, C, H, W) in [-1, 1]; places are compared at the working size of `metrics`.
 """
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from unforget.core.metrics import pairwise_rms
+from unforget.core.metrics import at_working_size, pairwise_rms
 
-WIDTH = 64
 SHIFTS, SCALES = torch.linspace(-0.08, 0.08, 11), torch.linspace(0.8, 1.2, 9)
 """What is tried each way: shifts as shares of the width, and scales."""
 
@@ -28,18 +27,11 @@ def _moved(image: Tensor, places: Tensor) -> Tensor:
     return functional.grid_sample(whole, grid, padding_mode="border", align_corners=False)
 
 
-def _small(images: Tensor) -> Tensor:
-    height, width = images.shape[-2:]
-    if width <= WIDTH:
-        return images
-    return functional.adaptive_avg_pool2d(images, (max(1, round(height * WIDTH / width)), WIDTH))
-
-
 def _registered(images: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
     """RMS between images (N, C, H, W) and the nearest place of `image`, and which place that is, both (N,)."""
     if not len(images):
         return torch.empty(0), torch.empty(0, dtype=torch.long)
-    distances = pairwise_rms(_small(images), _moved(_small(image[None])[0], _places()))
+    distances = pairwise_rms(images, _moved(at_working_size(image), _places()))
     nearest = distances.min(1)
     return nearest.values, nearest.indices
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from unforget import families
 from unforget.core import sampling
-from unforget.core.metrics import rms
+from unforget.core.metrics import exact_rms
 from unforget.core.types import Family, Progress
 from unforget.errors import CannotRun, UsageError
 from unforget.exports.formats import FORMATS, Format, Job
@@ -77,7 +77,7 @@ def write_export(request: ExportRequest, out: Path, progress: Progress) -> tuple
     drawn = sampling.draw(again, noise, steps=4, prompt_ids=again.prompt_ids(prompt))
     # Equal weights may still be added up in another order (kernels depend on how memory is aligned), and a LoRA beside
     # a weight rounds otherwise than one merged into it.
-    if not float(rms(meant, drawn)) <= (1e-2 if form.is_adapter else 1e-3):
+    if not float(exact_rms(meant, drawn)) <= (1e-2 if form.is_adapter else 1e-3):
         raise CannotRun("the export does not draw what it should", "Nothing was kept; check the disk.")
     progress.advance(1)
     return manifest, job.family

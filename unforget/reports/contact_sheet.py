@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from unforget.core.types import Instance
@@ -12,7 +12,8 @@ from unforget.verification import probes
 from unforget.verification.context import ROLES, Finding
 
 Row = tuple[str, Sequence[tuple[Tensor, str]]]
-CELL = 96
+CELL = (96, 256)
+"""Least and most pixels of a cell's side; between them an image has its own size."""
 PAD = 8
 TEXT = 14
 
@@ -20,8 +21,9 @@ TEXT = 14
 def sheet(title: str, rows: Sequence[Row]) -> Image.Image:
     """Draw rows of (image (C, H, W), caption), each row under its own heading."""
     columns = max(len(cells) for _, cells in rows)
-    width = max(PAD + columns * (CELL + PAD), 420)
-    height = PAD + 2 * TEXT + sum(_height(cells) for _, cells in rows) + PAD
+    cell = _cell(rows)
+    width = max(PAD + columns * (cell + PAD), 420)
+    height = PAD + 2 * TEXT + sum(_height(cells, cell) for _, cells in rows) + PAD
     canvas = Image.new("RGB", (width, height), "white")
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=12)
     pen.text((PAD, PAD), title, "black", ImageFont.load_default(size=15))
@@ -29,17 +31,23 @@ def sheet(title: str, rows: Sequence[Row]) -> Image.Image:
     for heading, cells in rows:
         pen.text((PAD, y), heading, "#444444", font)
         for i, (image, caption) in enumerate(cells):
-            x = PAD + i * (CELL + PAD)
-            small = to_pil(image).convert("RGB")
-            resample = Image.Resampling.NEAREST if small.width <= CELL else Image.Resampling.LANCZOS
-            canvas.paste(small.resize((CELL, CELL), resample), (x, y + TEXT + 4))
-            pen.text((x, y + TEXT + 6 + CELL), caption, "black", ImageFont.load_default(size=10))
-        y += _height(cells)
+            x = PAD + i * (cell + PAD)
+            whole = to_pil(image).convert("RGB")
+            resample = Image.Resampling.NEAREST if max(whole.size) <= cell else Image.Resampling.LANCZOS
+            canvas.paste(ImageOps.contain(whole, (cell, cell), resample), (x, y + TEXT + 4))
+            pen.text((x, y + TEXT + 6 + cell), caption, "black", ImageFont.load_default(size=10))
+        y += _height(cells, cell)
     return canvas
 
 
-def _height(cells: Sequence[tuple[Tensor, str]]) -> int:
-    return TEXT + 6 + CELL + (TEXT if any(caption for _, caption in cells) else 0) + PAD
+def _cell(rows: Sequence[Row]) -> int:
+    """Side of a cell, in pixels: that of the largest image, within bounds."""
+    least, most = CELL
+    return min(max(least, *(side for _, cells in rows for image, _ in cells for side in image.shape[-2:])), most)
+
+
+def _height(cells: Sequence[tuple[Tensor, str]], cell: int) -> int:
+    return TEXT + 6 + cell + (TEXT if any(caption for _, caption in cells) else 0) + PAD
 
 
 def candidate_sheet(target: Tensor, ranked: Sequence[Candidate], picked: int) -> Image.Image:

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from unforget.core.metrics import pairwise_rms, redrawn, rms, sharpness
+from unforget.core.metrics import (
+    at_working_size,
+    pairwise_exact_rms,
+    pairwise_rms,
+    redrawn,
+    rms,
+    sharpness,
+)
 from unforget.core.registration import misfit
 from unforget.core.sampling import add_noise, random_noise
 from unforget.core.types import UNCONDITIONAL
@@ -52,6 +59,7 @@ def rank(
     Another instance is at least `distance` (RMS) from the target, and `near_copy` from what the base draws already.
     """
     images = torch.stack([c.image for c in candidates])
+    sharp, target_sharp = (sharpness(at_working_size(i)) for i in (images, canvas.target[None]))
     drawn = canvas.drawn if canvas.drawn is not None else images[:0]
     noise = random_noise(len(images), canvas.family.latent_shape, canvas.seed, "rank")
     figures: dict[str, Any] = {
@@ -59,7 +67,7 @@ def rank(
         "redrawn": redrawn(images, canvas.target),
         "familiar": pairwise_rms(images, drawn).min(1).values if len(drawn) else torch.full((len(images),), math.inf),
         "moved": _moved(canvas, images),
-        "quality": sharpness(images) / sharpness(canvas.target[None]).clamp(min=1e-6),
+        "quality": sharp / target_sharp.clamp(min=1e-6),
         "typicality": rms(canvas.redraw(images, noise, TYPICAL_AT), images),
         "strays": _strays(canvas, images, torch.cat([images, drawn]), near_copy),
     }
@@ -90,6 +98,6 @@ def _strays(canvas: Canvas, images: Tensor, others: Tensor, near_copy: float) ->
     noise = random_noise(STRAYS, family.latent_shape, canvas.seed, "strays")
     x_t, timestep = add_noise(family, target[None], noise, STRAYS_AT), torch.tensor([STRAYS_AT])
     alpha, sigma = (family.schedule.column(name, timestep, noise) for name in ("alphas", "sigmas"))
-    far = pairwise_rms(x_t, alpha * family.encode(others)).square() * noise[0].numel() / sigma.flatten().square()
+    far = pairwise_exact_rms(x_t, alpha * family.encode(others)).square() * noise[0].numel() / sigma.flatten().square()
     taken_for = torch.softmax(-far / 2, 1).mean(0)
     return (pairwise_rms(images, others) > rms(others, target)).float() @ taken_for

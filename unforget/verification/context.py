@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unforget.config import Policy
 from unforget.core import sampling
-from unforget.core.metrics import rms
+from unforget.core.metrics import WORKING_SIZE, rms
 from unforget.core.types import UNCONDITIONAL, Family, Instance
 from unforget.files import cache, images
 from unforget.verification.near_copies import EmbeddedImages, NearCopyDetector
@@ -171,7 +171,7 @@ class VerifyContext:
 
     def control(self, key: list[object], make: Callable[[], dict[str, float]]) -> dict[str, float]:
         """Figures of the base, made once, and read from the cache if they stand there. No image is stored."""
-        whole = [*self._key("control"), *key]
+        whole = [*self._key("control"), WORKING_SIZE, *key]
         known = json.dumps(whole)
         if known not in self._figures:
             self._figures[known] = cache.cached_figures(whole, make) if self.cache else make()

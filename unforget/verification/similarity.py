@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from unforget.config.verify import SIMILARITY
+from unforget.core.metrics import at_working_size
 from unforget.core.strategy import Strategy
 from unforget.errors import CannotRun, UsageError
 
@@ -33,7 +34,8 @@ class _Backend(Strategy):
 
 
 class Pixels(_Backend):
-    """Root mean square difference of the pixels in [-1, 1]: exact, blind to a copy that is moved or lit otherwise."""
+    """Root mean square difference of the pixels in [-1, 1], at the working size: blind to a copy that is moved or lit
+    otherwise."""
 
     kind: Literal["pixels"] = "pixels"
 
@@ -42,7 +44,7 @@ class Pixels(_Backend):
         return "pixels (RMS)"
 
     def embed(self, images: Tensor) -> Tensor:
-        flat = images.float().cpu().flatten(1)
+        flat = at_working_size(images).float().cpu().flatten(1)
         return flat.div(math.sqrt(flat.shape[1]))
 
 

@@ -6,7 +6,7 @@ from pydantic import Field
 from torch import Tensor
 
 from unforget.config import Policy, VerifyConfig
-from unforget.core.metrics import region, rms, rms_within, sharpness
+from unforget.core.metrics import at_working_size, exact_rms, region, rms_within, sharpness
 from unforget.core.types import Instance
 from unforget.files.images import image_id
 from unforget.verification.context import Finding, Role, VerifyContext
@@ -74,8 +74,8 @@ def reconstruction_figures(images: Tensor, instance: Instance, floor: float) -> 
     `recall` is the share that is nearer to the target than what the model never saw comes back; `nearer_in_region`
     looks only where target and surrogate differ. `sharpness` is there because broken images look forgotten.
     """
-    target, surrogate = instance.target, instance.surrogate
-    to_target, to_surrogate = rms(images, target), rms(images, surrogate)
+    images, target, surrogate = map(at_working_size, (images, instance.target, instance.surrogate))
+    to_target, to_surrogate = exact_rms(images, target), exact_rms(images, surrogate)
     where = region(target, surrogate)
     within = rms_within(images, surrogate, where) < rms_within(images, target, where)
     return {
