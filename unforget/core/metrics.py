@@ -3,11 +3,25 @@
 import torch
 from scipy.stats import beta
 from torch import Tensor
+from torch.nn import functional
 
 
 def rms(a: Tensor, b: Tensor) -> Tensor:
     """Root mean square difference over each image, in pixels of [-1, 1]; (..., C, H, W) to (...)."""
     return (a - b).square().mean((-3, -2, -1)).sqrt()
+
+
+COMPARED = 128
+"""Shorter side, in pixels, at which larger images are compared and kept: what makes two images one is larger."""
+
+
+def compared(images: Tensor) -> Tensor:
+    """Images (..., C, H, W) at the size at which they are compared: averaged, or as they are where they are small."""
+    height, width = images.shape[-2:]
+    if min(height, width) <= COMPARED:
+        return images
+    factor = COMPARED / min(height, width)
+    return functional.adaptive_avg_pool2d(images, (round(height * factor), round(width * factor)))
 
 
 def region(target: Tensor, surrogate: Tensor, share: float = 0.9) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from unforget.config.verify import SIMILARITY
+from unforget.core.metrics import compared
 from unforget.core.strategy import Strategy
 from unforget.errors import CannotRun, UsageError
 
@@ -33,7 +34,10 @@ class _Backend(Strategy):
 
 
 class Pixels(_Backend):
-    """Root mean square difference of the pixels in [-1, 1]: exact, blind to a copy that is moved or lit otherwise."""
+    """Root mean square difference of the pixels in [-1, 1]: exact, blind to a copy that is moved or lit otherwise.
+
+    Images of more than 128 pixels a side are averaged to that.
+    """
 
     kind: Literal["pixels"] = "pixels"
 
@@ -42,7 +46,7 @@ class Pixels(_Backend):
         return "pixels (RMS)"
 
     def embed(self, images: Tensor) -> Tensor:
-        flat = images.float().cpu().flatten(1)
+        flat = compared(images.float().cpu()).flatten(1)
         return flat.div(math.sqrt(flat.shape[1]))
 
 
