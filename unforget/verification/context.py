@@ -112,7 +112,7 @@ class VerifyContext:
 
         The first `paired` start from noise that both models share; what the candidate draws beyond, from its own.
         """
-        assert self.detector  # which draws, too: first, so that batches are the same in every run
+        _ = self.detector  # which draws, too: first, so that batches are the same in every run
         return self._drawn(role, prompt_ids, count)
 
     def _drawn(self, role: Role, prompt_ids: tuple[int, ...], count: int) -> EmbeddedImages:
@@ -122,15 +122,17 @@ class VerifyContext:
             first = len(have or ())
             made = self._images(role, prompt_ids, first, min(first + part, count))
             if prompt_ids == self.retain_prompt_ids:
-                self._keep_whole(role, made)
+                self._keep_whole(role, first, made)
             more = EmbeddedImages.of(self.backends, made)
             have = self._draws[role, prompt_ids] = have + more if have else more
         return have[:count]
 
-    def _keep_whole(self, role: Role, made: Tensor) -> None:
-        have = self._whole.get(role, torch.empty(0, *made.shape[1:], dtype=torch.uint8))
+    def _keep_whole(self, role: Role, first: int, made: Tensor) -> None:
         most = self.policy.paired if role == "base" else SHOWN
-        self._whole[role] = torch.cat([have, images.to_bytes(made[: max(0, most - len(have))])])
+        if role not in self._whole:  # at once: to grow would take as much again
+            self._whole[role] = torch.empty(most, *made.shape[1:], dtype=torch.uint8)
+        rows = self._whole[role][first : first + len(made)]
+        rows.copy_(images.to_bytes(made[: len(rows)]))
 
     def pictures(self, role: Role, rows: Tensor | slice) -> Tensor:
         """Draws under the retain prompts at their own size, (N, C, H, W): any of the base, the candidate's first."""

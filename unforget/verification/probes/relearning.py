@@ -52,7 +52,7 @@ class Relearning(Reconstruction):
         optimizer, schedule = torch.optim.AdamW(parameters, self.learning_rate), context.base.schedule
         drawn = context.retained("base")
         others = ~context.is_any_target(drawn)
-        parts = others.nonzero()[:, 0].split(32)
+        parts = torch.split(others.nonzero()[:, 0], 32)
         x_0 = torch.cat([context.base.encode(context.pictures("base", rows)) for rows in parts])
         prompt_ids = context.retain_turns(len(drawn))[others]
         for step in range(max(self.stops)):
