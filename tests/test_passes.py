@@ -1,6 +1,7 @@
 """What `--dry-run` counts is what is run: every pass of the network is counted beside the plan and the progress."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,14 +11,16 @@ from unforget.config import UnlearnConfig, VerifyConfig
 from unforget.core import passes, sampling
 from unforget.core.passes import Count
 from unforget.core.types import Progress
+from unforget.errors import CannotRun
 from unforget.families import Options
 from unforget.families.memory import blueprint
 from unforget.families.model import DiffusionModel
 from unforget.files import images
-from unforget.surrogate.editors import automatic
+from unforget.surrogate.editors import EDITS, automatic
 from unforget.unlearning.prepare import lookalikes, retain_turns
 
 RED = "a red square"
+PLANTED = Path(__file__).parents[1] / "examples" / "faces" / "planted"
 
 
 @pytest.fixture
@@ -57,25 +60,51 @@ class Recorded(Progress):
         self.done[self.now] += n
 
 
-@pytest.mark.parametrize("made", [False, True], ids=["given", "made"])
+FEW = {
+    "retain_count": 12, "sampler_steps": 3, "num_validation_images": 2, "max_train_steps": 25, "cooldown_steps": 4,
+    "train_batch_size": 2, "retain_batch_size": 3, "learning_rate": 1e-6, "stop_margin": 1,
+}  # fmt: skip
+
+
+def ran(plan, progress):
+    """The counts that a run came to: those of the edits once they are made, and all updates where no margin stops."""
+    counts = {name: count.most if name in ("training", "margin") else count.least for name, count in plan.items()}
+    stages = {n: t for n, t in progress.total.items() if n != "unlearn"}
+    assert stages == {n: progress.done[n] for n in stages}
+    assert stages == {n: c for n, c in counts.items() if n not in ("training", "margin") and c}
+    return sum(counts.values())
+
+
 @pytest.mark.parametrize("prompts", [(), (RED,)], ids=["no prompt", "one prompt"])
-def test_unlearn(prompts, made, sd3_folder, target, counted):
+def test_unlearn(prompts, sd3_folder, target, counted):
     config = UnlearnConfig(
-        model=str(sd3_folder), target=target, surrogate=() if made else target.with_name("surrogate.png"),
-        prompt=prompts, output=target.with_name("x.patch"), retain_count=12, sampler_steps=3, min_distance=0.01,
-        num_validation_images=2, max_train_steps=25, cooldown_steps=4, train_batch_size=2, retain_batch_size=3,
-        learning_rate=1e-6, rank=2, stop_margin=1,
+        model=str(sd3_folder), target=target, surrogate=target.with_name("surrogate.png"), prompt=prompts,
+        output=target.with_name("x.patch"), rank=2, **FEW,
     )  # fmt: skip
     plan = api.unlearn_passes(config, blueprint(str(sd3_folder), Options()))
     assert plan == api.unlearn_passes(config, families.load(str(sd3_folder))), "loaded or not is the same"
     progress = Recorded()
     api.unlearn(config, progress)
-    assert not progress.total.keys() & {"look-alikes to retain"}, "none was drawn: the least is what is run"
-    counts = {name: count.most if name in ("training", "margin") else count.least for name, count in plan.items()}
-    assert sum(counted) == sum(counts.values())
-    stages = {n: t for n, t in progress.total.items() if n != "unlearn"}
-    assert stages == {n: progress.done[n] for n in stages}
-    assert stages == {n: c for n, c in counts.items() if n not in ("training", "margin") and c}
+    assert sum(counted) == ran(plan, progress)
+
+
+def test_unlearn_with_a_surrogate_that_is_made(tmp_path, counted):
+    config = UnlearnConfig(model="faces", target=PLANTED / "0.png", output=tmp_path / "x.patch", **FEW)
+    plan, progress = api.unlearn_passes(config, blueprint("faces", Options())), Recorded()
+    api.unlearn(config, progress)
+    assert sum(counted) == ran(plan, progress)
+
+
+@pytest.mark.parametrize("prompts", [(), (RED,)], ids=["no prompt", "one prompt"])
+def test_the_most_is_when_no_edit_is_accepted(prompts, sd3_folder, target, counted):
+    config = UnlearnConfig(
+        model=str(sd3_folder), target=target, prompt=prompts, output=target.with_name("x.patch"), min_distance=1.99,
+        **FEW,
+    )  # fmt: skip
+    plan = api.unlearn_passes(config, blueprint(str(sd3_folder), Options()))
+    with pytest.raises(CannotRun, match="no edit of the target"):
+        api.unlearn(config)
+    assert sum(counted) == plan["retain set"].least + plan[EDITS].most
 
 
 SMALL = {
