@@ -21,12 +21,12 @@ class Paraphrase(NearCopies):
     draws: int = Field(8, ge=2, le=4096, description="draws of each wording")
 
     def cost(self, context: VerifyContext) -> Count:
-        asked = [case for case in self.cases(context) for _ in _words(context.prompt(case[1]))]
+        asked = [case for case in self.cases(context) for _ in wordings(context.prompt(case[1]))]
         return 2 * context.repeated(asked, self.draws, [None])
 
     def examine(self, context: VerifyContext, instance: Instance, prompt_id: int) -> Iterator[Finding]:
         prompt, noise = context.prompt(prompt_id), context.noise("reword", self.draws)
-        for wording in _words(prompt):
+        for wording in wordings(prompt):
             try:
                 (asked,) = context.base.prompt_ids([wording]).tolist()
             except UsageError:  # longer than the tokenizer takes
@@ -42,7 +42,7 @@ class Paraphrase(NearCopies):
             yield Finding(self.kind, instance.id, base, candidate, prompt=prompt, variant=wording)
 
 
-def _words(prompt: str) -> list[str]:
+def wordings(prompt: str) -> list[str]:
     """The prompt in other words, each once; none for the empty one."""
     words = [wording.format(prompt) for wording in WORDINGS] + [prompt.upper()]
     return list(dict.fromkeys(w for w in words if w != prompt and prompt))
