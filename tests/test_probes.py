@@ -360,17 +360,6 @@ def test_a_required_probe_that_nobody_knows_is_refused():
         probes.suite(config, prompted=False)
 
 
-def test_costs_are_what_the_probes_spend(context):
-    spent = []
-    context.advance = spent.append
-    context.draws("base", (0,), 16)
-    context.draws("candidate", (0,), 16)
-    for probe in (Reconstruct(draws=4), Quantization(draws=4)):
-        spent.clear()
-        probe(context)
-        assert sum(spent) <= probe.cost(context) <= 1.5 * sum(spent) + 60, probe.kind
-
-
 def test_eight_bits_are_what_a_file_holds(tmp_path):
     image = pictures(1)[0]
     images.write_image(image, tmp_path / "x.png")

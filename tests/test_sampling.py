@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from unforget.core import sampling
+from unforget.core import passes, sampling
 from unforget.core.recipe import Recipe
 from unforget.core.schedule import Schedule
 from unforget.core.types import Instance, Pool
@@ -22,7 +22,7 @@ def test_noise_of_a_seed_does_not_depend_on_how_many_are_drawn():
 def test_drawing_in_batches_changes_nothing(tiny, monkeypatch):
     noise = sampling.random_noise(3, tiny.latent_shape, 0, "test")
     whole = sampling.draw(tiny, noise, steps=3)
-    monkeypatch.setattr(sampling, "PIXELS_DRAWN", 1)
+    monkeypatch.setattr(passes, "PIXELS_DRAWN", 1)
     parts = sampling.draw(tiny, noise, steps=3)
     torch.testing.assert_close(whole, parts, rtol=1e-4, atol=1e-5)
 

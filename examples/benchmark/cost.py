@@ -7,6 +7,9 @@
     plan       the peak memory that `--dry-run` predicts, beside the peak of the same run
     memory     peak memory of the whole command on the 113.7 M-parameter network of google/ddpm-celebahq-256, with
                random weights, at 256x256
+    counts     network passes by stage of `unlearn` and `verify` on Stable Diffusion 3 medium at 1024x1024, as --dry-run
+               counts them
+    draws      bytes that `verify` keeps of 2 x 1,000 draws of 1024x1024: random pixels in the place of a model's
 
 Ratios are of medians of runs that take turns, so that a busy machine slows both sides.
 """
@@ -24,15 +27,20 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import sd3_medium
 import torch
 
-from unforget import Recipe, families
-from unforget.core.types import Progress
+from unforget import Recipe, api, families
+from unforget.config import Policy, UnlearnConfig, VerifyConfig
+from unforget.core.passes import Count
+from unforget.core.types import Instance, Progress
 from unforget.files import images
 from unforget.unlearning.compute import Compute, has_bf16, mixed
 from unforget.unlearning.prepare import RunInputs, prepare
 from unforget.unlearning.trainer import Trainer
+from unforget.verification.context import ROLES, VerifyContext
 
 PLANTED = Path(__file__).parents[1] / "faces" / "planted"
 EXAMPLES = Path(__file__).parents[1]
@@ -144,7 +152,65 @@ def plan() -> None:
                   f"{predicted / peak - 1:+.0%}", flush=True)  # fmt: skip
 
 
-SECTIONS = {f.__name__: f for f in (passes, help, plan, memory)}
+def counts() -> None:
+    """Both commands, without a prompt and with one; `verify` at fewer sampler steps, too."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = str(sd3_medium.configured(Path(scratch)))
+        for prompt in ((), ("a flag",)):
+            asked = {"model": folder, "target": FLAG, "prompt": prompt}
+            said = api.plan_unlearn(UnlearnConfig(**asked, output="x.patch", max_train_steps=240, train_batch_size=4,
+                                                  retain_batch_size=8))  # fmt: skip
+            show(f"unlearn, {len(prompt)} prompt(s), 240 x (4 + 8)", said)
+            for steps in (20, 14, 10, 8):
+                config = VerifyConfig(**asked, candidate=folder, sampler_steps=steps)
+                show(f"verify, {len(prompt)} prompt(s), {steps} sampler steps", api.plan_verify(config))
+
+
+def show(title: str, said: dict[str, Any]) -> None:
+    parts = ", ".join(f"{name} {Count(*ends)}" for name, ends in said["passes"].items() if any(ends))
+    print(f"counts: {title}: {parts}; memory {said['memory_gib']}", flush=True)
+
+
+class RandomPixels:
+    """What a context needs of a model, at 1024x1024; what it draws is noise."""
+
+    image_shape, latent_shape, guidance, prompts = (3, 1024, 1024), (16, 128, 128), None, ["", "a prompt"]
+    device = torch.device("cpu")
+
+    def sampling_timesteps(self, steps: int) -> list[float]:
+        return [1000.0 * (steps - k) / steps for k in range(steps)]
+
+    def denoise(self, x_t: torch.Tensor, **how: object) -> torch.Tensor:
+        return x_t
+
+    def decode(self, x_0: torch.Tensor) -> torch.Tensor:
+        return torch.randint(0, 256, (len(x_0), *self.image_shape)).float().div_(127.5).sub_(1)
+
+
+def draws() -> None:
+    """Resident memory after each thousand, and the peak."""
+    model: Any = RandomPixels()
+    picture = model.decode(torch.zeros(1))[0]
+    context = VerifyContext(model, model, (Instance(picture, -picture, "t", (0, 1)),), Policy())
+    before = resident()
+    context.retained("candidate")
+    print(f"draws: 2 x {context.policy.paired} under the retain prompts, {resident() - before:.2f} GiB", flush=True)
+    for role in ROLES:
+        context.draws(role, (1,), 1000)
+        print(f"draws: 1,000 of the {role}, {resident() - before:.2f} GiB in all", flush=True)
+    kept = context.draws("base", (1,), 1000)
+    whole = sum(t.nbytes for t in context._whole.values())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"draws: {sum(t.nbytes for t in kept.tensors) / 1000 / 2**20:.2f} MiB a draw, {whole / 2**30:.2f} GiB of "
+          f"draws that are whole; peak of the process {peak:.2f} GiB, {before:.2f} before")  # fmt: skip
+
+
+def resident() -> float:
+    """GiB that this process holds now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
+SECTIONS = {f.__name__: f for f in (passes, help, plan, memory, counts, draws)}
 
 
 def main() -> None:

@@ -115,19 +115,27 @@ def bare(network: SD3Transformer2DModel, side: int, tokens: int, steps: int) -> 
     return took
 
 
+def configured(folder: Path) -> Path:
+    """The model's configuration files alone, in a folder."""
+    for name, content in (
+        ("model_index.json", {"_class_name": "StableDiffusion3Pipeline"}),
+        ("transformer/config.json", {"_class_name": "SD3Transformer2DModel", **TRANSFORMER}),
+        ("vae/config.json", {"_class_name": "AutoencoderKL", **VAE}),
+        ("scheduler/scheduler_config.json", {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}),
+    ):
+        path = folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(content))
+    return folder
+
+
 def plan(resolution: int) -> float:
     """GiB that `unlearn --dry-run` predicts for the same run, from configuration files alone."""
     with tempfile.TemporaryDirectory() as scratch:
-        for name, content in (
-            ("model_index.json", {"_class_name": "StableDiffusion3Pipeline"}),
-            ("transformer/config.json", {"_class_name": "SD3Transformer2DModel", **TRANSFORMER}),
-            ("vae/config.json", {"_class_name": "AutoencoderKL", **VAE}),
-        ):
-            path = Path(scratch, name)
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(content))
         few = {"train_batch_size": 1, "retain_batch_size": 1}
-        config = UnlearnConfig(model=scratch, target="x.png", output="x.patch", resolution=resolution, **few)
+        config = UnlearnConfig(
+            model=str(configured(Path(scratch))), target="x.png", output="x.patch", resolution=resolution, **few
+        )
         return memory_plan(config)["peak"]
 
 

@@ -7,11 +7,13 @@ found. Nothing here prints.
 from unforget.api.common import editor_of, recipe_of, resolve_recipe
 from unforget.api.editing import Edited, edit_surrogate
 from unforget.api.exporting import Exported, export
-from unforget.api.unlearning import Unlearned, memory_plan, unlearn
+from unforget.api.planning import memory_plan, plan_unlearn, plan_verify, unlearn_passes, verify_passes
+from unforget.api.unlearning import Unlearned, unlearn
 from unforget.api.verifying import compare, verify
 from unforget.exports.show import look as show
 
 __all__ = [
     "Edited", "Exported", "Unlearned", "compare", "edit_surrogate", "editor_of", "export",
-    "memory_plan", "recipe_of", "resolve_recipe", "show", "unlearn", "verify",
+    "memory_plan", "plan_unlearn", "plan_verify", "recipe_of", "resolve_recipe", "show", "unlearn", "unlearn_passes",
+    "verify", "verify_passes",
 ]  # fmt: skip

@@ -4,13 +4,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from unforget.api.common import load, options, read, recipe_of, salted, versions, writable
+from unforget.api.common import load, read, recipe_of, salted, versions, writable
 from unforget.config import UnlearnConfig
 from unforget.core import distributed
 from unforget.core.metrics import rms
+from unforget.core.passes import Count, is_large
 from unforget.core.recipe import Recipe
 from unforget.core.types import UNCONDITIONAL, Family, Instance, Progress
 from unforget.errors import ExitCode, UsageError
@@ -22,7 +22,7 @@ from unforget.unlearning.compute import Compute
 from unforget.unlearning.prepare import RunInputs, prompt_ids
 from unforget.unlearning.run import Trained, run
 from unforget.unlearning.run_directory import RunDirectory, check_start
-from unforget.verification.context import Finding, VerifyContext, known_surrogate
+from unforget.verification.context import Finding, VerifyContext
 from unforget.verification.probes.base import HALF
 from unforget.verification.probes.reconstruct import Reconstruct
 from unforget.verification.probes.replaced import Replaced, what_is_shown
@@ -60,7 +60,7 @@ def unlearn(config: UnlearnConfig, progress: Progress | None = None) -> Unlearne
     check_start(folder, resume=config.resume, force=config.force)
     for path in (config.output, folder) if not config.resume else ():
         writable(path, config.force)
-    recipe, compute = recipe_of(config), _compute(config)
+    recipe, compute = recipe_of(config), compute_of(config)
     patched = load(config)
     base_digest = digest(patched.network.state_dict())
     stack = Stack.load(config.patch, config.scale)
@@ -89,18 +89,8 @@ def unlearn(config: UnlearnConfig, progress: Progress | None = None) -> Unlearne
     return Unlearned(config.output, folder, **ended)
 
 
-def memory_plan(config: UnlearnConfig) -> dict[str, float]:
-    """GiB that a run will take, by what they are for, from the model's configuration alone."""
-    from unforget.families.memory import blueprint, reckon
-
-    recipe, compute = recipe_of(config), _compute(config)
-    found = blueprint(config.model, options(config))
-    micro = min(max(recipe.forget_batch_size, recipe.retain_batch_size), compute.in_one_pass(found.image_shape))
-    checkpointing, half = compute.checkpoints(found.network), compute.half(torch.device(config.device))
-    return reckon(found, recipe.train, recipe.rank, micro_batch=micro, checkpointing=checkpointing, half=half).gib()
-
-
-def _compute(config: UnlearnConfig) -> Compute:
+def compute_of(config: UnlearnConfig) -> Compute:
+    """How a run computes."""
     return Compute(config.micro_batch, config.mixed_precision, config.use_8bit_adam, config.gradient_checkpointing)
 
 
@@ -189,22 +179,40 @@ def _remembered(ended: dict[str, Any], output: Path) -> Unlearned:
     return Unlearned(output, output.with_suffix(".run"), **known)
 
 
+def shown_count(asked: int | None, model: Any) -> int:
+    """Reconstructions for each timestep, and seeds, that are shown at the end; `model` is a family, loaded or not."""
+    return asked or (4 if is_large(model.image_shape) else 8)
+
+
+def shown_passes(context: VerifyContext, count: int) -> Count:
+    """Network passes of what is shown at the end."""
+    draws = context.retain_turns(count).tolist() + [id for _, id in _prompted(context) for _ in range(DRAWN)]
+    return _shown_probe(count).cost(context) + Count.of(2 * context.passes(draws))
+
+
+def _prompted(context: VerifyContext) -> list[tuple[Instance, int]]:
+    """The targets under each given prompt."""
+    return [(instance, id) for instance, id in context.cases if id != UNCONDITIONAL]
+
+
+def _shown_probe(count: int) -> Reconstruct:
+    return Reconstruct(draws=count, calibrated=False)
+
+
 def _before_and_after(
-    trained: Trained, patched: Family, output: Path, count: int, progress: Progress
+    trained: Trained, patched: Family, output: Path, asked: int | None, progress: Progress
 ) -> dict[str, Any]:
     """The table, the drift, and whether all is forgotten; writes the contact sheet, and the images for `verify`."""
     base, folder = trained.base, output.with_suffix(".run")
     stay = tuple(dict.fromkeys(trained.prepared.retain.prompt_ids.tolist()))
     context = VerifyContext(base, patched, trained.prepared.instances, retain_prompt_ids=stay, advance=progress.advance)
-    probe = Reconstruct(draws=count, calibrated=False)
-    prompted = [(i, id) for i, id in context.cases if id != UNCONDITIONAL and known_surrogate(i)]
-    own = 2 * DRAWN * len(prompted)
-    progress.stage("before and after", probe.cost(context) + (2 * count + own) * context.calls())
-    findings = probe(context)
+    count = shown_count(asked, base)
+    progress.stage("before and after", shown_passes(context, count).least)
+    findings = _shown_probe(count)(context)
     noise, turns = context.noise("sample", count), context.retain_turns(count)
     before, after = (context.run(family, noise, turns) for family in context.models.values())
     pairs = Finding("retention", None, {}, {}, images={"base": before, "candidate": after})
-    drawn = [_drawn(context, instance, id, before) for instance, id in prompted]
+    drawn = [_drawn(context, instance, id, before) for instance, id in _prompted(context)]
     for k, instance in enumerate(context.instances):
         images.write_image(instance.target, folder / f"target-{k}.png")
         images.write_image(instance.surrogate, folder / f"surrogate-{k}.png")

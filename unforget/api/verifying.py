@@ -54,10 +54,10 @@ def compare(
     base_digest = digest(base.network.state_dict())
     instances, surrogates_known = _read_instances(config, base, base_digest, made, progress)
     must_retain = tuple(read(p, base, config, progress) for p in config.must_retain)
-    retain_prompt_ids = _retain_prompt_ids(config, base, instances)
+    stay = retain_prompt_ids(config, base, instances[0].prompt_ids)
     candidate.prompt_ids(base.prompts)  # the same ids in both tables
     context = VerifyContext(
-        base, candidate, instances, config, must_retain, retain_prompt_ids, config.seed, base_digest,
+        base, candidate, instances, config, must_retain, stay, config.seed, base_digest,
         digest(candidate.network.state_dict()), advance=progress.advance,
         cache=config.cache and not config.save_images,  # images to look at are not stored with the figures
     )  # fmt: skip
@@ -70,10 +70,10 @@ def compare(
     return result, evidence_rows(instances, findings)
 
 
-def _retain_prompt_ids(config: VerifyConfig, base: Family, instances: tuple[Instance, ...]) -> tuple[int, ...]:
-    """Prompts under which the rest is drawn: none of the targets' own."""
+def retain_prompt_ids(config: VerifyConfig, base: Family, given: tuple[int, ...]) -> tuple[int, ...]:
+    """Prompts under which the rest is drawn: none of those that are given for the targets."""
     listed = storage.read_lines(config.retain_prompts) if config.retain_prompts else base.retain_prompts
-    own = instances[0].prompt_ids[1:]
+    own = given[1:]
     return tuple(i for i in dict.fromkeys(base.prompt_ids(listed).tolist()) if i not in own)
 
 

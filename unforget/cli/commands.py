@@ -11,6 +11,9 @@ from unforget.cli import console
 from unforget.cli.options import SETTINGS, Commands, command
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the configuration and its cost (memory, passes, time), and stop.")
+]
 
 app = typer.Typer(
     name="unforget", cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
@@ -55,7 +58,7 @@ def edit_surrogate(config: Any, *, as_json: AsJson = False) -> None:
 @command(app, "unlearn", "UnlearnConfig")
 def unlearn(
     config: Any, *, as_json: AsJson = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print configuration and memory plan, and stop.")] = False,
+    dry_run: DryRun = False,
 ) -> None:  # fmt: skip
     """Make the model generate a surrogate instead of the target.
 
@@ -69,7 +72,9 @@ def unlearn(
     if dry_run:
         recipe = api.recipe_of(config).model_dump(mode="json")
         rest = config.model_dump(mode="json", exclude=set(RecipeOptions.model_fields))
-        console.print_json({**rest, "recipe": recipe, "memory_gib": api.memory_plan(config)})
+        plan = api.plan_unlearn(config)
+        console.err.print(console.costs_table(plan))
+        console.print_json({**rest, "recipe": recipe, **plan})
         return
     with console.console_progress() as progress:
         result = api.unlearn(config, progress)
@@ -97,7 +102,7 @@ def unlearn(
 
 
 @command(app, "verify", "VerifyConfig")
-def verify(config: Any, *, as_json: AsJson = False) -> None:
+def verify(config: Any, *, as_json: AsJson = False, dry_run: DryRun = False) -> None:
     """Judge a patch or a checkpoint: is the target gone, is the rest still there?
 
     Passing is evidence, never a certificate.
@@ -106,6 +111,11 @@ def verify(config: Any, *, as_json: AsJson = False) -> None:
     """
     from unforget import api
 
+    if dry_run:
+        plan = api.plan_verify(config)
+        console.err.print(console.costs_table(plan))
+        console.print_json({**config.model_dump(mode="json"), **plan})
+        return
     with console.console_progress() as progress:
         result = api.verify(config, progress)
     if as_json:

@@ -53,6 +53,19 @@ def before_after(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
+def costs_table(plan: dict[str, Any]) -> Table:
+    """What a run will cost: network passes by stage, memory, and time where a pass was timed."""
+    table = Table("stage", Column("passes, at least", justify="right"), Column("at most", justify="right"))
+    for name, (least, most) in plan["passes"].items():
+        table.add_row(name, f"{least:,}", f"{most:,}", style="bold" if name == "in all" else "")
+    table.caption = f"memory {plan['memory_gib']['peak']:.2f} GiB"
+    if "hours" in plan:
+        least, most = plan["hours"]
+        timed = f"{plan['seconds_a_pass']:.3g} s a pass (the median of three, timed here)"
+        table.caption += f"; {timed}: {least:.2f} to {most:.2f} hours, less what the cache holds"
+    return table
+
+
 def candidates_table(rows: list[dict[str, Any]]) -> Table:
     """The best candidates of `edit-surrogate`."""
     table = Table("pick", "how", "distance", "typicality", "sharpness", "accepted", title="Candidates, best first")

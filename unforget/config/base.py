@@ -163,8 +163,9 @@ class DrawConfig(ImageConfig):
     """What commands ask that make surrogates."""
 
     retain_count: int | None = option(
-        "Number of images to draw from the base, to be retained.", None, "192, more for many prompts", ge=8, le=100_000
-    )
+        "Number of images to draw from the base, to be retained.", None,
+        "192, more for many prompts; 64 from 512 px on", ge=8, le=100_000,
+    )  # fmt: skip
     sampler_steps: int = option("Sampler steps of those images.", 20, ge=2, le=1000)
     near_copy: float = option("RMS at 80 px under which two images are the same one, in [-1, 1].", 0.16, gt=0, lt=2)
     min_distance: float = option("Least RMS of a made surrogate to its target.", 0.2, gt=0, lt=2)

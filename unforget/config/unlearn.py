@@ -76,8 +76,8 @@ class UnlearnConfig(RecipeOptions, DrawConfig, PatchedConfig):
     patch: tuple[Path, ...] = option(
         "Patch to begin with, which the new one will hold; repeats.", (), "none", reads="patch"
     )
-    num_validation_images: int = option(
-        "Reconstructions for each timestep, and seeds, to show at the end.", 8, ge=1, le=256
+    num_validation_images: int | None = option(
+        "Reconstructions for each timestep, and seeds, to show at the end.", None, "8, 4 from 512 px on", ge=1, le=256
     )
     resume: bool = option("Continue the run beside the patch, to the same bytes.", False)
     resume_from_checkpoint: str | None = option(

@@ -2,17 +2,16 @@
 
 import hashlib
 import math
+import statistics
+import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from unforget.core import distributed
+from unforget.core import distributed, passes
 from unforget.core.schedule import Schedule
 from unforget.core.types import UNCONDITIONAL, Family, Noised
-
-PIXELS_DRAWN = PIXELS_TRAINED = 32 * 32 * 32
-"""Pixels in one pass, without and with gradients, unless the user says how many images."""
 
 
 def random_noise(count: int, shape: tuple[int, int, int], seed: int, purpose: str, *, first: int = 0) -> Tensor:
@@ -23,11 +22,6 @@ def random_noise(count: int, shape: tuple[int, int, int], seed: int, purpose: st
     keys = (hashlib.sha256(f"{purpose}/{seed}/{i}".encode()).digest() for i in range(first, first + count))
     generators = (torch.Generator().manual_seed(int.from_bytes(key[:7])) for key in keys)
     return torch.stack([torch.randn(shape, generator=g) for g in generators]) if count else torch.empty(0, *shape)
-
-
-def in_one_pass(pixels: int, shape: tuple[int, int, int]) -> int:
-    """How many images of a shape make up `pixels`, at least one."""
-    return max(1, pixels // (shape[1] * shape[2]))
 
 
 def visited(family: Family, timestep: float, *, steps: int) -> float:
@@ -42,6 +36,18 @@ def add_noise(family: Family, images: Tensor, noise: Tensor, timestep: float, *,
 
 
 @torch.no_grad()
+def seconds_a_pass(family: Family) -> float:
+    """Seconds that an image takes in a pass where the model is: the median of three, after one that warms up."""
+    size, timestep = passes.drawn_in_one_pass(family), visited(family, 500, steps=10)
+    x_t, took = torch.zeros(size, *family.latent_shape), list[float]()
+    for _ in range(4):
+        began = time.perf_counter()
+        family.predict(x_t, torch.full((size,), timestep), torch.full((size,), UNCONDITIONAL))
+        took.append((time.perf_counter() - began) / size)
+    return statistics.median(took[1:])
+
+
+@torch.no_grad()
 def draw(
     family: Family, noise: Tensor, *, steps: int, start: float | None = None, prompt_ids: Tensor | None = None,
     decode: bool = True, advance: Callable[[int], object] = lambda n: None,
@@ -49,15 +55,15 @@ def draw(
     """Sample images (N, C, H, W) in [-1, 1] from noise, or from x_t at timestep `start`, a batch at a time.
 
     `steps` are those of a whole sampling run; `prompt_ids` are (N,), or (1,) for the same everywhere. Returns x_0
-    unless it is to `decode`; `advance` is told how many are done.
+    unless it is to `decode`; `advance` is told how many passes are done.
     """
     prompt_ids = torch.tensor([UNCONDITIONAL]) if prompt_ids is None else prompt_ids
-    size = in_one_pass(PIXELS_DRAWN, family.image_shape)
+    size, calls = passes.drawn_in_one_pass(family), passes.calls(family, steps, start)
     parts = list(zip(torch.split(noise, size), torch.split(prompt_ids.expand(len(noise)), size), strict=True))
 
     def make(part: tuple[Tensor, Tensor]) -> Tensor:
         x_0 = family.denoise(part[0], steps=steps, start=start, prompt_ids=part[1])
-        advance(len(x_0) * distributed.world_size())
+        advance(passes.drawn(family, part[1].tolist(), calls) * distributed.world_size())
         return family.decode(x_0) if decode else x_0
 
     return distributed.all_gather(parts, make)

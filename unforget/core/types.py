@@ -88,6 +88,7 @@ class Family(Protocol):
     prompts: list[str]  # the table of prompts, by id; the first is empty
     guidance: float | None  # of its draws, where there is such
     retain_prompts: tuple[str, ...]  # under which retain images are drawn, unless the user gives others
+    device: torch.device  # where the network works
 
     @property
     def scheduler_config(self) -> Any:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,9 @@ import torch
 from torch import Tensor
 
 from unforget import families
+from unforget.core.schedule import Schedule
 from unforget.core.types import LARGE, Scope
+from unforget.errors import UsageError
 
 if TYPE_CHECKING:
     from unforget.families.loading import Options
@@ -62,13 +66,74 @@ class Plan:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A network without content, (C, H, W) of what it works on and of an image, and bytes of what is beside it."""
+    """A model without content, which says what a run costs: a `passes.Outline`.
+
+    Its network lies on the meta device; `source` is the folder or hub id of its configuration, `ref` what the user
+    called it, `beside` the bytes of its autoencoder.
+    """
 
     spec: FamilySpec
     network: Any
     latent_shape: tuple[int, int, int]
     image_shape: tuple[int, int, int]
     beside: int
+    ref: str
+    source: str
+    options: Options
+    prompts: list[str] = field(default_factory=lambda: [""])
+
+    def prompt_ids(self, prompts: Sequence[str]) -> Tensor:
+        """The row that each prompt would have; UsageError if the model takes none."""
+        for prompt in (p for p in dict.fromkeys(prompts) if p not in self.prompts):
+            if not self.spec.prompted:
+                raise UsageError(f"'{self.ref}' takes no prompts", "Leave --prompt out.")
+            self.prompts.append(prompt)
+        return torch.tensor([self.prompts.index(p) for p in prompts], dtype=torch.long)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model would work."""
+        return torch.device(self.options.device)
+
+    @cached_property
+    def _drawing(self) -> tuple[float | None, tuple[str, ...]]:
+        from unforget.families.loading import hints
+        from unforget.families.model import drawing
+
+        return drawing(self.spec, self.options, hints(Path(self.source)))
+
+    @property
+    def guidance(self) -> float | None:
+        """As a loaded model has it."""
+        return self._drawing[0]
+
+    @property
+    def retain_prompts(self) -> tuple[str, ...]:
+        """As a loaded model has them."""
+        return self._drawing[1]
+
+    @cached_property
+    def scheduler(self) -> Any:
+        """The diffusers scheduler."""
+        import diffusers
+
+        from unforget.families.loading import opening, where
+
+        flat = Path(self.source).is_dir() and not (Path(self.source) / "scheduler").is_dir()
+        with opening(self.ref, self.source):
+            config = diffusers.DDPMScheduler.load_config(**where(self.source), subfolder=None if flat else "scheduler")
+            return getattr(diffusers, config["_class_name"]).from_config(config)
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        """As a loaded model has it."""
+        return Schedule.from_diffusers(self.scheduler)
+
+    def sampling_timesteps(self, steps: int) -> list[float]:
+        """As of a loaded model."""
+        from unforget.families.model import sampler
+
+        return [float(t) for t in sampler(self.spec, self.scheduler.config, steps).timesteps]
 
 
 def blueprint(ref: str, options: Options) -> Blueprint:
@@ -91,7 +156,13 @@ def blueprint(ref: str, options: Options) -> Blueprint:
                 parts = AutoencoderKL.load_config(**where(source), subfolder="vae")
                 vae = AutoencoderKL.from_config(parts).to(getattr(torch, spec.vae_dtype) if spec.vae_dtype else dtype)
                 factor, beside = 2 ** (len(parts["block_out_channels"]) - 1), _bytes(vae.parameters())
-        return Blueprint(spec, network, *shapes(spec, config, factor, ref, options.resolution), beside)
+        made = shapes(spec, config, factor, ref, options.resolution)
+        return Blueprint(spec, network, *made, beside, ref, source, options)
+
+
+def weights_of(network: Any) -> int:
+    """Bytes of a network's weights."""
+    return _bytes(network.parameters())
 
 
 def _bytes(tensors: Any) -> int:

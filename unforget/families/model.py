@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from unforget.core import passes
 from unforget.core.schedule import Schedule
 from unforget.core.types import UNCONDITIONAL, Scope
 from unforget.errors import CannotRun, UsageError
@@ -33,8 +34,7 @@ class DiffusionModel:
         self.absent = tuple(n for n in spec.text_encoders if getattr(pipeline, n) is None)
         self.network = self._placed(getattr(pipeline, spec.network))
         self.vae = pipeline.vae.to(self.device) if spec.prompted else None
-        self.guidance = spec.guidance and (options.guidance or hints.guidance or spec.guidance)
-        self.retain_prompts = (hints.retain_prompts or _everyday_prompts()) if spec.prompted else ("",)
+        self.guidance, self.retain_prompts = drawing(spec, options, hints)
         factor = pipeline.vae_scale_factor if spec.prompted else 1
         self.latent_shape, self.image_shape = shapes(spec, self.network.config, factor, name, options.resolution)
         self.prompts: list[str] = [] if spec.prompted else [""]
@@ -107,7 +107,8 @@ class DiffusionModel:
             return pictures
         if not len(pictures):
             return torch.empty(0, *self.latent_shape)
-        parts = [vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mode() for part in torch.split(pictures, 8)]
+        few = torch.split(pictures, self._in_one_pass)
+        parts = [vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mode() for part in few]
         latents: Tensor = (torch.cat(parts).float() - self._shift) * vae.config.scaling_factor
         return latents.cpu()
 
@@ -117,9 +118,15 @@ class DiffusionModel:
         vae = self.vae
         if vae is not None:
             x_0 = x_0 / vae.config.scaling_factor + self._shift
-            parts = [vae.decode(part.to(vae.device, vae.dtype)).sample.float().cpu() for part in torch.split(x_0, 8)]
+            few = torch.split(x_0, self._in_one_pass)
+            parts = [vae.decode(part.to(vae.device, vae.dtype)).sample.float().cpu() for part in few]
             x_0 = torch.cat(parts)
         return x_0.clamp(-1, 1)
+
+    @property
+    def _in_one_pass(self) -> int:
+        """How many pictures the autoencoder takes at once: one of 1024 px needs GiB."""
+        return min(8, passes.in_one_pass(8 * 256 * 256, self.image_shape))
 
     @property
     def _shift(self) -> float:
@@ -148,19 +155,7 @@ class DiffusionModel:
             self.network.enable_adapters()
 
     def _sampler(self, steps: int, name: str | None = None) -> Any:
-        """The family's sampler, or diffusers' scheduler of that name; UsageError if there is none that fits."""
-        import diffusers
-
-        options, name = {} if name else self.spec.sampler_options, name or self.spec.sampler
-        kind = getattr(diffusers, name, None)
-        if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-            raise UsageError(f"diffusers has no scheduler '{name}'", "Give a class name, such as DDIMScheduler.")
-        try:
-            sampler: Any = kind.from_config(self.scheduler_config, **options)  # type: ignore[attr-defined]
-        except (ValueError, TypeError, NotImplementedError) as error:
-            raise UsageError(f"the scheduler '{name}' does not fit this model: {error}", "Give another.") from None
-        sampler.set_timesteps(steps)
-        return sampler
+        return sampler(self.spec, self.scheduler_config, steps, name)
 
     @torch.no_grad()
     def replay(self, seed: int, *, steps: int, scheduler: str | None, prompt_ids: Tensor) -> Tensor:
@@ -252,6 +247,25 @@ class DiffusionModel:
         setattr(self.pipeline, self.spec.network, self.network)
 
 
+def sampler(spec: FamilySpec, config: Any, steps: int, name: str | None = None) -> Any:
+    """The family's sampler for a scheduler's configuration, or diffusers' scheduler of that name.
+
+    UsageError if there is none that fits.
+    """
+    import diffusers
+
+    options, name = {} if name else spec.sampler_options, name or spec.sampler
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
+        raise UsageError(f"diffusers has no scheduler '{name}'", "Give a class name, such as DDIMScheduler.")
+    try:
+        made: Any = kind.from_config(config, **options)  # type: ignore[attr-defined]
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise UsageError(f"the scheduler '{name}' does not fit this model: {error}", "Give another.") from None
+    made.set_timesteps(steps)
+    return made
+
+
 def trainable(spec: FamilySpec, network: Any, scope: Scope, *, rank: int, alpha: int, seed: int) -> list[nn.Parameter]:
     """The weights of a scope, in the network's order; for `lora`, of an adapter that is added if need be."""
     check_scope(spec, scope)
@@ -288,6 +302,12 @@ def shapes(spec: FamilySpec, config: Any, factor: int, name: str, resolution: in
         hint = f"Give a --resolution that is a multiple of {unit * factor}, {most * factor} at most."
         raise UsageError(f"'{name}' cannot draw {side}x{side} pixels", hint)
     return (config["in_channels"], side // factor, side // factor), (3, side, side)
+
+
+def drawing(spec: FamilySpec, options: Options, hints: Hints) -> tuple[float | None, tuple[str, ...]]:
+    """Guidance, where there is such, and the prompts under which a model draws what is to be retained."""
+    guidance = spec.guidance and (options.guidance or hints.guidance or spec.guidance)
+    return guidance, (hints.retain_prompts or _everyday_prompts()) if spec.prompted else ("",)
 
 
 def _everyday_prompts() -> tuple[str, ...]:

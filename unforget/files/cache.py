@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from unforget.core import distributed
 from unforget.core.sampling import draw, random_noise
 from unforget.core.types import Family
 from unforget.errors import CannotRun
+from unforget.files import images
 from unforget.files.storage import atomic_output, open_tensors, read_json, write_tensors
 
 T = TypeVar("T")
@@ -32,7 +32,7 @@ def drawn_cached(
 ) -> Tensor:  # fmt: skip
     """One image for every prompt ("" for none) that the base draws for a seed in `steps` sampler steps.
 
-    `digest` is that of the base's weights; `advance` is told how many images are done.
+    `digest` is that of the base's weights; `advance` is told how many passes are done.
     """
 
     def make() -> Tensor:
@@ -47,11 +47,11 @@ def cached(key: Sequence[object], make: Callable[[], Tensor]) -> Tensor:
     found = _once(
         _place(key, "safetensors"),
         # Contiguous as what is read from a file is: sums depend on how tensors lie in memory.
-        lambda: ((make().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).contiguous(),
+        lambda: images.to_bytes(make()).contiguous(),
         lambda path: open_tensors(path).load()["images"],
-        lambda images, path: write_tensors({"images": images}, {}, path),
+        lambda bytes, path: write_tensors({"images": bytes}, {}, path),
     )
-    return found.float() / 127.5 - 1
+    return images.from_bytes(found)
 
 
 def cached_figures(key: Sequence[object], make: Callable[[], dict[str, float]]) -> dict[str, float]:

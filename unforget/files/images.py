@@ -101,7 +101,18 @@ def write_image(image: Tensor | Image.Image, path: Path) -> None:
 
 def eight_bit(images: Tensor) -> Tensor:
     """Images as a file would hold them: rounded to 8 bits, again in [-1, 1]."""
-    return ((images.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+    return from_bytes(to_bytes(images))
+
+
+def to_bytes(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as uint8: a quarter of the memory."""
+    # In place: of large images one copy is enough.
+    return images.clamp(-1, 1).add_(1).mul_(127.5).round_().to(torch.uint8)
+
+
+def from_bytes(images: Tensor) -> Tensor:
+    """Images of `to_bytes`, in [-1, 1] again."""
+    return images.float().div_(127.5).sub_(1)
 
 
 def image_id(image: Tensor, salt: str = "") -> str:

@@ -1,14 +1,19 @@
 """What an editor works on, and where."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from unforget.core import passes
 from unforget.core.sampling import add_noise, draw, visited
 from unforget.core.types import UNCONDITIONAL, Family
 from unforget.errors import UsageError
+
+RANKED = 20
+"""Steps of a whole sampling run, for the ranking."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +28,19 @@ class Canvas:
     drawn: Tensor | None = None  # images that the base draws, (M, C, H, W), if any are known
     prompt_id: int = UNCONDITIONAL  # of the prompt to edit under
     note: Callable[[str], object] = lambda sentence: None
+    advance: Callable[[int], object] = lambda passes: None
 
-    def redraw(self, images: Tensor, noise: Tensor, timestep: float, *, steps: int = 20) -> Tensor:
+    def redraw(self, images: Tensor, noise: Tensor, timestep: float, *, steps: int = RANKED) -> Tensor:
         """What the base makes of images (N or 1, C, H, W) that were noised to about a timestep, under the prompt."""
         start = visited(self.family, timestep, steps=steps)
         x_t = add_noise(self.family, images, noise, start)
-        return draw(self.family, x_t, steps=steps, start=start, prompt_ids=torch.tensor([self.prompt_id]))
+        id = torch.tensor([self.prompt_id])
+        return draw(self.family, x_t, steps=steps, start=start, prompt_ids=id, advance=self.advance)
+
+
+def redrawn_passes(model: Any, prompt_ids: Sequence[int], timestep: float, steps: int) -> int:
+    """Network passes of `Canvas.redraw` of an image under each prompt; `model` is a family, loaded or not."""
+    return passes.drawn(model, prompt_ids, passes.calls(model, steps, visited(model, timestep, steps=steps)))
 
 
 def box_mask(box: tuple[int, int, int, int], height: int, width: int) -> Tensor:

@@ -1,5 +1,6 @@
 """Editors: from a target to candidates for its surrogate."""
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import torch
@@ -9,12 +10,16 @@ from pydantic import Field
 from torch import Tensor
 
 from unforget import families
+from unforget.core.passes import Count, is_large
 from unforget.core.sampling import random_noise
 from unforget.core.types import Progress, Strategy
 from unforget.errors import UsageError
 from unforget.files.images import from_pil, to_pil
-from unforget.surrogate.canvas import Canvas
-from unforget.surrogate.ranking import Candidate, rank
+from unforget.surrogate.canvas import RANKED, Canvas, redrawn_passes
+from unforget.surrogate.ranking import TYPICAL_AT, Candidate, rank
+
+EDITS = "surrogate candidates"
+"""The stage of the work, for progress."""
 
 
 class SDEdit(Strategy):
@@ -26,6 +31,12 @@ class SDEdit(Strategy):
     )
     seeds: int = Field(24, ge=1, le=256, description="candidates a strength")
     steps: int = Field(20, ge=2, le=1000, description="steps of a whole sampling run")
+
+    def passes(self, model: Any, prompt_id: int) -> int:
+        """Network passes of the candidates and their ranking; `model` is a family, loaded or not."""
+        at = [(model.schedule.share(strength), self.seeds, self.steps) for strength in self.strengths]
+        at.append((TYPICAL_AT, self.seeds * len(self.strengths), RANKED))
+        return sum(redrawn_passes(model, [prompt_id] * count, timestep, steps) for timestep, count, steps in at)
 
     def __call__(self, canvas: Canvas) -> list[Candidate]:
         family, out = canvas.family, []
@@ -165,9 +176,24 @@ def candidates(
     """What editors make of the target, ranked as by `rank`; the later ones are asked if no edit before is accepted."""
     ranked: list[Candidate] = []
     for editor in editors:
-        progress.stage("surrogate candidates", 1)
+        counted = editor.passes(canvas.family, canvas.prompt_id) if isinstance(editor, SDEdit) else 0
+        progress.stage(EDITS, counted or 1)
+        canvas = replace(canvas, advance=progress.advance) if counted else canvas
         ranked = rank(editor(canvas), canvas, distance=distance, near_copy=near_copy) + ranked
-        progress.advance()
+        if not counted:
+            progress.advance()
         if ranked[0].accepted:
             break
     return ranked
+
+
+def automatic(image_shape: tuple[int, int, int]) -> tuple[SDEdit, SDEdit]:
+    """What makes a surrogate that nobody gave: the second is asked if no edit of the first is accepted."""
+    seeds = 8 if is_large(image_shape) else 24
+    return SDEdit(seeds=seeds), SDEdit(strengths=(0.75, 0.8, 0.85), seeds=seeds)
+
+
+def automatic_passes(model: Any, prompt_id: int) -> Count:
+    """Network passes of that, for one target."""
+    first, second = (editor.passes(model, prompt_id) for editor in automatic(model.image_shape))
+    return Count(first, first + second)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from unforget.core import sampling
+from unforget.core import passes
 from unforget.core.types import LARGE, Predict
 from unforget.errors import CannotRun
 
@@ -34,7 +34,7 @@ class Compute:
 
     def in_one_pass(self, image_shape: tuple[int, int, int]) -> int:
         """How many images go through the network at once, with gradients."""
-        return self.micro_batch or sampling.in_one_pass(sampling.PIXELS_TRAINED, image_shape)
+        return self.micro_batch or passes.in_one_pass(passes.PIXELS_TRAINED, image_shape)
 
 
 def adam(weights: list[nn.Parameter], learning_rate: float, *, eight_bit: bool = False) -> torch.optim.Optimizer:

@@ -1,22 +1,28 @@
 """What training starts from: surrogates, the images to retain, their neighbours; all encoded once."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from unforget.core import passes
 from unforget.core.metrics import pairwise_rms, shows
+from unforget.core.passes import is_large
 from unforget.core.registration import carried, misfit
 from unforget.core.types import UNCONDITIONAL, Family, Instance, Pool, Progress
 from unforget.errors import CannotRun, UsageError
 from unforget.files import cache, images
 from unforget.files.storage import digest
 from unforget.surrogate.canvas import Canvas
-from unforget.surrogate.editors import SDEdit, candidates
+from unforget.surrogate.editors import automatic, candidates
 
 NEIGHBOURS = 24  # retain images nearest to each target, which training visits more often
-LOOKALIKES = 24  # images drawn for every prompt that is to retain what the target looks like
+RETAINED, RETAINED_LARGE = 192, 64  # images to retain, unless the user says how many
+LOOKALIKES, LOOKALIKES_LARGE = 24, 8  # images drawn for every prompt that is to retain what the target looks like
+ALIKE = 4  # such prompts at most
 UNRELATED = 0.05  # share of the images of other prompts that lie as near to the target, moved and scaled, as a variant
 
 
@@ -67,12 +73,13 @@ class Drawer:
 
     def __call__(self, title: str, prompts: Sequence[str]) -> Pool:
         """One image a prompt; the title is that of the stage of the work."""
-        self.progress.stage(title, len(prompts))
+        ids = self.base.prompt_ids(prompts)
+        self.progress.stage(title, passes.drawn(self.base, ids.tolist(), passes.calls(self.base, self.steps)))
         drawn = cache.drawn_cached(
             self.base, digest(self.base.network.state_dict()), prompts, seed=self.seed, steps=self.steps,
             advance=self.progress.advance,
         )  # fmt: skip
-        return Pool(drawn, self.base.prompt_ids(prompts))
+        return Pool(drawn, ids)
 
 
 def prepare(base: Family, inputs: RunInputs, progress: Progress) -> Prepared:
@@ -94,17 +101,25 @@ def prompt_ids(base: Family, prompts: Sequence[str]) -> tuple[int, ...]:
 
 
 def retain_set(draw: Drawer, prompts: Sequence[str], retain_prompts: Sequence[str], count: int | None) -> Pool:
-    """What the base draws: the images to retain where none are given, and whom a surrogate must not be.
+    """What the base draws: the images to retain where none are given, and whom a surrogate must not be."""
+    draw.base.prompt_ids((retain_prompts or draw.base.retain_prompts)[:1])  # refuse prompts early where none are taken
+    return draw("retain set", retain_turns(draw.base, prompts, retain_prompts, count))
 
-    A quarter for the given prompts and the empty one, the rest for the retain prompts, which take turns.
+
+def retain_turns(model: Any, prompts: Sequence[str], retain_prompts: Sequence[str], count: int | None) -> list[str]:
+    """The prompt of each image to retain; `model` is a family, loaded or not.
+
+    A quarter for the given prompts and the empty one, the rest for the retain prompts, which take turns. Each prompt
+    that the user lists comes up; of large images, not each of the model's own.
     """
-    listed = retain_prompts or draw.base.retain_prompts
-    draw.base.prompt_ids(listed[:1])  # refuse prompts early where the model takes none
-    count = count or max(192, round(len(listed) * 4 / 3))
+    listed, large = retain_prompts or model.retain_prompts, is_large(model.image_shape)
+    least = RETAINED_LARGE if large else RETAINED
+    count = count or (least if large and not retain_prompts else max(least, round(len(listed) * 4 / 3)))
     own = ["", *prompts]
     share = count // 4 if any(listed) else 0
-    turns = [own[k % len(own)] for k in range(share)] + [listed[k % len(listed)] for k in range(count - share)]
-    return draw("retain set", turns)
+    if large:  # from the whole list, where there are more than can be shown
+        listed = listed[:: math.ceil(len(listed) / (count - share))]
+    return [own[k % len(own)] for k in range(share)] + [listed[k % len(listed)] for k in range(count - share)]
 
 
 def _with_surrogates(
@@ -116,8 +131,8 @@ def _with_surrogates(
         everywhere = torch.ones(1, *base.image_shape[1:])
         canvas = Canvas(base, target, everywhere, seed=inputs.seed, drawn=retain.x_0, prompt_id=ids[-1])
         ranked = candidates(
-            canvas, SDEdit(), SDEdit(strengths=(0.75, 0.8, 0.85)), distance=inputs.min_distance,
-            near_copy=inputs.near_copy, progress=progress,
+            canvas, *automatic(base.image_shape), distance=inputs.min_distance, near_copy=inputs.near_copy,
+            progress=progress,
         )  # fmt: skip
         if not ranked[0].accepted:
             raise CannotRun(
@@ -135,7 +150,7 @@ def retained_lookalikes(draw: Drawer, instances: Sequence[Instance], retain: Poo
     """More of what the base draws under prompts that draw a target and are not to forget it: the nearest to harm."""
     given, table = instances[0].prompt_ids, draw.base.prompts
     similar = torch.stack([shows(retain.x_0, i.target, i.surrogate) for i in instances], 1).any(1)
-    others = sorted(set(retain.prompt_ids[similar].tolist()) - set(given))[:4]
+    others = sorted(set(retain.prompt_ids[similar].tolist()) - set(given))[:ALIKE]
     everywhere = given == (UNCONDITIONAL,)
     if others:
         fate = "give --prompt to forget it there" if everywhere else "it stays there"
@@ -143,7 +158,12 @@ def retained_lookalikes(draw: Drawer, instances: Sequence[Instance], retain: Poo
         draw.progress.note(f"the base draws a target, or nearly, under {names}, too; {fate}")
     if everywhere or not others:
         return retain[:0]
-    return draw("look-alikes to retain", [table[id] for id in others for _ in range(LOOKALIKES)])
+    return draw("look-alikes to retain", [table[id] for id in others for _ in range(lookalikes(draw.base))])
+
+
+def lookalikes(model: Any) -> int:
+    """How many images are drawn for each such prompt; `model` is a family, loaded or not."""
+    return LOOKALIKES_LARGE if is_large(model.image_shape) else LOOKALIKES
 
 
 def encoded(base: Family, instances: tuple[Instance, ...], retain: Pool, more: Pool, near_copy: float) -> Prepared:

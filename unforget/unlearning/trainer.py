@@ -20,6 +20,7 @@ from unforget.unlearning.prepare import Prepared
 CHECK_EVERY = 20  # updates between two looks at the margin
 MARGIN_AT = (250, 400, 550)  # timesteps at which the margin is measured
 STEPS = 10  # steps of a whole sampling run, for the margin
+DRAWS = 4  # reconstructions of each case at each of them
 
 
 Saved = tuple[dict[str, Any], dict[str, Tensor]]
@@ -56,7 +57,7 @@ class LrSchedule:
 
 
 @torch.no_grad()
-def worst_margin(family: Family, instances: tuple[Instance, ...], draws: int = 4) -> float:
+def worst_margin(family: Family, instances: tuple[Instance, ...], draws: int = DRAWS) -> float:
     """Smallest mean margin of reconstructions, encoded, over targets, prompts and noise levels, in [-1, 1]."""
     targets, surrogates, prompt_ids = cases(instances, draws)
     noise = sampling.random_noise(draws, family.latent_shape, 0, "margin").repeat(len(targets) // draws, 1, 1, 1)

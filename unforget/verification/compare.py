@@ -1,14 +1,14 @@
 """Run the probes on base and candidate, and say what they found."""
 
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
-
 from unforget.core import sampling
+from unforget.core.passes import Count
 from unforget.core.types import Progress
 from unforget.verification.context import Finding, VerifyContext, known_surrogate
+from unforget.verification.passes import CALIBRATING, passes
 from unforget.verification.probes.base import Probe
 from unforget.verification.report import Calibration, Report, Seen
 from unforget.verification.verdict import Judgement
@@ -24,10 +24,13 @@ def compare(
     holds the fields of the report that are not found here.
     """
     policy, findings, seconds = context.policy, list[Finding](), dict[str, float]()
-    progress.note(f"{policy.level}: {', '.join(probe.kind for probe in suite)}; {_estimate(suite, context)}")
+    planned = passes(suite, context)
+    progress.note(f"{policy.level}: {', '.join(probe.kind for probe in suite)}; {_estimate(planned, context)}")
+    progress.stage(CALIBRATING, planned[CALIBRATING].least)
+    _ = context.detector  # draws
     for probe in suite:
         began = time.perf_counter()
-        progress.stage(f"probe {probe.kind}", probe.cost(context))
+        progress.stage(f"probe {probe.kind}", planned[probe.kind].least)
         findings += probe(context)
         seconds[probe.kind] = round(time.perf_counter() - began, 2)
     said = Judgement(findings, suite, policy, [i.id for i in context.instances], known, promised)
@@ -41,19 +44,12 @@ def compare(
     return report, findings
 
 
-def _estimate(suite: Sequence[Probe], context: VerifyContext) -> str:
-    """What the probes will cost, from a few network calls."""
-    calls, looks = sum(probe.cost(context) for probe in suite), context.plan.looks
-    size = min(32, sampling.in_one_pass(sampling.PIXELS_DRAWN, context.base.image_shape))
-    noise, prompt_ids = torch.zeros(size, *context.base.latent_shape), torch.zeros(size, dtype=torch.long)
-    timestep = torch.full((size,), context.start(500))
-    with torch.no_grad():
-        context.base.predict(noise, timestep, prompt_ids)
-        began = time.perf_counter()
-        context.base.predict(noise, timestep, prompt_ids)
-    seconds = calls / size * (time.perf_counter() - began)
+def _estimate(planned: Mapping[str, Count], context: VerifyContext) -> str:
+    """What the probes will cost, from a few network passes."""
+    count, looks = sum(planned.values(), Count()), context.plan.looks
+    seconds = count.least * sampling.seconds_a_pass(context.base)
     draws = f"{context.plan.shortest} draws when none hits, {looks[-1].drawn} at most"
-    return f"{draws}; {calls:,} network calls an image, about {seconds:.0f} s less what the cache holds"
+    return f"{draws}; {count} network passes, about {seconds:.0f} s at least, less what the cache holds"
 
 
 def _calibrations(context: VerifyContext) -> Iterator[Calibration]:

@@ -1,7 +1,7 @@
 """What probes share: base and candidate, the targets, and every draw that more than one probe uses."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from unforget.config import Policy
-from unforget.core import sampling
+from unforget.core import passes, sampling
 from unforget.core.metrics import WORKING_SIZE, rms
+from unforget.core.passes import Count
 from unforget.core.types import UNCONDITIONAL, Family, Instance
 from unforget.files import cache, images
 from unforget.verification.near_copies import EmbeddedImages, NearCopyDetector
@@ -20,6 +21,14 @@ from unforget.verification.similarity import Backend, backend
 
 Role = Literal["base", "candidate"]
 ROLES: tuple[Role, Role] = ("base", "candidate")
+SHOWN = 8
+"""Images of the candidate's draws, or twice those of a finding, that people are shown."""
+Drawn = tuple[Role, tuple[int, ...]]
+"""Draws that probes share: of which model, under which prompts taking turns."""
+PIXELS_KEPT = 2**24
+"""Pixels of draws that are whole in memory at a time: 16 images of 1024 px."""
+FIRST, ENOUGH = 32, 16
+"""Draws of the base under a prompt before the first look, and hits of every target after which there are no more."""
 CONTROL_LEVEL = 0.05
 """A target is recalled if it comes back nearer than this share of images that the model need not have seen."""
 
@@ -49,7 +58,7 @@ class VerifyContext:
     """Base and candidate, what to look for, and every draw that more than one probe uses.
 
     A surrogate equal to its target means that none is known. Half of the candidate's noise depends on its digest, so
-    that nobody can have trained for the test. `advance` is told how many network calls an image are done.
+    that nobody can have trained for the test. `advance` is told how many network passes are done.
     """
 
     base: Family
@@ -66,7 +75,9 @@ class VerifyContext:
     cache: bool = False
     """Whether what the base does is read from and written to the cache."""
     advance: Callable[[int], object] = lambda n: None
-    _draws: dict[tuple[Role, tuple[int, ...]], EmbeddedImages] = field(default_factory=dict)
+    _draws: dict[Drawn, EmbeddedImages] = field(default_factory=dict)
+    _whole: dict[Role, Tensor] = field(default_factory=dict)
+    """Draws under the retain prompts at their own size, in 8 bits: of the base all, of the candidate some."""
     _figures: dict[str, dict[str, float]] = field(default_factory=dict)
 
     @property
@@ -86,10 +97,8 @@ class VerifyContext:
     @cached_property
     def detector(self) -> NearCopyDetector:
         """Calibrated on what the base draws under the retain prompts."""
-        references = self._images("base", self.retain_prompt_ids, 0, self.policy.paired)
-        detector = NearCopyDetector(self.backends, references, self.policy.false_positive_rate)
-        self._draws["base", self.retain_prompt_ids] = detector.references
-        return detector
+        references = self._drawn("base", self.retain_prompt_ids, self.policy.paired)
+        return NearCopyDetector(self.backends, references, self.policy.false_positive_rate)
 
     @cached_property
     def plan(self) -> Plan:
@@ -103,12 +112,45 @@ class VerifyContext:
 
         The first `paired` start from noise that both models share; what the candidate draws beyond, from its own.
         """
-        detector = self.detector  # which draws, too
-        have = self._draws.get((role, prompt_ids))
-        if have is None or len(have) < count:
-            more = detector.embed(self._images(role, prompt_ids, len(have or ()), count))
+        _ = self.detector  # which draws, too: first, so that batches are the same in every run
+        return self._drawn(role, prompt_ids, count)
+
+    def _drawn(self, role: Role, prompt_ids: tuple[int, ...], count: int) -> EmbeddedImages:
+        """The same, a part at a time: of most draws only what they are compared by is kept."""
+        have, part = self._draws.get((role, prompt_ids)), passes.in_one_pass(PIXELS_KEPT, self.base.image_shape)
+        while have is None or len(have) < count:
+            first = len(have or ())
+            made = self._images(role, prompt_ids, first, min(first + part, count))
+            if prompt_ids == self.retain_prompt_ids:
+                self._keep_whole(role, first, made)
+            more = EmbeddedImages.of(self.backends, made)
             have = self._draws[role, prompt_ids] = have + more if have else more
         return have[:count]
+
+    def _keep_whole(self, role: Role, first: int, made: Tensor) -> None:
+        most = self.policy.paired if role == "base" else SHOWN
+        if role not in self._whole:  # at once: to grow would take as much again
+            self._whole[role] = torch.empty(most, *made.shape[1:], dtype=torch.uint8)
+        rows = self._whole[role][first : first + len(made)]
+        rows.copy_(images.to_bytes(made[: len(rows)]))
+
+    def pictures(self, role: Role, rows: Tensor | slice) -> Tensor:
+        """Draws under the retain prompts at their own size, (N, C, H, W): any of the base, the candidate's first."""
+        self.retained(role)
+        return images.from_bytes(self._whole[role][rows])
+
+    def base_draws(self, prompt_id: int) -> EmbeddedImages:
+        """What the base draws under a prompt, `paired` at most: fewer, if every target comes up often enough before.
+
+        They decide whether the base reproduces a target, and start `partial_denoise`: more hits change neither.
+        """
+        have, paired = self._draws.get(("base", (prompt_id,))), self.policy.paired
+        count = min(paired, max(FIRST, len(have or ())))
+        while True:
+            drawn = self.draws("base", (prompt_id,), count)
+            if count == paired or all(int(self.is_target(drawn, i).sum()) >= ENOUGH for i in self.instances):
+                return drawn
+            count = min(paired, 2 * count)
 
     def retained(self, role: Role) -> EmbeddedImages:
         """The same-seed draws under the retain prompts, (paired, ...)."""
@@ -121,7 +163,7 @@ class VerifyContext:
         turns = torch.tensor(prompt_ids)[torch.arange(first, count) % len(prompt_ids)]
         if role == "base" and self.cache:
             prompts = [self.prompt(i) for i in turns.tolist()]
-            return cache.cached(self._key("draws", prompts), lambda: self.run(self.base, noise, turns))
+            return cache.cached(self._key("draws", first, prompts), lambda: self.run(self.base, noise, turns))
         return self.run(self.models[role], noise, turns)
 
     def _key(self, purpose: str, *more: object) -> list[object]:
@@ -139,10 +181,8 @@ class VerifyContext:
 
     def run(self, family: Family, x_t: Tensor, prompt_ids: Tensor | int, *, start: float | None = None) -> Tensor:
         """Images that a model makes from noise, or from noised images at timestep `start`, rounded to 8 bits."""
-        calls, steps, ids = self.calls(start), self.policy.sampler_steps, torch.as_tensor(prompt_ids).reshape(-1)
-        made = sampling.draw(
-            family, x_t, steps=steps, start=start, prompt_ids=ids, advance=lambda drawn: self.advance(drawn * calls)
-        )
+        steps, ids = self.policy.sampler_steps, torch.as_tensor(prompt_ids).reshape(-1)
+        made = sampling.draw(family, x_t, steps=steps, start=start, prompt_ids=ids, advance=self.advance)
         return images.eight_bit(made)
 
     def reconstruct(self, family: Family, pictures: Tensor, noise: Tensor, ids: Tensor | int, at: float) -> Tensor:
@@ -151,10 +191,14 @@ class VerifyContext:
         x_t = sampling.add_noise(self.base, pictures if pictures.ndim == 4 else pictures[None], noise, start)
         return self.run(family, x_t, ids, start=start)
 
-    def calls(self, timestep: float | None = None) -> int:
-        """Network calls that an image takes, from noise or from a timestep on."""
+    def passes(self, prompt_ids: Sequence[int], timestep: float | None = None) -> int:
+        """Network passes of an image under each prompt, from noise or from a timestep on."""
         start = None if timestep is None else self.start(timestep)
-        return len([t for t in self.base.sampling_timesteps(self.policy.sampler_steps) if start is None or t <= start])
+        return passes.drawn(self.base, prompt_ids, passes.calls(self.base, self.policy.sampler_steps, start))
+
+    def repeated(self, cases: Sequence[tuple[Instance, int]], draws: int, timesteps: Sequence[float | None]) -> Count:
+        """Passes of so many draws of each case from each timestep, from noise where that is None."""
+        return Count.of(sum(self.passes([id] * draws, t) for _, id in cases for t in timesteps))
 
     def start(self, timestep: float) -> float:
         """The timestep nearest to the given one that sampling visits."""
@@ -186,9 +230,10 @@ class VerifyContext:
 
         def make() -> dict[str, float]:
             drawn = self.retained("base")
-            pictures = drawn.images[self.detector.unrepeated & ~self.is_any_target(drawn)][: self.policy.controls]
-            if not len(pictures):  # whatever it draws it repeats
+            rows = (self.detector.unrepeated & ~self.is_any_target(drawn)).nonzero()[: self.policy.controls, 0]
+            if not len(rows):  # whatever it draws it repeats
                 return {"floor": 0.0}
+            pictures = self.pictures("base", rows)
             noise = self.noise("control", len(pictures))
             back = self.reconstruct(self.base, pictures, noise, prompt_id, timestep)
             return {"floor": float(rms(back, pictures).quantile(CONTROL_LEVEL))}
@@ -196,6 +241,11 @@ class VerifyContext:
         targets = sorted(images.image_id(i.target) for i in self.instances)
         key = [timestep, self.prompt(prompt_id), self.policy.controls, self.policy.paired, targets]
         return self.control(["floor", *key], make)["floor"]
+
+
+def shown(made: Mapping[Role, Tensor]) -> dict[Role, Tensor]:
+    """What a finding keeps of the images that it is made of: as many as people are shown."""
+    return {role: rows[: SHOWN // 2].clone() for role, rows in made.items()}
 
 
 def known_surrogate(instance: Instance) -> list[Tensor]:

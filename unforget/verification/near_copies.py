@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from unforget.core.metrics import at_working_size, sharpness
 from unforget.verification.similarity import Backend, pairwise
 
 REPEATED = 0.25
@@ -18,20 +19,32 @@ CAP = 0.5
 
 @dataclass(frozen=True)
 class EmbeddedImages:
-    """Images (N, C, H, W) in [-1, 1] and their embeddings, one tensor (N, D) a backend."""
+    """What is kept of images: all at the size at which they are compared, (N, C, H, W) in [-1, 1]; their sharpness,
+    (N,), at their own; their embeddings, one tensor (N, D) a backend."""
 
     images: Tensor
+    sharpness: Tensor
     embeddings: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, backends: Sequence[Backend], images: Tensor) -> EmbeddedImages:
+        """Images (N, C, H, W) of any size."""
+        return cls(at_working_size(images), sharpness(images), tuple(b.embed(images) for b in backends))
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, which: slice | Tensor) -> EmbeddedImages:
-        return EmbeddedImages(self.images[which], tuple(e[which] for e in self.embeddings))
+        return EmbeddedImages(self.images[which], self.sharpness[which], tuple(e[which] for e in self.embeddings))
 
     def __add__(self, other: EmbeddedImages) -> EmbeddedImages:
-        pairs = zip(self.embeddings, other.embeddings, strict=True)
-        return EmbeddedImages(torch.cat([self.images, other.images]), tuple(torch.cat(pair) for pair in pairs))
+        images, sharp, *embeddings = (torch.cat(pair) for pair in zip(self.tensors, other.tensors, strict=True))
+        return EmbeddedImages(images, sharp, tuple(embeddings))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that is kept."""
+        return self.images, self.sharpness, *self.embeddings
 
 
 @dataclass(frozen=True)
@@ -46,12 +59,14 @@ class Radius:
 class NearCopyDetector:
     """An image is a near-copy if any backend says so, each by a threshold of its own.
 
-    `references` are what the base draws, (N, C, H, W): images known to differ, but for those that it repeats.
+    `references` are what the base draws: images known to differ, but for those that it repeats.
     """
 
-    def __init__(self, backends: Sequence[Backend], references: Tensor, false_positive_rate: float) -> None:
+    def __init__(
+        self, backends: Sequence[Backend], references: Tensor | EmbeddedImages, false_positive_rate: float
+    ) -> None:
         self.backends = tuple(backends)
-        self.references = self.embed(references)
+        self.references = self.embed(references) if isinstance(references, Tensor) else references
         apart = [pairwise(e, e) for e in self.references.embeddings]
         self.radii = tuple(calibrate(distances, false_positive_rate) for distances in apart)
         self.unrepeated = torch.stack([~repeated(distances) for distances in apart]).all(0)
@@ -59,7 +74,7 @@ class NearCopyDetector:
 
     def embed(self, images: Tensor) -> EmbeddedImages:
         """Images (N, C, H, W) with their embeddings."""
-        return EmbeddedImages(images, tuple(b.embed(images) for b in self.backends))
+        return EmbeddedImages.of(self.backends, images)
 
     def limits(self, picture: Tensor, *others: Tensor) -> list[tuple[float, bool]]:
         """For each backend the distance under which something counts as `picture`, and whether `others` lowered it."""

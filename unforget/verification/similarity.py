@@ -44,7 +44,7 @@ class Pixels(_Backend):
         return "pixels (RMS)"
 
     def embed(self, images: Tensor) -> Tensor:
-        flat = at_working_size(images).float().cpu().flatten(1)
+        flat = at_working_size(images.float().cpu()).flatten(1)
         return flat.div(math.sqrt(flat.shape[1]))
 
 

@@ -1,12 +1,13 @@
 """What every probe is, and how its figures are put against thresholds."""
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import ClassVar, Self
 
 from unforget.config import Policy, VerifyConfig
-from unforget.core.types import Instance, Strategy
-from unforget.verification.context import Finding, VerifyContext
+from unforget.core.passes import Count
+from unforget.core.types import UNCONDITIONAL, Instance, Strategy
+from unforget.verification.context import Drawn, Finding, VerifyContext
 from unforget.verification.report import Check, Outcome, Rule
 
 HALF = 0.5
@@ -36,13 +37,26 @@ class Probe(Strategy):
         given = {"--prompt": prompted, "--must-retain": bool(config.must_retain)}
         return cls() if given.get(cls.needs, True) else None
 
-    def cost(self, context: VerifyContext) -> int:
-        """Network calls, an image each, that it adds to those of other probes; one with gradients counts thrice."""
-        return 0
+    def cost(self, context: VerifyContext) -> Count:
+        """Network passes that it makes besides what probes share, as `core.passes` counts them."""
+        return Count()
+
+    def shared(self, context: VerifyContext) -> Iterator[tuple[Drawn, Count]]:
+        """The shared draws that it looks at, and how many."""
+        yield from ()
+
+    def floors(self, context: VerifyContext) -> Iterator[tuple[float, int]]:
+        """Timestep and prompt id of the shared floors that it looks at."""
+        yield from ()
+
+    def cases(self, context: VerifyContext) -> list[tuple[Instance, int]]:
+        """Every target under each prompt where the probe decides: without a prompt, only if it has none of its own."""
+        either = self.decides_unprompted
+        return [(i, id) for i, id in context.cases if either or id != UNCONDITIONAL or len(i.prompt_ids) == 1]
 
     def __call__(self, context: VerifyContext) -> list[Finding]:
         """What it finds of each target under each of its prompts."""
-        return [finding for case in context.cases for finding in self.examine(context, *case)]
+        return [finding for case in self.cases(context) for finding in self.examine(context, *case)]
 
     def examine(self, context: VerifyContext, instance: Instance, prompt_id: int) -> Iterable[Finding]:
         """What it finds of one target under one prompt."""

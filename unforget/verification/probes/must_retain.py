@@ -2,7 +2,8 @@ from collections.abc import Iterator
 from typing import ClassVar
 
 from unforget.config import Policy
-from unforget.verification.context import ROLES, Finding, VerifyContext
+from unforget.core.passes import Count
+from unforget.verification.context import ROLES, Drawn, Finding, VerifyContext
 from unforget.verification.probes.base import Probe, changed, checked
 from unforget.verification.probes.sample import count_hits
 from unforget.verification.report import Check
@@ -17,6 +18,9 @@ class MustRetain(Probe):
     kind: ClassVar = "must_retain"
     needs: ClassVar = "--must-retain"
     retains: ClassVar = True
+
+    def shared(self, context: VerifyContext) -> Iterator[tuple[Drawn, Count]]:
+        yield ("candidate", context.retain_prompt_ids), Count.of(context.policy.paired)
 
     def __call__(self, context: VerifyContext) -> list[Finding]:
         drawn, found = [context.retained(role) for role in ROLES], []

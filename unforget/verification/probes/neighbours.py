@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from typing import ClassVar, Self
 
 import torch
@@ -5,8 +6,9 @@ from pydantic import Field
 
 from unforget.config import Policy, VerifyConfig
 from unforget.core.metrics import rms
+from unforget.core.passes import Count
 from unforget.core.types import Instance
-from unforget.verification.context import ROLES, Finding, VerifyContext, known_surrogate
+from unforget.verification.context import ROLES, Drawn, Finding, VerifyContext, known_surrogate
 from unforget.verification.probes.base import Probe, checked
 from unforget.verification.probes.retention import same_seed_drift, spread
 from unforget.verification.report import Check
@@ -29,8 +31,12 @@ class Neighbours(Probe):
     def from_policy(cls, config: VerifyConfig, prompted: bool) -> Self:
         return cls(draws=min(48, config.paired // 2))
 
-    def cost(self, context: VerifyContext) -> int:
-        return 2 * self.draws * context.calls(self.timestep) * len(context.instances)
+    def cost(self, context: VerifyContext) -> Count:
+        turns = context.retain_turns(self.draws).tolist()
+        return Count.of(2 * context.passes(turns, self.timestep) * len(context.instances))
+
+    def shared(self, context: VerifyContext) -> Iterator[tuple[Drawn, Count]]:
+        yield ("candidate", context.retain_prompt_ids), Count.of(context.policy.paired)
 
     def __call__(self, context: VerifyContext) -> list[Finding]:
         drift, typical = same_seed_drift(context)
@@ -49,7 +55,7 @@ class Neighbours(Probe):
         if not len(base):
             return []
         figures = {**spread(rms(base, candidate) / typical), "seen": float(len(base))}
-        images = dict(zip(ROLES, (base[:8], candidate[:8]), strict=True))
+        images = dict(zip(ROLES, (base[:4].clone(), candidate[:4].clone()), strict=True))
         return [Finding(self.kind, instance.id, {"kept": kept}, figures, context.start(self.timestep), images=images)]
 
     def judge(self, found: Finding, policy: Policy, known: bool) -> list[Check]:

@@ -7,10 +7,12 @@ from pydantic import Field
 from torch import Tensor
 
 from unforget.config import Policy
-from unforget.core.metrics import rms
+from unforget.core import passes
+from unforget.core.metrics import at_working_size, rms
+from unforget.core.passes import WITH_GRADIENTS, Count
 from unforget.core.types import Instance
 from unforget.files.images import eight_bit
-from unforget.verification.context import Finding, Role, VerifyContext
+from unforget.verification.context import ROLES, Drawn, Finding, Role, VerifyContext
 from unforget.verification.probes.base import Probe, changed, checked
 from unforget.verification.report import Check, Outcome
 
@@ -29,8 +31,17 @@ class NoiseSearch(Probe):
     steps: int = Field(8, ge=2, le=100, description="sampler steps that gradients go through")
     rate: float = Field(0.1, gt=0, description="learning rate")
 
-    def cost(self, context: VerifyContext) -> int:
-        return 2 * 3 * self.restarts * self.iterations * self.steps * len(context.cases)
+    def cost(self, context: VerifyContext) -> Count:
+        once = sum(self._one(context, id) for _, id in self.cases(context))
+        return Count(self.iterations * once, 2 * self.iterations * once)  # the base may find it at once
+
+    def _one(self, context: VerifyContext, prompt_id: int) -> int:
+        """Passes of an iteration."""
+        return WITH_GRADIENTS * passes.drawn(context.base, [prompt_id] * self.restarts, self.steps)
+
+    def shared(self, context: VerifyContext) -> Iterator[tuple[Drawn, Count]]:
+        for _, prompt_id in self.cases(context):
+            yield from (((role, (prompt_id,)), Count.of(context.policy.paired)) for role in ROLES)
 
     def examine(self, context: VerifyContext, instance: Instance, prompt_id: int) -> Iterator[Finding]:
         found = {role: self._search(context, role, instance, prompt_id) for role in context.models}
@@ -43,7 +54,7 @@ class NoiseSearch(Probe):
     ) -> tuple[dict[str, float], Tensor]:
         """How near the search came and after how many iterations it found a near-copy, -1 if none; and its best."""
         family, drawn = context.models[role], context.draws(role, (prompt_id,), context.policy.paired).images
-        first = rms(drawn, instance.target).argsort(stable=True)[: self.restarts]
+        first = rms(drawn, at_working_size(instance.target)).argsort(stable=True)[: self.restarts]
         x = context.noise("sample", context.policy.paired)[first].clone().requires_grad_()
         goal, norm = context.base.encode(instance.target[None]), x.detach().flatten(1).norm(dim=1)
         optimizer, ids = torch.optim.Adam([x], self.rate), torch.full((len(first),), prompt_id)
@@ -62,7 +73,7 @@ class NoiseSearch(Probe):
             optimizer.step()
             with torch.no_grad():
                 x *= (norm / x.flatten(1).norm(dim=1)).reshape(-1, 1, 1, 1)
-            context.advance(3 * self.steps * len(first))
+            context.advance(self._one(context, prompt_id))
         return {"to_target": nearest, "iterations": -1.0}, best
 
     def judge(self, found: Finding, policy: Policy, known: bool) -> Iterator[Check]:

@@ -4,7 +4,8 @@ from typing import ClassVar
 from pydantic import Field
 
 from unforget.core.metrics import shows
-from unforget.core.types import UNCONDITIONAL, Family, Instance
+from unforget.core.passes import Count
+from unforget.core.types import Family, Instance
 from unforget.errors import UsageError
 from unforget.verification.context import Finding, VerifyContext
 from unforget.verification.probes.base import NearCopies
@@ -19,14 +20,13 @@ class Paraphrase(NearCopies):
     needs: ClassVar = "--prompt"
     draws: int = Field(8, ge=2, le=4096, description="draws of each wording")
 
-    def cost(self, context: VerifyContext) -> int:
-        prompted = sum(prompt_id != UNCONDITIONAL for _, prompt_id in context.cases)
-        return 2 * self.draws * context.calls() * prompted * (len(WORDINGS) + 1)
+    def cost(self, context: VerifyContext) -> Count:
+        asked = [case for case in self.cases(context) for _ in wordings(context.prompt(case[1]))]
+        return 2 * context.repeated(asked, self.draws, [None])
 
     def examine(self, context: VerifyContext, instance: Instance, prompt_id: int) -> Iterator[Finding]:
         prompt, noise = context.prompt(prompt_id), context.noise("reword", self.draws)
-        words = [wording.format(prompt) for wording in WORDINGS] + [prompt.upper()]
-        for wording in dict.fromkeys(w for w in words if w != prompt and prompt):
+        for wording in wordings(prompt):
             try:
                 (asked,) = context.base.prompt_ids([wording]).tolist()
             except UsageError:  # longer than the tokenizer takes
@@ -40,3 +40,9 @@ class Paraphrase(NearCopies):
 
             base, candidate = map(figures, context.models.values())
             yield Finding(self.kind, instance.id, base, candidate, prompt=prompt, variant=wording)
+
+
+def wordings(prompt: str) -> list[str]:
+    """The prompt in other words, each once; none for the empty one."""
+    words = [wording.format(prompt) for wording in WORDINGS] + [prompt.upper()]
+    return list(dict.fromkeys(w for w in words if w != prompt and prompt))

@@ -5,10 +5,15 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from unforget.core import sampling
+from unforget.core import passes, sampling
+from unforget.core.passes import Count
 from unforget.core.types import Instance
-from unforget.verification.context import Finding, VerifyContext
+from unforget.verification.context import Drawn, Finding, VerifyContext, shown
 from unforget.verification.probes.base import HALF, NearCopies
+from unforget.verification.probes.sample import base_draws
+
+BEGUN = 800
+"""Timestep to which the target is noised where the base does not often draw it."""
 
 
 class PartialDenoise(NearCopies):
@@ -19,8 +24,17 @@ class PartialDenoise(NearCopies):
     handover: int = Field(700, gt=0, lt=1000, description="timestep at which the candidate takes over")
     draws: int = Field(16, ge=2, le=4096, description="beginnings")
 
-    def cost(self, context: VerifyContext) -> int:
-        return 3 * self.draws * context.calls() * len(context.cases)
+    def cost(self, context: VerifyContext) -> Count:
+        finished = 2 * context.repeated(self.cases(context), self.draws, [self.handover])
+        return finished + Count(*(self._begun(context, first) for first in (context.start(BEGUN), None)))
+
+    def shared(self, context: VerifyContext) -> Iterator[tuple[Drawn, Count]]:
+        yield from (base_draws(context, prompt_id) for _, prompt_id in self.cases(context))
+
+    def _begun(self, context: VerifyContext, first: float | None) -> int:
+        """Passes of the base from a timestep, or from noise, to where it hands over."""
+        visited = passes.calls(context.base, context.policy.sampler_steps, first, context.start(self.handover))
+        return sum(passes.drawn(context.base, [id] * self.draws, visited) for _, id in self.cases(context))
 
     def examine(self, context: VerifyContext, instance: Instance, prompt_id: int) -> Iterator[Finding]:
         x_t, first = self._beginnings(context, instance, prompt_id)
@@ -29,17 +43,19 @@ class PartialDenoise(NearCopies):
             handed = context.base.denoise(
                 x_t, steps=context.policy.sampler_steps, start=first, stop=start, prompt_ids=ids
             )
+        visited = passes.calls(context.base, context.policy.sampler_steps, first, start)
+        context.advance(passes.drawn(context.base, ids.tolist(), visited))
         images = {role: context.run(family, handed, prompt_id, start=start) for role, family in context.models.items()}
         near = (context.is_target(made, instance).float().mean() for made in images.values())
         base, candidate = ({"near_copies": float(share)} for share in near)
-        yield Finding(self.kind, instance.id, base, candidate, start, context.prompt(prompt_id), images=images)
+        yield Finding(self.kind, instance.id, base, candidate, start, context.prompt(prompt_id), images=shown(images))
 
     def _beginnings(self, context: VerifyContext, instance: Instance, prompt_id: int) -> tuple[Tensor, float | None]:
         """Noise from which the base drew the target, if it often did; else the target under a great deal of noise."""
-        hits = context.is_target(context.draws("base", (prompt_id,), context.policy.paired), instance)
+        hits = context.is_target(context.base_draws(prompt_id), instance)
         if int(hits.sum()) >= self.draws // 4:
-            return context.noise("sample", context.policy.paired)[hits][: self.draws], None
-        start, noise = context.start(800), context.noise("complete", self.draws)
+            return context.noise("sample", len(hits))[hits][: self.draws], None
+        start, noise = context.start(BEGUN), context.noise("complete", self.draws)
         return sampling.add_noise(context.base, instance.target[None], noise, start), start
 
     def reproduces(self, found: Finding) -> bool:

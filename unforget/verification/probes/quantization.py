@@ -1,14 +1,17 @@
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
+import torch
 from pydantic import Field
-from torch import Tensor, bfloat16, float16
+from torch import Tensor
 
+from unforget.core.passes import Count
 from unforget.core.types import Family, Instance
 from unforget.verification.context import Finding, VerifyContext
 from unforget.verification.probes.reconstruct import Reconstruction, reconstruction_figures
 
 Precision = Literal["fp16", "bf16", "int8"]
-FLOATS = {"fp16": float16, "bf16": bfloat16}
+FLOATS = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Quantization(Reconstruction):
@@ -19,12 +22,14 @@ class Quantization(Reconstruction):
     timesteps: tuple[int, ...] = Field((250, 400), description="timesteps to noise it to")
     draws: int = Field(16, ge=2, le=4096, description="reconstructions a timestep")
 
-    def cost(self, context: VerifyContext) -> int:
-        calls = sum(map(context.calls, self.timesteps))
-        return calls * self.draws * (len(self.precisions) + 1) * len(context.cases)
+    def cost(self, context: VerifyContext) -> Count:
+        return (len(self.precisions) + 1) * context.repeated(self.cases(context), self.draws, self.timesteps)
+
+    def floors(self, context: VerifyContext) -> Iterator[tuple[float, int]]:
+        yield from ((timestep, id) for _, id in self.cases(context) for timestep in self.timesteps)
 
     def __call__(self, context: VerifyContext) -> list[Finding]:
-        places = [(*case, timestep) for case in context.cases for timestep in self.timesteps]
+        places = [(*case, timestep) for case in self.cases(context) for timestep in self.timesteps]
         before, found = [self._figures(context, context.candidate, *place) for place in places], []
         for precision in self.precisions:
             twin = quantized(context.candidate, precision)
@@ -45,8 +50,10 @@ class Quantization(Reconstruction):
 def quantized(family: Family, precision: Precision) -> Family:
     """A copy of a model with its weights rounded."""
     twin = family.copy()
-    state = twin.network.state_dict()
-    twin.network.load_state_dict({n: rounded(w, precision) if w.is_floating_point() else w for n, w in state.items()})
+    with torch.no_grad():
+        for weight in twin.network.state_dict().values():  # one at a time: another whole copy need not fit
+            if weight.is_floating_point():
+                weight.copy_(rounded(weight, precision))
     return twin
 
 

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from unforget.config import Policy, VerifyConfig
 from unforget.core.metrics import at_working_size, exact_rms, region, rms_within, sharpness
+from unforget.core.passes import Count
 from unforget.core.types import Instance
 from unforget.files.images import image_id
-from unforget.verification.context import Finding, Role, VerifyContext
+from unforget.verification.context import Finding, Role, VerifyContext, shown
 from unforget.verification.probes.base import CHANCE, HALF, Probe, checked
 from unforget.verification.report import Check
 
@@ -36,9 +37,12 @@ class Reconstruct(Reconstruction):
     def from_policy(cls, config: VerifyConfig, prompted: bool) -> Self:
         return cls(timesteps=config.timestep, draws=config.draws)
 
-    def cost(self, context: VerifyContext) -> int:
-        calls = sum(map(context.calls, self.timesteps))
-        return calls * (2 * self.draws * len(context.cases) + self.calibrated * context.policy.controls)
+    def cost(self, context: VerifyContext) -> Count:
+        return 2 * context.repeated(self.cases(context), self.draws, self.timesteps)
+
+    def floors(self, context: VerifyContext) -> Iterator[tuple[float, int]]:
+        for _, prompt_id in self.cases(context) if self.calibrated else ():
+            yield from ((timestep, prompt_id) for timestep in self.timesteps)
 
     def examine(self, context: VerifyContext, instance: Instance, prompt_id: int) -> list[Finding]:
         return [self._at(timestep, context, instance, prompt_id) for timestep in self.timesteps]
@@ -56,7 +60,7 @@ class Reconstruct(Reconstruction):
         key = [self.kind, timestep, self.draws, prompt, image_id(instance.target), image_id(instance.surrogate), floor]
         base = context.control(key, lambda: figures("base"))
         candidate, start = figures("candidate"), context.start(timestep)
-        return Finding(self.kind, instance.id, base, candidate, start, prompt, images=images)
+        return Finding(self.kind, instance.id, base, candidate, start, prompt, images=shown(images))
 
     def _noise(self, context: VerifyContext, role: Role, timestep: int) -> Tensor:
         own, purpose = self.draws // 2 if role == "candidate" else 0, f"reconstruct {timestep}"

@@ -6,6 +6,7 @@ from pydantic import Field
 from torch import nn
 
 from unforget.core import sampling
+from unforget.core.passes import WITH_GRADIENTS, Count
 from unforget.core.types import LARGE, Family, Instance
 from unforget.verification.context import Finding, VerifyContext
 from unforget.verification.probes.base import HALF
@@ -23,17 +24,20 @@ class Relearning(Reconstruction):
     timestep: int = Field(400, gt=0, lt=1000, description="timestep to reconstruct from")
     draws: int = Field(16, ge=2, le=4096, description="reconstructions, and samples")
 
-    def cost(self, context: VerifyContext) -> int:
-        looks = len(self.stops) * len(context.cases) * self.draws
-        return 3 * self.batch * max(self.stops) + looks * (context.calls() + context.calls(self.timestep))
+    def cost(self, context: VerifyContext) -> Count:
+        looked = context.repeated(self.cases(context), self.draws, [self.timestep, None])
+        return Count.of(WITH_GRADIENTS * self.batch * max(self.stops)) + (len(self.stops) + 1) * looked
+
+    def floors(self, context: VerifyContext) -> Iterator[tuple[float, int]]:
+        yield from ((self.timestep, prompt_id) for _, prompt_id in self.cases(context))
 
     def __call__(self, context: VerifyContext) -> list[Finding]:
         twin, found = context.candidate.copy(), []
-        before = [self._figures(context, context.candidate, *case) for case in context.cases]
+        before = [self._figures(context, context.candidate, *case) for case in self.cases(context)]
         for done in self._trained(context, twin):
             if done not in self.stops:
                 continue
-            for (instance, prompt_id), base in zip(context.cases, before, strict=True):
+            for (instance, prompt_id), base in zip(self.cases(context), before, strict=True):
                 after = self._figures(context, twin, instance, prompt_id)
                 prompt, variant = context.prompt(prompt_id), f"{done} steps"
                 found.append(Finding(self.kind, instance.id, base, after, prompt=prompt, variant=variant))
@@ -48,7 +52,9 @@ class Relearning(Reconstruction):
         optimizer, schedule = torch.optim.AdamW(parameters, self.learning_rate), context.base.schedule
         drawn = context.retained("base")
         others = ~context.is_any_target(drawn)
-        x_0, prompt_ids = context.base.encode(drawn.images[others]), context.retain_turns(len(drawn))[others]
+        parts = torch.split(others.nonzero()[:, 0], 32)
+        x_0 = torch.cat([context.base.encode(context.pictures("base", rows)) for rows in parts])
+        prompt_ids = context.retain_turns(len(drawn))[others]
         for step in range(max(self.stops)):
             generator = torch.Generator().manual_seed(1_000_003 * (context.seed + 1) + step)
             picked = torch.randint(len(x_0), (self.batch,), generator=generator)
@@ -59,7 +65,7 @@ class Relearning(Reconstruction):
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
-            context.advance(3 * self.batch)
+            context.advance(WITH_GRADIENTS * self.batch)
             yield step + 1
 
     def _figures(self, context: VerifyContext, family: Family, instance: Instance, prompt_id: int) -> dict[str, float]:

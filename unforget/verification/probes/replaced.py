@@ -5,12 +5,16 @@ import torch
 from torch import Tensor
 
 from unforget.config import Policy
+from unforget.core.passes import Count
 from unforget.core.registration import misfit
 from unforget.core.types import Instance
-from unforget.verification.context import ROLES, Finding, VerifyContext, known_surrogate
+from unforget.verification.context import Drawn, Finding, Role, VerifyContext, known_surrogate, shown
 from unforget.verification.probes.base import HALF, Probe, changed, checked
+from unforget.verification.probes.sample import rate_draws
 from unforget.verification.report import Check
 
+DRAWS = 64
+"""Draws of the candidate under each prompt that are looked at, of those that `sample` makes."""
 SLACK = 1.25
 """How much farther than most of the base's own draws of the target a draw of the surrogate may lie from it."""
 UNRELATED = 0.05
@@ -27,14 +31,21 @@ class Replaced(Probe):
     heading: ClassVar = "drawn"
     needs: ClassVar = "--prompt"
 
+    def shared(self, context: VerifyContext) -> Iterator[tuple[Drawn, Count]]:
+        for _, prompt_id in self.cases(context):
+            yield ("candidate", (prompt_id,)), Count.of(DRAWS)
+            yield rate_draws(context, prompt_id)[1]
+
     def examine(self, context: VerifyContext, instance: Instance, prompt_id: int) -> Iterator[Finding]:
         prompt = context.prompt(prompt_id)
         if not prompt or not known_surrogate(instance):
             return
-        drawn = {role: context.draws(role, (prompt_id,), context.policy.paired).images for role in ROLES}
+        drawn: dict[Role, Tensor] = {
+            "base": context.base_draws(prompt_id).images,
+            "candidate": context.draws("candidate", (prompt_id,), DRAWS).images,
+        }
         base, candidate = what_is_shown(*drawn.values(), context.retained("base").images, instance)
-        images = {role: of[:8] for role, of in drawn.items()}
-        yield Finding(self.kind, instance.id, base, candidate, prompt=prompt, images=images)
+        yield Finding(self.kind, instance.id, base, candidate, prompt=prompt, images=shown(drawn))
 
     def judge(self, found: Finding, policy: Policy, known: bool) -> Iterator[Check]:
         check = checked(found, "surrogate", "at least", policy.min_replaced, policy)

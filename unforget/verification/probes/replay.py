@@ -6,7 +6,9 @@ from pydantic import Field
 from torch import Tensor
 
 from unforget.config import VerifyConfig
+from unforget.core import passes
 from unforget.core.metrics import rms, shows
+from unforget.core.passes import Count
 from unforget.core.types import Family, Instance
 from unforget.files.images import eight_bit
 from unforget.verification.context import Finding, VerifyContext
@@ -30,14 +32,16 @@ class Replay(NearCopies):
             return None
         return cls(seed=config.replay_seed, steps=config.replay_steps, scheduler=config.replay_scheduler)
 
-    def cost(self, context: VerifyContext) -> int:
-        return 2 * (self.steps or context.policy.sampler_steps) * len(context.cases)
+    def cost(self, context: VerifyContext) -> Count:
+        steps = self.steps or context.policy.sampler_steps
+        return Count.of(2 * sum(passes.drawn(context.base, [id], steps) for _, id in self.cases(context)))
 
     def examine(self, context: VerifyContext, instance: Instance, prompt_id: int) -> Iterator[Finding]:
         steps, prompt_ids = self.steps or context.policy.sampler_steps, torch.tensor([prompt_id])
 
         def image(family: Family) -> Tensor:
             x_0 = family.replay(self.seed, steps=steps, scheduler=self.scheduler, prompt_ids=prompt_ids)
+            context.advance(passes.drawn(context.base, [prompt_id], steps))
             return eight_bit(family.decode(x_0))
 
         def figures(image: Tensor) -> dict[str, float]:

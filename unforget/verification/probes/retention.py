@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from unforget.config import Policy
-from unforget.core.metrics import kernel_distance, pairwise_rms, rms, sharpness
-from unforget.core.types import UNCONDITIONAL
-from unforget.verification.context import ROLES, Finding, VerifyContext
+from unforget.core.metrics import kernel_distance, pairwise_rms, rms
+from unforget.core.passes import Count
+from unforget.verification.context import ROLES, Drawn, Finding, VerifyContext
 from unforget.verification.near_copies import once
 from unforget.verification.probes.base import Probe, checked
 from unforget.verification.report import Check
@@ -30,19 +30,18 @@ class Retention(Probe):
     kind: ClassVar = "retention"
     retains: ClassVar = True
 
-    def cost(self, context: VerifyContext) -> int:
-        shared = context.retain_prompt_ids == (UNCONDITIONAL,)  # with the sample probe
-        return 0 if shared else 2 * context.policy.paired * context.calls()
+    def shared(self, context: VerifyContext) -> Iterator[tuple[Drawn, Count]]:
+        yield ("candidate", context.retain_prompt_ids), Count.of(context.policy.paired)
 
     def __call__(self, context: VerifyContext) -> list[Finding]:
         drift, typical = same_seed_drift(context)
         drawn = {role: context.retained(role) for role in ROLES}
         features, candidate = (drawn[role].embeddings[0] for role in ROLES)
-        sharp, sharp_base = (sharpness(drawn[role].images).mean() for role in ("candidate", "base"))
+        sharp, sharp_base = (drawn[role].sharpness.mean() for role in ("candidate", "base"))
         kid = kernel_distance(features[: len(features) // 2], candidate[len(features) // 2 :])
         figures = {"typical": typical, "sharpness": float(sharp / sharp_base.clamp(min=1e-9)), "kid": kid}
         usual = {"sharpness": 1.0, "kid": _chance(features)}
-        images = {role: drawn[role].images[:8] for role in ROLES}
+        images = {role: context.pictures(role, slice(8)) for role in ROLES}
         return [Finding(self.kind, None, usual, {**spread(drift), **figures}, images=images)]
 
     def judge(self, found: Finding, policy: Policy, known: bool) -> Iterator[Check]:

@@ -7,12 +7,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from unforget.config import Policy
+from unforget.core.passes import Count
 from unforget.core.types import Family, Instance
 from unforget.files.images import image_id
-from unforget.verification.context import Finding, VerifyContext, known_surrogate
+from unforget.verification.context import Drawn, Finding, VerifyContext, known_surrogate
 from unforget.verification.probes.base import HALF, Probe, changed, checked
 from unforget.verification.probes.reconstruct import reconstruction_figures
-from unforget.verification.probes.sample import judge_rate, rate_test
+from unforget.verification.probes.sample import judge_rate, rate_draws, rate_test
 from unforget.verification.report import Check
 
 
@@ -23,8 +24,16 @@ class Transforms(Probe):
     timestep: int = Field(400, gt=0, lt=1000, description="timestep to reconstruct from")
     draws: int = Field(16, ge=2, le=4096, description="reconstructions of each")
 
-    def cost(self, context: VerifyContext) -> int:
-        return 2 * 4 * self.draws * len(context.cases) * context.calls(self.timestep)  # beside those of the samples
+    def cost(self, context: VerifyContext) -> Count:
+        count = 4 if context.base.image_shape[0] == 3 else 3  # fewer where a mirror image is the target itself
+        return 2 * count * context.repeated(self.cases(context), self.draws, [self.timestep])
+
+    def shared(self, context: VerifyContext) -> Iterator[tuple[Drawn, Count]]:
+        for _, prompt_id in self.cases(context):
+            yield from rate_draws(context, prompt_id)
+
+    def floors(self, context: VerifyContext) -> Iterator[tuple[float, int]]:
+        yield from ((self.timestep, prompt_id) for _, prompt_id in self.cases(context))
 
     def examine(self, context: VerifyContext, instance: Instance, prompt_id: int) -> Iterator[Finding]:
         instead = [instance.target, *known_surrogate(instance)]

@@ -1,0 +1,117 @@
+"""`--dry-run`: what `unlearn` and `verify` will cost, from a model's configuration alone, and how long here."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from unforget import families
+from unforget.api.common import options, recipe_of
+from unforget.api.unlearning import compute_of, shown_count, shown_passes
+from unforget.api.verifying import retain_prompt_ids
+from unforget.config import ModelConfig, UnlearnConfig, VerifyConfig
+from unforget.core.passes import Count
+from unforget.core.sampling import seconds_a_pass
+from unforget.core.types import Family, Instance
+from unforget.families.memory import RUNTIME, Blueprint, blueprint, reckon, weights_of
+from unforget.files import storage
+from unforget.files.patch import provenance
+from unforget.unlearning.passes import Work, run_passes
+from unforget.unlearning.prepare import prompt_ids, retain_turns
+from unforget.verification import passes as verification
+from unforget.verification import probes
+from unforget.verification.context import VerifyContext
+from unforget.verification.probes.base import Probe
+
+Model = Family | Blueprint
+
+
+def plan_unlearn(config: UnlearnConfig) -> dict[str, Any]:
+    """Memory, network passes by stage, and time of a run."""
+    found = blueprint(config.model, options(config))
+    # Passes first: the memory plan puts an adapter on the network.
+    passes = unlearn_passes(config, found)
+    return {"memory_gib": _memory(config, found), **_costs(config, found, passes)}
+
+
+def memory_plan(config: UnlearnConfig) -> dict[str, float]:
+    """GiB that a run will take, by what they are for, from the model's configuration alone."""
+    return _memory(config, blueprint(config.model, options(config)))
+
+
+def _memory(config: UnlearnConfig, found: Blueprint) -> dict[str, float]:
+    recipe, compute = recipe_of(config), compute_of(config)
+    micro = min(max(recipe.forget_batch_size, recipe.retain_batch_size), compute.in_one_pass(found.image_shape))
+    checkpointing, half = compute.checkpoints(found.network), compute.half(torch.device(config.device))
+    return reckon(found, recipe.train, recipe.rank, micro_batch=micro, checkpointing=checkpointing, half=half).gib()
+
+
+def unlearn_passes(config: UnlearnConfig, model: Model) -> dict[str, Count]:
+    """Network passes of a run by stage; what the cache holds is counted, the targets of earlier patches are not."""
+    listed = storage.read_lines(config.retain_prompts) if config.retain_prompts else ()
+    work = Work(
+        len(config.target), config.prompt, bool(config.surrogate), config.retain is not None, listed,
+        config.retain_count, config.sampler_steps,
+    )  # fmt: skip
+    ids = prompt_ids(cast(Family, model), config.prompt)
+    stages = run_passes(model, work, recipe_of(config), checkpointing=compute_of(config).checkpoints(model.network))
+    turns = [""] if work.retain else retain_turns(model, config.prompt, listed, config.retain_count)
+    stay = tuple(dict.fromkeys(model.prompt_ids(turns).tolist()))
+    context = _context(model, work.targets, ids, retain_prompt_ids=stay)
+    return {**stages, "before and after": shown_passes(context, shown_count(config.num_validation_images, model))}
+
+
+def plan_verify(config: VerifyConfig) -> dict[str, Any]:
+    """Memory, network passes by probe, and time of a judgement."""
+    found = blueprint(config.model, options(config))
+    context, suite = _judged(config, found)
+    copies = 3 if any(probe.kind in ("quantization", "relearning") for probe in suite) else 2
+    memory = {
+        "runtime": RUNTIME, "weights": copies * weights_of(found.network) + found.beside,
+        "draws": verification.kept_bytes(suite, context),
+    }  # fmt: skip
+    gib = {name: round(value / 2**30, 3) for name, value in {**memory, "peak": sum(memory.values())}.items()}
+    return {"memory_gib": gib, **_costs(config, found, verification.passes(suite, context))}
+
+
+def verify_passes(config: VerifyConfig, model: Model) -> dict[str, Count]:
+    """Network passes of a judgement by probe; what the cache holds is counted."""
+    context, suite = _judged(config, model)
+    return verification.passes(suite, context)
+
+
+def _judged(config: VerifyConfig, model: Model) -> tuple[VerifyContext, tuple[Probe, ...]]:
+    made = [provenance(path) for path in config.patch]
+    ids = prompt_ids(cast(Family, model), config.prompt or [p for m in made for p in m.all_prompts])
+    count = len(config.target) or len({t for m in made for t in m.all_targets})
+    stay = retain_prompt_ids(config, cast(Family, model), ids)
+    context = _context(model, count, ids, policy=config, retain_prompt_ids=stay)
+    return context, probes.suite(config, prompted=len(ids) > 1)
+
+
+def _context(model: Model, targets: int, ids: tuple[int, ...], **more: Any) -> VerifyContext:
+    """A context of which nothing but the cost is asked."""
+    nothing, family = torch.zeros(0), cast(Family, model)
+    return VerifyContext(family, family, tuple(Instance(nothing, nothing, str(k), ids) for k in range(targets)), **more)
+
+
+def _costs(config: ModelConfig, found: Blueprint, stages: Mapping[str, Count]) -> dict[str, Any]:
+    """Passes by stage with their sum, and hours by the time that a pass takes here, if the model can be timed."""
+    counts = {**stages, "in all": sum(stages.values(), Count())}
+    said: dict[str, Any] = {"passes": {name: [count.least, count.most] for name, count in counts.items()}}
+    if (seconds := _seconds_a_pass(config, found)) is not None:
+        said["seconds_a_pass"] = seconds
+        said["hours"] = [round(n * seconds / 3600, 3) for n in said["passes"]["in all"]]
+    return said
+
+
+def _seconds_a_pass(config: ModelConfig, found: Blueprint) -> float | None:
+    """Seconds of a pass here, if the weights lie in a folder and take no more than half of the free memory."""
+    folder = Path(found.source)
+    held = folder.is_dir() and any((folder / found.spec.network).glob("*.safetensors"))
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if not held or 2 * (weights_of(found.network) + found.beside) > free:
+        return None
+    return seconds_a_pass(families.load(config.model, options(config)))
