@@ -334,7 +334,7 @@ def test_gradient_checkpointing_changes_no_gradient(sd3):
             p.add_(0.1)
 
     def gradient(**options):
-        says = mixed(sd3.predict, True, **options)
+        says = mixed(sd3.predict, True, sd3.device, **options)
         return torch.autograd.grad(says(x, index, row).square().mean(), weights)
 
     plain = gradient()

@@ -13,6 +13,8 @@ from unforget.core.types import UNCONDITIONAL, Family, Noised
 
 PIXELS_DRAWN = PIXELS_TRAINED = 32 * 32 * 32
 """Pixels in one pass, without and with gradients, unless the user says how many images."""
+PIXELS_ON_DEVICE = 2 * 1024 * 1024
+"""The same without gradients where the network is not on the CPU: few images leave a card idle."""
 
 
 def random_noise(count: int, shape: tuple[int, int, int], seed: int, purpose: str, *, first: int = 0) -> Tensor:
@@ -28,6 +30,14 @@ def random_noise(count: int, shape: tuple[int, int, int], seed: int, purpose: st
 def in_one_pass(pixels: int, shape: tuple[int, int, int]) -> int:
     """How many images of a shape make up `pixels`, at least one."""
     return max(1, pixels // (shape[1] * shape[2]))
+
+
+def drawn_at_once(family: Family) -> int:
+    """How many images of a model go through its network at once, without gradients."""
+    if family.batch_size is not None:
+        return family.batch_size
+    on_cpu = next(family.network.parameters()).device.type == "cpu"
+    return in_one_pass(PIXELS_DRAWN if on_cpu else PIXELS_ON_DEVICE, family.image_shape)
 
 
 def visited(family: Family, timestep: float, *, steps: int) -> float:
@@ -52,7 +62,7 @@ def draw(
     unless it is to `decode`; `advance` is told how many are done.
     """
     prompt_ids = torch.tensor([UNCONDITIONAL]) if prompt_ids is None else prompt_ids
-    size = in_one_pass(PIXELS_DRAWN, family.image_shape)
+    size = drawn_at_once(family)
     parts = list(zip(torch.split(noise, size), torch.split(prompt_ids.expand(len(noise)), size), strict=True))
 
     def make(part: tuple[Tensor, Tensor]) -> Tensor:

@@ -53,6 +53,7 @@ class FamilySpec:
     """Changes a network, given the names of the text encoders that the pipeline lacks."""
     text_encoders: Mapping[str, str] = field(default_factory=dict)  # their classes in transformers, by part
     optional: tuple[str, ...] = ()  # text encoders that may be left out
+    reads: Mapping[str, int] = field(default_factory=dict)  # tokens that they read, where the tokenizer says otherwise
     embed: Callable[[Any, str, Any], tuple[Tensor, ...]] = lambda pipeline, prompt, device: ()
     """What (pipeline, prompt, device) comes to, a tensor (1, ...) for each name in `conditioning`.
 

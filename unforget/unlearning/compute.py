@@ -54,18 +54,18 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())  # private
 
 
-def mixed(predict: Predict, half: bool, *, checkpointed: bool = False) -> Predict:
+def mixed(predict: Predict, half: bool, device: torch.device, *, checkpointed: bool = False) -> Predict:
     """The same answers; if `half`, computed in bfloat16 where autocast thinks it safe, in float32 again.
 
-    A `checkpointed` network computes blocks again in its backward pass, outside of any context that is set here.
+    `device` is where the network works: x_t is on the CPU whatever that is. A `checkpointed` network computes blocks again in its backward pass, outside of any context that is set here.
     """
     if not half:
         return predict
 
     def answer(x_t: Tensor, timestep: Tensor, prompt_ids: Tensor) -> Tensor:
         # The backward pass of CPU flash attention is slow in bfloat16: a third of the step here.
-        plain = sdpa_kernel(SDPBackend.MATH) if x_t.device.type == "cpu" and not checkpointed else nullcontext()
-        with torch.autocast(x_t.device.type, torch.bfloat16), plain:
+        plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" and not checkpointed else nullcontext()
+        with torch.autocast(device.type, torch.bfloat16), plain:
             return predict(x_t, timestep, prompt_ids).float()
 
     return answer

@@ -44,7 +44,7 @@ def compare(
 def _estimate(suite: Sequence[Probe], context: VerifyContext) -> str:
     """What the probes will cost, from a few network calls."""
     calls, looks = sum(probe.cost(context) for probe in suite), context.plan.looks
-    size = min(32, sampling.in_one_pass(sampling.PIXELS_DRAWN, context.base.image_shape))
+    size = min(32, sampling.drawn_at_once(context.base))
     noise, prompt_ids = torch.zeros(size, *context.base.latent_shape), torch.zeros(size, dtype=torch.long)
     timestep = torch.full((size,), context.start(500))
     with torch.no_grad():
