@@ -33,6 +33,14 @@ class FarTensor(torch.Tensor):
         return memo.setdefault(id(self), twin)
 
     @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            found = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.data.__set__:
+            args[0].near = args[1].near
+        return found
+
+    @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         given = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
@@ -92,6 +100,12 @@ def _empty_strided(size, stride, *, dtype=None, layout=None, device=None, pin_me
     return FarTensor(torch.empty_strided(size, stride, dtype=dtype))
 
 
+def _copy_from(source, target, non_blocking=False):
+    """What `torch.tensor(..., device=)` calls."""
+    target.near.copy_(source)
+    return target
+
+
 def _cast(name):
     """An operation that autocast computes in 16 bits."""
     op = getattr(aten, name)
@@ -110,6 +124,7 @@ _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
 LIBRARY = torch.library.Library("aten", "IMPL")
 LIBRARY.impl("empty.memory_format", _empty, "PrivateUse1")
 LIBRARY.impl("empty_strided", _empty_strided, "PrivateUse1")
+LIBRARY.impl("_copy_from", _copy_from, "PrivateUse1")
 FALLBACK = torch.library.Library("_", "IMPL")
 FALLBACK.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
 for _name in ("linear", "conv2d", "matmul", "bmm", "addmm"):

@@ -10,6 +10,7 @@ from torch import Tensor
 from unforget.api.common import load, options, read, recipe_of, salted, versions, writable
 from unforget.config import UnlearnConfig
 from unforget.core import distributed
+from unforget.core.devices import chosen
 from unforget.core.metrics import rms
 from unforget.core.recipe import Recipe
 from unforget.core.types import Family, Instance, Progress
@@ -51,7 +52,7 @@ def unlearn(config: UnlearnConfig, progress: Progress | None = None) -> Unlearne
     for path in (config.output, folder) if not config.resume else ():
         writable(path, config.force)
     recipe, compute = recipe_of(config), _compute(config)
-    patched = load(config)
+    patched = load(config, progress)
     base_digest = digest(patched.network.state_dict())
     stack = Stack.load(config.patch, config.scale)
     inputs = _inputs(config, patched, stack, salted(base_digest), progress)
@@ -83,10 +84,10 @@ def memory_plan(config: UnlearnConfig) -> dict[str, float]:
     """GiB that a run will take, by what they are for, from the model's configuration alone."""
     from unforget.families.memory import blueprint, reckon
 
-    recipe, compute = recipe_of(config), _compute(config)
-    found = blueprint(config.model, options(config))
+    recipe, compute, how = recipe_of(config), _compute(config), options(config)
+    found = blueprint(config.model, how)
     micro = min(max(recipe.forget_batch_size, recipe.retain_batch_size), compute.in_one_pass(found.image_shape))
-    checkpointing, half = compute.checkpoints(found.network), compute.half(torch.device(config.device))
+    checkpointing, half = compute.checkpoints(found.network), compute.half(torch.device(how.device))
     return reckon(found, recipe.train, recipe.rank, micro_batch=micro, checkpointing=checkpointing, half=half).gib()
 
 
@@ -155,7 +156,7 @@ def _ids(pictures: tuple[Tensor, ...], salt: str) -> list[str]:
 
 def _environment(config: UnlearnConfig, compute: Compute) -> dict[str, Any]:
     """What may change when a run goes on, at the price of its last bits."""
-    machine = {"device": config.device, "threads": config.threads, "processes": distributed.world_size()}
+    machine = {"device": chosen(config.device), "threads": config.threads, "processes": distributed.world_size()}
     return {**asdict(compute), **machine, **versions()}
 
 

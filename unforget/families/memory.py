@@ -101,7 +101,8 @@ def _bytes(tensors: Any) -> int:
 def reckon(found: Blueprint, scope: Scope, rank: int, *, micro_batch: int, checkpointing: bool, half: bool) -> Plan:
     """What a run of a scope takes, with `micro_batch` images in one pass, which `half` computes in 16 bits.
 
-    What is trained is float32, whatever the network is; CannotRun if the network's own weights would have to be. With `checkpointing` blocks are computed again instead of kept.
+    What is trained is float32, whatever the network is; CannotRun if the network's own weights would have to be. With
+    `checkpointing` blocks are computed again instead of kept.
     """
     from unforget.families.model import trainable
 

@@ -18,7 +18,6 @@ from unforget.errors import CannotRun, UsageError
 from unforget.families.loading import Hints, Options
 from unforget.families.spec import FamilySpec, check_scope, tokenizer
 
-
 PIXELS_CODED = 2 * 1024 * 1024
 """Pixels in one pass of an autoencoder."""
 ONE_PASS: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
@@ -290,7 +289,9 @@ def check_precision(network: nn.Module, scope: Scope) -> None:
     if scope != "lora" and dtypes - {torch.float32}:
         numbers, name = sum(p.numel() for p in network.parameters()), str(min(dtypes, key=str)).removeprefix("torch.")
         # Weights, the base's, both gradients and their sum, two moments.
-        sentence = f"training all weights needs them in float32, here they are {name}: {7 * 4 * numbers / 2**30:.1f} GiB"
+        sentence = (
+            f"training all weights needs them in float32, here they are {name}: {7 * 4 * numbers / 2**30:.1f} GiB"
+        )
         raise CannotRun(f"{sentence} for them, gradients and moments", "Give --train lora.")
 
 

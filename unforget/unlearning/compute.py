@@ -57,7 +57,8 @@ def has_bf16(device: torch.device) -> bool:
 def mixed(predict: Predict, half: bool, device: torch.device, *, checkpointed: bool = False) -> Predict:
     """The same answers; if `half`, computed in bfloat16 where autocast thinks it safe, in float32 again.
 
-    `device` is where the network works: x_t is on the CPU whatever that is. A `checkpointed` network computes blocks again in its backward pass, outside of any context that is set here.
+    `device` is where the network works; x_t is on the CPU wherever that is. A `checkpointed` network computes blocks
+    again in its backward pass, outside of any context that is set here.
     """
     if not half:
         return predict
