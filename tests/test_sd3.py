@@ -7,17 +7,12 @@ import pytest
 import torch
 from conftest import CAPTIONS, rewrite, tiny_sd3
 from diffusers import (
-    AutoencoderKL,
-    EulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
-    StableDiffusionInstructPix2PixPipeline,
-    UNet2DConditionModel,
 )
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from unforget import families
 from unforget.config import ExportConfig, UnlearnConfig, VerifyConfig
@@ -374,28 +369,6 @@ def test_sdedit_under_a_prompt(sd3):
     plain, asked = (editor(Canvas(sd3, target, torch.ones(1, 16, 16), prompt_id=r)) for r in (0, row))
     assert plain[0].image.shape == target.shape
     assert not torch.equal(plain[0].image, asked[0].image)
-
-
-@pytest.fixture
-def editor_folder(sd3, tmp_path):
-    """A tiny InstructPix2Pix with random weights."""
-    parts = sd3.pipeline
-    text = CLIPTextModel(CLIPTextConfig.from_dict({**parts.text_encoder.config.to_dict(), "architectures": None}))
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 4), norm_num_groups=2, latent_channels=4,
-    )  # fmt: skip
-    unet = UNet2DConditionModel(
-        block_out_channels=(4, 8), layers_per_block=1, in_channels=8, cross_attention_dim=8, norm_num_groups=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=2,
-    )  # fmt: skip
-    folder = tmp_path / "editor"
-    StableDiffusionInstructPix2PixPipeline(
-        vae, text, parts.tokenizer, unet, EulerDiscreteScheduler(), None, None, requires_safety_checker=False
-    ).save_pretrained(folder)
-    (folder / "README.md").write_text("---\nlicense: cc0-1.0\n---\n")
-    return folder
 
 
 def test_an_instruction_editor_from_a_folder(sd3, editor_folder):

@@ -1,5 +1,7 @@
 """Which device computes: by name, or the first accelerator that is there."""
 
+from typing import Any
+
 import torch
 
 from unforget.errors import UsageError
@@ -34,7 +36,7 @@ def _count(kind: str) -> int:
     """How many devices of a kind torch can use here."""
     if kind == "mps":  # torch 2.6 has no torch.mps.is_available
         return int(torch.backends.mps.is_available())
-    module = getattr(torch, kind, None)
+    module: Any = getattr(torch, kind, None)
     return int(module.device_count()) if hasattr(module, "device_count") and module.is_available() else 0
 
 
