@@ -13,18 +13,25 @@ from diffusers import (
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 from unforget import families
 from unforget.config import ExportConfig, UnlearnConfig, VerifyConfig
 from unforget.core import sampling
+from unforget.core.types import Instance, Pool
 from unforget.errors import CannotRun, UsageError
 from unforget.families import Options
 from unforget.families.sd3 import ABSENT, SCORES, WithoutT5, _LastCount
 from unforget.files import cache, images
-from unforget.files.patch import Patch, Stack
+from unforget.files.patch import Patch, Provenance, Stack
 from unforget.surrogate.canvas import Canvas
 from unforget.surrogate.editors import Inpaint, Instruct, SDEdit
-from unforget.unlearning.compute import mixed
+from unforget.unlearning.compute import Compute, mixed
+from unforget.unlearning.prepare import Prepared
+from unforget.unlearning.trainer import Trainer
 
 RED, BLUE, GREEN = CAPTIONS
 NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
@@ -150,6 +157,68 @@ def test_the_view_of_a_lora_is_the_base_and_costs_no_copy(sd3):
     }  # fmt: skip
 
 
+def test_what_is_trained_is_float32_whatever_the_base_is(sd3, pictures):
+    """A step of 1e-5 is less than the last digit of a bfloat16 number, and would leave it as it was."""
+    sd3.set_network(sd3.network.bfloat16())
+    sd3.network.bfloat16()
+    instance = Instance(*(sd3.encode(images.read_image(pictures / f"{n}.png", sd3.image_shape)[None])[0]
+                          for n in ("target", "surrogate")), "t")  # fmt: skip
+    retain = Pool.of(torch.randn(4, *sd3.latent_shape))
+    prepared = Prepared((instance,), (instance,), retain, retain[:0], torch.ones(1, 1))
+    few = {"max_train_steps": 2, "cooldown_steps": 0, "learning_rate": 1e-5, "warmup_steps": 0}
+    recipe = sd3.spec.recipes["default"].model_copy(update={**few, "forget_batch_size": 2, "retain_batch_size": 2})
+    trainer = Trainer(sd3, sd3.frozen_reference("lora"), prepared, recipe, seed=0, compute=Compute())
+    before = [w.detach().clone() for w in trainer.weights]
+    assert {w.dtype for w in trainer.weights} == {torch.float32}
+    assert next(sd3.network.parameters()).dtype == torch.bfloat16
+    for _ in trainer:  # the first update moves the factors that begin at zero, and only then the others have gradients
+        pass
+    moments = {m.dtype for state in trainer.optimizer.state.values() for m in state.values()}
+    assert moments == {torch.float32}
+    last = len(sd3.network.transformer_blocks) - 1  # what its text comes to is not used any more
+    names = [n for n, _ in sd3.network.named_parameters() if ".lora_" in n]
+    for name, one, other in zip(names, before, trainer.weights, strict=True):
+        if f".{last}.attn.add_q" not in name and f".{last}.attn.to_add" not in name:
+            assert bool((one != other).all()), name
+    patch = Patch.between(sd3.network, sd3.network, a_lora(16, 16))
+    for name, factor in patch.tensors.items():
+        assert factor.dtype == torch.float32, name
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_the_gradient_of_an_adapter_beside_bfloat16_is_that_beside_float32(sd3, half):
+    x, timestep, row = torch.randn(2, *sd3.latent_shape), torch.tensor([700, 300]), sd3.prompt_ids([RED, BLUE])
+    weights = sd3.trainable("lora", rank=2, alpha=2, seed=0)
+    with torch.no_grad():
+        for p in weights:
+            p.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+
+    def answered():
+        answer = mixed(sd3.predict, half, sd3.device)(x, timestep, row)
+        return answer, torch.cat([g.flatten() for g in torch.autograd.grad(answer.square().mean(), weights)])
+
+    exact = mixed(sd3.predict, False, sd3.device)(x, timestep, row).detach()
+    sd3.network.requires_grad_(True)
+    _, right = answered()
+    for name, part in sd3.network.named_parameters():
+        if ".lora_" not in name:
+            part.data = part.data.bfloat16()
+    sd3.dtype = torch.bfloat16
+    sd3._conditioning = [[row.bfloat16() for row in table] for table in sd3._conditioning]
+    answer, gradient = answered()
+    torch.testing.assert_close(answer, exact, rtol=0.05, atol=0.05)
+    assert float(torch.cosine_similarity(gradient, right, dim=0)) > 0.99
+
+
+def test_all_weights_of_a_network_that_is_not_float32_are_refused_with_the_memory(sd3):
+    sd3.network.bfloat16()
+    numbers = sum(p.numel() for p in sd3.network.parameters())
+    for ask in (sd3.trainable, sd3.frozen_reference):
+        with pytest.raises(CannotRun, match=f"here they are bfloat16: {28 * numbers / 2**30:.1f} GiB") as caught:
+            ask("full")
+        assert caught.value.hint == "Give --train lora."
+
+
 def test_after_release_known_prompts_work_and_new_ones_do_not(sd3):
     row = sd3.prompt_ids([RED])
     sd3.unload_text_encoders()
@@ -163,6 +232,40 @@ def test_after_release_known_prompts_work_and_new_ones_do_not(sd3):
 def test_a_prompt_that_is_too_long(sd3):
     with pytest.raises(UsageError, match="has 12 tokens, the tokenizer allows 8"):
         sd3.prompt_ids(["red " * 10])
+
+
+@pytest.fixture
+def t5():
+    """A text encoder that reads long prompts, with random weights, and its tokenizer."""
+    known = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", *" ".join(CAPTIONS).split()))}
+    words = Tokenizer(WordLevel(known, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=len(known), d_model=24, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    tokens = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return T5EncoderModel(config).eval(), PreTrainedTokenizerFast(tokenizer_object=words, **tokens)
+
+
+def test_a_long_prompt_that_t5_reads_whole(sd3_folder, t5):
+    """CLIP reads its beginning, as in the stock pipeline, and the user is told."""
+    notes = []
+    model = families.load(str(sd3_folder), Options(note=notes.append))
+    model.pipeline.text_encoder_3, model.pipeline.tokenizer_3 = t5
+    model.absent = ()
+    model.network.set_attn_processor(JointAttnProcessor2_0())
+    prompt, ends = "red " * 10, "red " * 9 + "blue"
+    one, other = model.prompt_ids([prompt, ends]).tolist()
+    assert len(notes) == 2
+    assert "has 12 tokens: text_encoder, text_encoder_2 read the first 8" in notes[0]
+    assert "text_encoder_3 reads it whole" in notes[0]
+    words, pooled = model._conditioning
+    assert torch.equal(words[one][:8], words[other][:8])
+    assert torch.equal(pooled[one], pooled[other])
+    assert not torch.equal(words[one][8:], words[other][8:])
+    stock = model.pipeline.encode_prompt(prompt, prompt, prompt, do_classifier_free_guidance=False)
+    torch.testing.assert_close(words[one], stock[0][0])
+    with pytest.raises(UsageError, match="the tokenizer allows 256"):
+        model.prompt_ids(["red " * 400])
 
 
 def test_a_resolution_that_it_cannot_draw(sd3_folder):
@@ -227,6 +330,13 @@ def pictures(tmp_path):
     for name in ("target", "surrogate"):
         images.write_image(torch.rand(3, 16, 16, generator=g) * 2 - 1, tmp_path / f"{name}.png")
     return tmp_path
+
+
+def a_lora(rank, alpha):
+    return Provenance(
+        base="x", base_digest="", targets=[], surrogates=[], holds="lora", adapter={"rank": rank, "alpha": alpha},
+        recipe={}, seed=0, steps=0, versions={},
+    )  # fmt: skip
 
 
 def unlearned(folder, home, *, prompts=(RED,), **changes):
@@ -310,13 +420,9 @@ def test_merging_is_the_adapter(sd3):
             p.normal_(std=0.2)
     from peft import get_peft_model_state_dict
 
-    from unforget.files.patch import Provenance
-
-    record = Provenance(base="x", base_digest="", targets=[], surrogates=[], holds="lora",
-                        adapter={"rank": 3, "alpha": 6}, recipe={}, seed=0, steps=0, versions={})  # fmt: skip
     factors = get_peft_model_state_dict(sd3.network)
     plain = tiny_sd3().transformer.eval()
-    patch = Patch(factors, record)
+    patch = Patch(factors, a_lora(3, 6))
     for name in patch.names():
         plain.state_dict()[name].copy_(patch.after(name, plain.state_dict()[name]))
     x, row = torch.randn(1, *sd3.latent_shape), sd3.prompt_ids([RED])
