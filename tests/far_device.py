@@ -125,6 +125,7 @@ LIBRARY = torch.library.Library("aten", "IMPL")
 LIBRARY.impl("empty.memory_format", _empty, "PrivateUse1")
 LIBRARY.impl("empty_strided", _empty_strided, "PrivateUse1")
 LIBRARY.impl("_copy_from", _copy_from, "PrivateUse1")
+LIBRARY.impl("_local_scalar_dense", lambda tensor: tensor.near.item(), "PrivateUse1")  # of torch.tensor([tensor])
 FALLBACK = torch.library.Library("_", "IMPL")
 FALLBACK.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
 for _name in ("linear", "conv2d", "matmul", "bmm", "addmm"):

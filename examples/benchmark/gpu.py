@@ -3,10 +3,10 @@
     python examples/benchmark/gpu.py [--device cuda] [--resolution 512 1024] [--steps 5]
     python examples/benchmark/gpu.py --device cpu --tiny        # to try the script where there is no card
 
-`unlearn`, `verify --level quick` and `export` of the embedded models with their defaults; then unlearning steps of a LoRA,
-draws, and gradients through a sampling chain (as `verify --level deep` takes them) on the real configuration of Stable
-Diffusion 3 medium with random weights: nothing is downloaded. About ten minutes. Nobody has run it on a card yet: please
-report the table with the name of yours.
+`unlearn`, `verify --level quick` and `export` of the embedded models with their defaults; then steps of a LoRA, draws,
+and gradients through a sampling chain (as `verify --level deep` takes them) on the real configuration of Stable
+Diffusion 3 medium with random weights: nothing is downloaded. About ten minutes. Nobody has run it on a card yet:
+please report the table with the name of yours.
 """
 
 import argparse
