@@ -24,7 +24,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-from unforget.families.sd3 import WithoutT5
+from unforget.families.sd3 import SCORES, WithoutT5
 from unforget.unlearning.compute import has_bf16
 
 SIZE = 64
@@ -198,14 +198,14 @@ def encoded(vae: AutoencoderKL, images: Tensor) -> Tensor:
 def embed(pipe: StableDiffusion3Pipeline, ids: Tensor) -> tuple[Tensor, Tensor]:
     """What `StableDiffusion3Pipeline.encode_prompt` gives without T5, with gradients: embeddings, pooled ones.
 
-    In place of T5's 256 equal tokens of zeros it has one, which the attention `WithoutT5` counts as often.
+    In place of T5's 256 equal tokens of zeros it has two, which the attention `WithoutT5` counts as often.
     """
     states, pooled = [], []
     for encoder in (pipe.text_encoder, pipe.text_encoder_2):
         answer = encoder(ids, output_hidden_states=True)
         states.append(answer.hidden_states[-2])
         pooled.append(answer.text_embeds)
-    clip = functional.pad(torch.cat(states, -1), (0, 0, 0, 1))
+    clip = functional.pad(torch.cat(states, -1), (0, 0, 0, len(SCORES)))
     return clip, torch.cat(pooled, -1)
 
 

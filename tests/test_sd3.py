@@ -7,30 +7,38 @@ import pytest
 import torch
 from conftest import CAPTIONS, rewrite, tiny_sd3
 from diffusers import (
-    AutoencoderKL,
-    EulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
-    StableDiffusionInstructPix2PixPipeline,
-    UNet2DConditionModel,
 )
 from diffusers.models.attention_processor import JointAttnProcessor2_0
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel, T5Tokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from unforget import families
 from unforget.config import ExportConfig, UnlearnConfig, VerifyConfig
 from unforget.core import sampling
+from unforget.core.types import Instance, Pool
 from unforget.errors import CannotRun, UsageError
 from unforget.families import Hints, Options
 from unforget.families import sd3 as sd3_row
 from unforget.families.model import DiffusionModel
+from unforget.families.sd3 import ABSENT, SCORES, WithoutT5, _LastCount
 from unforget.files import cache, images
-from unforget.files.patch import Patch, Stack
+from unforget.files.patch import Patch, Provenance, Stack
 from unforget.surrogate.canvas import Canvas
 from unforget.surrogate.editors import Inpaint, Instruct, SDEdit
-from unforget.unlearning.compute import mixed
+from unforget.unlearning.compute import Compute, mixed
+from unforget.unlearning.prepare import Prepared
+from unforget.unlearning.trainer import Trainer
 
 RED, BLUE, GREEN = CAPTIONS
 NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
@@ -64,7 +72,7 @@ def test_prompts_matter_and_keep_their_rows(sd3):
 
 
 @pytest.mark.parametrize("dual", [(), (0,)])
-def test_one_token_counts_for_all_of_the_missing_t5(dual):
+def test_two_tokens_count_for_all_of_the_missing_t5(dual):
     """With the second attention of SD3.5, too, which sees the image alone."""
     torch.manual_seed(0)
     network = SD3Transformer2DModel(
@@ -79,14 +87,27 @@ def test_one_token_counts_for_all_of_the_missing_t5(dual):
     x = torch.randn(1, 4, 8, 8)
     with torch.no_grad():
         whole = network(x, torch.cat([words, torch.zeros(1, 256, 24)], 1), *rest).sample
-        from unforget.families.sd3 import WithoutT5
-
         network.set_attn_processor(WithoutT5())
-        short = network(x, torch.cat([words, torch.zeros(1, 1, 24)], 1), *rest).sample
+        short = network(x, torch.cat([words, torch.zeros(1, 2, 24)], 1), *rest).sample
         network.set_attn_processor(JointAttnProcessor2_0())
-        wrong = network(x, torch.cat([words, torch.zeros(1, 1, 24)], 1), *rest).sample
-    torch.testing.assert_close(short, whole, rtol=1e-4, atol=1e-5)
+        wrong = network(x, torch.cat([words, torch.zeros(1, 2, 24)], 1), *rest).sample
+    torch.testing.assert_close(short, whole, rtol=1e-4, atol=3e-5)
     assert not torch.allclose(wrong, whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_they_count_256_in_every_precision(dtype, autocast):
+    """Counted by what they get of the attention, over many queries, for one answer in bfloat16 has three digits."""
+    g = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(1, 1, n, 16, generator=g).to(dtype) for n in (8192, 200))
+    key = torch.cat([key, key.new_zeros(1, 1, len(SCORES), 16)], 2)
+    value = torch.zeros_like(key)
+    value[..., -len(SCORES) :, :] = 1
+    with _LastCount(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        share = torch.nn.functional.scaled_dot_product_attention(query, key, value)[0, 0, :, 0].double()
+    others = (query.double() @ key[:, :, :200].double().mT / 4).exp().sum(-1)[0, 0]
+    assert float((share / (1 - share) * others).mean()) == pytest.approx(ABSENT, rel=1e-3)
 
 
 def test_latents_are_the_scaled_shifted_mean(sd3, stock):
@@ -143,6 +164,68 @@ def test_the_view_of_a_lora_is_the_base_and_costs_no_copy(sd3):
     }  # fmt: skip
 
 
+def test_what_is_trained_is_float32_whatever_the_base_is(sd3, pictures):
+    """A step of 1e-5 is less than the last digit of a bfloat16 number, and would leave it as it was."""
+    sd3.set_network(sd3.network.bfloat16())
+    sd3.network.bfloat16()
+    instance = Instance(*(sd3.encode(images.read_image(pictures / f"{n}.png", sd3.image_shape)[None])[0]
+                          for n in ("target", "surrogate")), "t")  # fmt: skip
+    retain = Pool.of(torch.randn(4, *sd3.latent_shape))
+    prepared = Prepared((instance,), (instance,), retain, retain[:0], torch.ones(1, 1))
+    few = {"max_train_steps": 2, "cooldown_steps": 0, "learning_rate": 1e-5, "warmup_steps": 0}
+    recipe = sd3.spec.recipes["default"].model_copy(update={**few, "forget_batch_size": 2, "retain_batch_size": 2})
+    trainer = Trainer(sd3, sd3.frozen_reference("lora"), prepared, recipe, seed=0, compute=Compute())
+    before = [w.detach().clone() for w in trainer.weights]
+    assert {w.dtype for w in trainer.weights} == {torch.float32}
+    assert next(sd3.network.parameters()).dtype == torch.bfloat16
+    for _ in trainer:  # the first update moves the factors that begin at zero, and only then the others have gradients
+        pass
+    moments = {m.dtype for state in trainer.optimizer.state.values() for m in state.values()}
+    assert moments == {torch.float32}
+    last = len(sd3.network.transformer_blocks) - 1  # what its text comes to is not used any more
+    names = [n for n, _ in sd3.network.named_parameters() if ".lora_" in n]
+    for name, one, other in zip(names, before, trainer.weights, strict=True):
+        if f".{last}.attn.add_q" not in name and f".{last}.attn.to_add" not in name:
+            assert bool((one != other).all()), name
+    patch = Patch.between(sd3.network, sd3.network, a_lora(16, 16))
+    for name, factor in patch.tensors.items():
+        assert factor.dtype == torch.float32, name
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_the_gradient_of_an_adapter_beside_bfloat16_is_that_beside_float32(sd3, half):
+    x, timestep, row = torch.randn(2, *sd3.latent_shape), torch.tensor([700, 300]), sd3.prompt_ids([RED, BLUE])
+    weights = sd3.trainable("lora", rank=2, alpha=2, seed=0)
+    with torch.no_grad():
+        for p in weights:
+            p.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+
+    def answered():
+        answer = mixed(sd3.predict, half, sd3.device)(x, timestep, row)
+        return answer, torch.cat([g.flatten() for g in torch.autograd.grad(answer.square().mean(), weights)])
+
+    exact = mixed(sd3.predict, False, sd3.device)(x, timestep, row).detach()
+    sd3.network.requires_grad_(True)
+    _, right = answered()
+    for name, part in sd3.network.named_parameters():
+        if ".lora_" not in name:
+            part.data = part.data.bfloat16()
+    sd3.dtype = torch.bfloat16
+    sd3._conditioning = [[row.bfloat16() for row in table] for table in sd3._conditioning]
+    answer, gradient = answered()
+    torch.testing.assert_close(answer, exact, rtol=0.05, atol=0.05)
+    assert float(torch.cosine_similarity(gradient, right, dim=0)) > 0.99
+
+
+def test_all_weights_of_a_network_that_is_not_float32_are_refused_with_the_memory(sd3):
+    sd3.network.bfloat16()
+    numbers = sum(p.numel() for p in sd3.network.parameters())
+    for ask in (sd3.trainable, sd3.frozen_reference):
+        with pytest.raises(CannotRun, match=f"here they are bfloat16: {28 * numbers / 2**30:.1f} GiB") as caught:
+            ask("full")
+        assert caught.value.hint == "Give --train lora."
+
+
 def test_after_release_known_prompts_work_and_new_ones_do_not(sd3):
     row = sd3.prompt_ids([RED])
     sd3.unload_text_encoders()
@@ -156,6 +239,40 @@ def test_after_release_known_prompts_work_and_new_ones_do_not(sd3):
 def test_a_prompt_that_is_too_long(sd3):
     with pytest.raises(UsageError, match="has 12 tokens, the tokenizer allows 8"):
         sd3.prompt_ids(["red " * 10])
+
+
+@pytest.fixture
+def t5():
+    """A text encoder that reads long prompts, with random weights, and its tokenizer."""
+    known = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", *" ".join(CAPTIONS).split()))}
+    words = Tokenizer(WordLevel(known, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=len(known), d_model=24, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    tokens = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return T5EncoderModel(config).eval(), PreTrainedTokenizerFast(tokenizer_object=words, **tokens)
+
+
+def test_a_long_prompt_that_t5_reads_whole(sd3_folder, t5):
+    """CLIP reads its beginning, as in the stock pipeline, and the user is told."""
+    notes = []
+    model = families.load(str(sd3_folder), Options(note=notes.append))
+    model.pipeline.text_encoder_3, model.pipeline.tokenizer_3 = t5
+    model.absent = ()
+    model.network.set_attn_processor(JointAttnProcessor2_0())
+    prompt, ends = "red " * 10, "red " * 9 + "blue"
+    one, other = model.prompt_ids([prompt, ends]).tolist()
+    assert len(notes) == 2
+    assert "has 12 tokens: text_encoder, text_encoder_2 read the first 8" in notes[0]
+    assert "text_encoder_3 reads it whole" in notes[0]
+    words, pooled = model._conditioning
+    assert torch.equal(words[one][:8], words[other][:8])
+    assert torch.equal(pooled[one], pooled[other])
+    assert not torch.equal(words[one][8:], words[other][8:])
+    stock = model.pipeline.encode_prompt(prompt, prompt, prompt, do_classifier_free_guidance=False)
+    torch.testing.assert_close(words[one], stock[0][0])
+    with pytest.raises(UsageError, match="the tokenizer allows 256"):
+        model.prompt_ids(["red " * 400])
 
 
 def test_a_resolution_that_it_cannot_draw(sd3_folder):
@@ -220,6 +337,13 @@ def pictures(tmp_path):
     for name in ("target", "surrogate"):
         images.write_image(torch.rand(3, 16, 16, generator=g) * 2 - 1, tmp_path / f"{name}.png")
     return tmp_path
+
+
+def a_lora(rank, alpha):
+    return Provenance(
+        base="x", base_digest="", targets=[], surrogates=[], holds="lora", adapter={"rank": rank, "alpha": alpha},
+        recipe={}, seed=0, steps=0, versions={},
+    )  # fmt: skip
 
 
 def unlearned(folder, home, *, prompts=(RED,), **changes):
@@ -303,21 +427,15 @@ def test_merging_is_the_adapter(sd3):
             p.normal_(std=0.2)
     from peft import get_peft_model_state_dict
 
-    from unforget.files.patch import Provenance
-
-    record = Provenance(base="x", base_digest="", targets=[], surrogates=[], holds="lora",
-                        adapter={"rank": 3, "alpha": 6}, recipe={}, seed=0, steps=0, versions={})  # fmt: skip
     factors = get_peft_model_state_dict(sd3.network)
     plain = tiny_sd3().transformer.eval()
-    patch = Patch(factors, record)
+    patch = Patch(factors, a_lora(3, 6))
     for name in patch.names():
         plain.state_dict()[name].copy_(patch.after(name, plain.state_dict()[name]))
     x, row = torch.randn(1, *sd3.latent_shape), sd3.prompt_ids([RED])
     with torch.no_grad():
         with_adapter = sd3.predict(x, torch.tensor([700]), row)
         sd3.network = plain
-        from unforget.families.sd3 import WithoutT5
-
         plain.set_attn_processor(WithoutT5())
         torch.testing.assert_close(sd3.predict(x, torch.tensor([700]), row), with_adapter, rtol=1e-3, atol=1e-4)
 
@@ -336,7 +454,7 @@ def test_gradient_checkpointing_changes_no_gradient(sd3):
             p.add_(0.1)
 
     def gradient(**options):
-        says = mixed(sd3.predict, True, **options)
+        says = mixed(sd3.predict, True, sd3.device, **options)
         return torch.autograd.grad(says(x, index, row).square().mean(), weights)
 
     plain = gradient()
@@ -364,28 +482,6 @@ def test_sdedit_under_a_prompt(sd3):
     plain, asked = (editor(Canvas(sd3, target, torch.ones(1, 16, 16), prompt_id=r)) for r in (0, row))
     assert plain[0].image.shape == target.shape
     assert not torch.equal(plain[0].image, asked[0].image)
-
-
-@pytest.fixture
-def editor_folder(sd3, tmp_path):
-    """A tiny InstructPix2Pix with random weights."""
-    parts = sd3.pipeline
-    text = CLIPTextModel(CLIPTextConfig.from_dict({**parts.text_encoder.config.to_dict(), "architectures": None}))
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 4), norm_num_groups=2, latent_channels=4,
-    )  # fmt: skip
-    unet = UNet2DConditionModel(
-        block_out_channels=(4, 8), layers_per_block=1, in_channels=8, cross_attention_dim=8, norm_num_groups=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=2,
-    )  # fmt: skip
-    folder = tmp_path / "editor"
-    StableDiffusionInstructPix2PixPipeline(
-        vae, text, parts.tokenizer, unet, EulerDiscreteScheduler(), None, None, requires_safety_checker=False
-    ).save_pretrained(folder)
-    (folder / "README.md").write_text("---\nlicense: cc0-1.0\n---\n")
-    return folder
 
 
 def test_an_instruction_editor_from_a_folder(sd3, editor_folder):

@@ -90,11 +90,14 @@ def test_mixed_precision_answers_in_float32_and_nearly_the_same(tiny):
         torch.tensor([300, 600]),
     )
     with torch.no_grad():
-        exact, half = tiny.predict(x_t, timestep, timestep), mixed(tiny.predict, True)(x_t, timestep, timestep)
+        exact, half = (
+            tiny.predict(x_t, timestep, timestep),
+            mixed(tiny.predict, True, tiny.device)(x_t, timestep, timestep),
+        )
     assert half.dtype == torch.float32
     assert not torch.equal(half, exact)
     torch.testing.assert_close(half, exact, rtol=0, atol=0.05)
-    assert mixed(tiny.predict, False) == tiny.predict
+    assert mixed(tiny.predict, False, tiny.device) == tiny.predict
 
 
 def test_the_margin_is_that_of_reconstructions(tiny, scene):

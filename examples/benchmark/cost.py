@@ -80,8 +80,8 @@ def passes() -> None:
         weights = patched.trainable(recipe.train)
         for weight in weights:
             weight.requires_grad_(True)
-        half = has_bf16(weights[0].device)
-        with_gradient, without = mixed(patched.predict, half), mixed(base.predict, half)
+        device = weights[0].device
+        with_gradient, without = (mixed(p, has_bf16(device), device) for p in (patched.predict, base.predict))
         sizes = (recipe.forget_batch_size, recipe.retain_batch_size)
         batches = [(torch.randn(n, *base.latent_shape), torch.randint(1000, (n,))) for n in sizes]
         for _ in range(STEPS):

@@ -129,14 +129,14 @@ def configured(folder: Path) -> Path:
     return folder
 
 
-def plan(resolution: int) -> float:
+def plan(resolution: int, device: str = "cpu") -> dict[str, float]:
     """GiB that `unlearn --dry-run` predicts for the same run, from configuration files alone."""
     with tempfile.TemporaryDirectory() as scratch:
         few = {"train_batch_size": 1, "retain_batch_size": 1}
-        config = UnlearnConfig(
-            model=str(configured(Path(scratch))), target="x.png", output="x.patch", resolution=resolution, **few
+        how = {"resolution": resolution, "device": device}
+        return memory_plan(
+            UnlearnConfig(model=str(configured(Path(scratch))), target="x.png", output="x.patch", **how, **few)
         )
-        return memory_plan(config)["peak"]
 
 
 def main() -> None:
@@ -150,12 +150,12 @@ def main() -> None:
     print(f"{size:.3f} B parameters, {args.resolution}x{args.resolution}, after loading {peak():.2f} GiB", flush=True)
     mine, most = ours(model, args.steps), peak()
     trained = sum(p.numel() for p in model.network.parameters() if p.requires_grad) / 1e6
-    predicted = plan(args.resolution)
+    predicted = plan(args.resolution)["peak"]
     print(f"--dry-run predicts {predicted:.2f} GiB, {predicted / most - 1:+.0%}")
     print(f"LoRA on {len(sd3.SPEC.lora_targets)} projections a block: {trained:.1f} M parameters; peak {most:.2f} GiB")
     from diffusers.models.attention_processor import JointAttnProcessor2_0
 
-    short = bare(model.network, model.latent_shape[1], 78, args.steps)
+    short = bare(model.network, model.latent_shape[1], 77 + len(sd3.SCORES), args.steps)
     model.network.set_attn_processor(JointAttnProcessor2_0())
     whole = bare(model.network, model.latent_shape[1], 77 + 256, args.steps)
     best = [min(t) for t in (mine, short, whole)]

@@ -15,6 +15,7 @@ from unforget.config import EditConfig, ImageConfig, ModelConfig, RecipeOptions,
 from unforget.config import writable as writable
 from unforget.config.base import option_of
 from unforget.core import distributed
+from unforget.core.devices import spoken
 from unforget.core.recipe import Recipe
 from unforget.core.types import Family, Progress
 from unforget.errors import UsageError
@@ -22,18 +23,27 @@ from unforget.files import images
 from unforget.surrogate.editors import Editor
 
 
-def load(config: ModelConfig) -> Family:
-    """The model that a configuration names, on as many threads as it says."""
+def load(config: ModelConfig, progress: Progress) -> Family:
+    """The model that a configuration names, on the device and on as many threads as it says."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    return families.load(config.model, options(config))
+    how = options(config, progress=progress)
+    return families.load(config.model, how)
 
 
-def options(config: ModelConfig, like: Family | None = None) -> families.Options:
-    """How to open a model; another one to be compared with `like` draws with the same guidance."""
-    guidance = config.guidance or (like.guidance if like else None)
-    device = distributed.start(config.device)
-    return families.Options(config.allow_pickle, device, config.resolution, guidance, config.pipeline_config, config.t5)
+def options(config: ModelConfig, like: Family | None = None, progress: Progress | None = None) -> families.Options:
+    """How to open a model; another one to be compared with `like` draws with the same guidance.
+
+    UsageError if the device is not there. With `progress` the user is told of one that is not the CPU.
+    """
+    guidance, device = config.guidance or (like.guidance if like else None), distributed.start(config.device)
+    progress = progress or Progress()
+    if device != "cpu":
+        progress.note(f"computing on {spoken(device)}")
+    return families.Options(
+        config.allow_pickle, device, config.resolution, guidance, getattr(config, "batch_size", None), progress.note,
+        config.pipeline_config, config.t5,
+    )  # fmt: skip
 
 
 def read(path: Path, family: Family, config: ImageConfig, progress: Progress) -> Tensor:

@@ -33,7 +33,7 @@ def edit_surrogate(config: EditConfig, progress: Progress | None = None) -> Edit
     progress = progress or Progress()
     shown = config.output.with_suffix(".sheet.png")
     writable(config.output, config.force)
-    family, editor = load(config), editor_of(config)
+    family, editor = load(config, progress), editor_of(config)
     target = read(config.target, family, config, progress)
     donor = read(config.donor, family, config, progress) if config.donor else None
     mask = _mask(config, family, soft=editor.kind == "donor")

@@ -41,15 +41,16 @@ def export(config: ExportConfig, progress: Progress | None = None) -> Exported:
         raise UsageError(f"there is no folder '{config.card_images}'", "Give --card-images a folder of pictures.")
     if config.threads:
         torch.set_num_threads(config.threads)
+    progress = progress or Progress()
     request = ExportRequest(
-        config.model, options(config), Stack.load(config.patch, config.scale), config.format, config.dtype,
-        config.max_shard_size, config.seed, config.force_rounding,
+        config.model, options(config, progress=progress), Stack.load(config.patch, config.scale), config.format,
+        config.dtype, config.max_shard_size, config.seed, config.force_rounding,
         Verified.of(config.report) if config.report else None, config.patch[-1].with_suffix(".run") / "verify.json",
         versions(),
     )  # fmt: skip
     try:
         with placement.atomic_export(config.output) as out:
-            manifest, row = write_export(request, out, progress or Progress())
+            manifest, row = write_export(request, out, progress)
             if config.card and FORMATS[config.format].is_folder:
                 home = families.home(config.model)
                 card.write(out, manifest, row, base_card=home and home / "README.md", images=config.card_images)

@@ -9,6 +9,7 @@ from torch import Tensor
 from unforget.api.common import load, read, recipe_of, salted, versions, writable
 from unforget.config import UnlearnConfig
 from unforget.core import distributed
+from unforget.core.devices import chosen
 from unforget.core.metrics import rms
 from unforget.core.passes import Count, is_large
 from unforget.core.recipe import Recipe
@@ -61,7 +62,7 @@ def unlearn(config: UnlearnConfig, progress: Progress | None = None) -> Unlearne
     for path in (config.output, folder) if not config.resume else ():
         writable(path, config.force)
     recipe, compute = recipe_of(config), compute_of(config)
-    patched = load(config)
+    patched = load(config, progress)
     base_digest = digest(patched.network.state_dict())
     stack = Stack.load(config.patch, config.scale)
     inputs = _inputs(config, patched, stack, salted(base_digest), progress)
@@ -155,7 +156,7 @@ def _ids(pictures: tuple[Tensor, ...], salt: str) -> list[str]:
 
 def _environment(config: UnlearnConfig, compute: Compute) -> dict[str, Any]:
     """What may change when a run goes on, at the price of its last bits."""
-    machine = {"device": config.device, "threads": config.threads, "processes": distributed.world_size()}
+    machine = {"device": chosen(config.device), "threads": config.threads, "processes": distributed.world_size()}
     return {**asdict(compute), **machine, **versions()}
 
 
@@ -227,8 +228,13 @@ def _drawn(context: VerifyContext, instance: Instance, prompt_id: int, unrelated
     noise = context.noise("drawn", DRAWN)
     base, after = (context.run(family, noise, prompt_id) for family in context.models.values())
     figures = what_is_shown(base, after, unrelated, instance)
-    shown = {"base": base, "candidate": after}
-    return Finding(Replaced.kind, instance.id, *figures, prompt=context.prompt(prompt_id), images=shown)
+    return Finding(
+        Replaced.kind,
+        instance.id,
+        *figures,
+        prompt=context.prompt(prompt_id),
+        images={"base": base, "candidate": after},
+    )
 
 
 def _judged(findings: list[Finding], drawn: list[Finding]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def verify(config: VerifyConfig, progress: Progress | None = None) -> Report:
             writable(path, config.force)
     if config.summary and not config.summary.parent.is_dir():
         raise UsageError(f"there is no folder '{config.summary.parent}'", "Make it first.")
-    base = load(config)
+    base = load(config, progress)
     result, rows = compare(config, base, _candidate(config, base), progress)
     _write(config, result, rows)
     return result

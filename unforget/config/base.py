@@ -135,7 +135,9 @@ class ModelConfig(Config):
     )
     seed: int = option("Seed of every random draw.", 0, ge=0, lt=2**31)
     force: bool = option("Overwrite what exists.", False)
-    device: str = option("Where to compute: cpu, cuda, cuda:1, mps.", "cpu", panel=MACHINE)
+    device: str = option(
+        "Where to compute: cpu, cuda, cuda:1, mps, xpu, or auto: a card if there is one.", "auto", panel=MACHINE
+    )
     threads: int | None = option("CPU threads.", None, "all cores", panel=MACHINE, ge=1)
     allow_pickle: bool = option(
         "Also open pickled .bin weights; only from sources that you trust.", False, panel=DANGER

@@ -79,7 +79,7 @@ class UnlearnConfig(RecipeOptions, DrawConfig, PatchedConfig):
     num_validation_images: int | None = option(
         "Reconstructions for each timestep, and seeds, to show at the end.", None, "8, 4 from 512 px on", ge=1, le=256
     )
-    resume: bool = option("Continue the run beside the patch, to the same bytes.", False)
+    resume: bool = option("Continue the run beside the patch; on a CPU to the same bytes.", False)
     resume_from_checkpoint: str | None = option(
         "The same as --resume: latest, or the folder of this run.", None, "none"
     )

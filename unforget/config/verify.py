@@ -123,6 +123,13 @@ class VerifyConfig(ReportConfig, Policy, PatchedConfig, ImageConfig):
     replay_scheduler: str | None = option(
         "diffusers class of the sampler that made the target, such as DDPMScheduler.", None, "the family's own"
     )
+    batch_size: int | None = option(
+        "Images in one pass of the network without gradients.",
+        None,
+        "by their size and the device",
+        panel=MACHINE,
+        ge=1,
+    )
     cache: bool = option("Read and keep what the base does, for the next run.", True, panel=MACHINE)
 
     @model_validator(mode="after")

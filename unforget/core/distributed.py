@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, distributed
 
+from unforget.core.devices import chosen
 from unforget.errors import UsageError
 
 T = TypeVar("T")
@@ -33,12 +34,16 @@ def is_main() -> bool:
 
 
 def start(device: str) -> str:
-    """Meet the other processes, where a launcher started several; returns this one's device. No sharded weights."""
+    """Meet the other processes, where a launcher started several; returns this one's device. No sharded weights.
+
+    UsageError if torch has no such device here.
+    """
     if _sharded():
         raise UsageError(
             "this tool does not train sharded weights: the surgery needs whole gradients",
             "Launch it data parallel: see examples/accelerate.",
         )
+    device = chosen(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
 

@@ -29,6 +29,7 @@ class Outline(Protocol):
     image_shape: tuple[int, int, int]
     guidance: float | None
     device: Any  # a torch.device
+    batch_size: int | None  # images in one pass without gradients; None: by their size
 
     def sampling_timesteps(self, steps: int) -> list[float]: ...
 
@@ -71,6 +72,8 @@ def in_one_pass(pixels: int, shape: tuple[int, int, int]) -> int:
 
 def drawn_in_one_pass(model: Outline) -> int:
     """How many images a model draws at once where it is."""
+    if model.batch_size is not None:
+        return model.batch_size
     return in_one_pass(PIXELS_DRAWN if model.device.type == "cpu" else PIXELS_DRAWN_FAST, model.image_shape)
 
 

@@ -87,6 +87,7 @@ class Family(Protocol):
     image_shape: tuple[int, int, int]
     prompts: list[str]  # the table of prompts, by id; the first is empty
     guidance: float | None  # of its draws, where there is such
+    batch_size: int | None  # images in one pass without gradients; None: by their size
     retain_prompts: tuple[str, ...]  # under which retain images are drawn, unless the user gives others
     device: torch.device  # where the network works
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -44,6 +44,10 @@ class Options:
     device: str = "cpu"
     resolution: int | None = None
     guidance: float | None = None
+    batch_size: int | None = None
+    """Images in one pass without gradients; None: by their size."""
+    note: Callable[[str], object] = lambda sentence: None
+    """Where sentences for the user go."""
     pipeline_config: Path | None = None
     """A diffusers folder, or a hub id, that says what a single file holds."""
     t5: bool = True
@@ -122,7 +126,7 @@ def hints(folder: Path) -> Hints:
         raise UsageError(f"'{path}' is not what this tool expects there", "Remove or mend it.") from None
 
 
-def editor(ref: str) -> tuple[Any, str]:
+def editor(ref: str, device: str | torch.device = "cpu") -> tuple[Any, str]:
     """An instruction editor, any diffusers pipeline that takes an image and a prompt, and the name of its licence."""
     from diffusers import DiffusionPipeline
 
@@ -132,7 +136,7 @@ def editor(ref: str) -> tuple[Any, str]:
         hint = "Give an instruction editor: FLUX.2-klein, FLUX.1-Kontext, Qwen-Image-Edit or InstructPix2Pix."
         raise UsageError(f"'{ref}' is a {type(pipeline).__name__}, which takes no picture and instruction", hint)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline, _licence(ref)
+    return pipeline.to(device), _licence(ref)
 
 
 def _licence(ref: str) -> str:

@@ -48,7 +48,7 @@ class Plan:
     """Bytes of a run, by what they are for."""
 
     runtime: int
-    weights: int  # the network, and the autoencoder where there is one
+    weights: int  # the network with its adapter, and the autoencoder where there is one
     base: int  # a frozen second copy, unless an adapter is trained
     gradients: int  # of both losses and their combination
     optimizer: int  # two moments of every trained weight
@@ -94,6 +94,11 @@ class Blueprint:
     def device(self) -> torch.device:
         """Where the model would work."""
         return torch.device(self.options.device)
+
+    @property
+    def batch_size(self) -> int | None:
+        """Images in one pass without gradients, if the user says how many."""
+        return self.options.batch_size
 
     @cached_property
     def _drawing(self) -> tuple[float | None, tuple[str, ...]]:
@@ -172,7 +177,8 @@ def _bytes(tensors: Any) -> int:
 def reckon(found: Blueprint, scope: Scope, rank: int, *, micro_batch: int, checkpointing: bool, half: bool) -> Plan:
     """What a run of a scope takes, with `micro_batch` images in one pass, which `half` computes in 16 bits.
 
-    With `checkpointing` blocks are computed again instead of kept.
+    What is trained is float32, whatever the network is; CannotRun if the network's own weights would have to be. With
+    `checkpointing` blocks are computed again instead of kept.
     """
     from unforget.families.model import trainable
 
@@ -190,7 +196,8 @@ def reckon(found: Blueprint, scope: Scope, rank: int, *, micro_batch: int, check
         kept = _kept(found, micro_batch) + kept // found.spec.blocks(network.config)
     if half and next(network.parameters()).dtype == torch.float32:
         kept //= 2
-    return Plan(int(RUNTIME), weights + found.beside, 0 if scope == "lora" else weights, 3 * mine, 2 * mine, kept)
+    adapter, base = (mine, 0) if scope == "lora" else (0, weights)
+    return Plan(int(RUNTIME), weights + adapter + found.beside, base, 3 * mine, 2 * mine, kept)
 
 
 def _kept(found: Blueprint, n: int) -> int:

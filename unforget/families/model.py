@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from unforget.core import passes
 from unforget.core.schedule import Schedule
@@ -16,6 +17,9 @@ from unforget.core.types import UNCONDITIONAL, Scope
 from unforget.errors import CannotRun, UsageError
 from unforget.families.loading import Hints, Options
 from unforget.families.spec import FamilySpec, check_scope, tokenizer
+
+ONE_PASS: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+"""How a pass is computed again; nothing in it is drawn."""
 
 
 class DiffusionModel:
@@ -27,6 +31,7 @@ class DiffusionModel:
 
     def __init__(self, spec: FamilySpec, pipeline: Any, name: str, options: Options, hints: Hints) -> None:
         self.spec, self.pipeline, self.name, self.device = spec, pipeline, name, torch.device(options.device)
+        self.batch_size, self.note = options.batch_size, options.note
         self.schedule, self.plain = Schedule.from_diffusers(pipeline.scheduler), False
         for name in spec.optional:
             if getattr(pipeline, name) is not None and spec.silent(getattr(pipeline, name)):
@@ -89,10 +94,20 @@ class DiffusionModel:
             raise UsageError(f"'{self.name}' takes no prompts", "Leave --prompt out.")
         if self.pipeline.text_encoder is None:
             raise CannotRun(f"the prompt '{prompt}' came after the text encoders were released", "Name it earlier.")
-        found, most = len(self.pipeline.tokenizer(prompt).input_ids), self.pipeline.tokenizer.model_max_length
-        if found > most:
-            sentence = f"the prompt '{prompt[:40]}...' has {found} tokens, the tokenizer allows {most}"
-            raise UsageError(sentence, "Shorten it.")
+        names = [name for name in self.spec.text_encoders if name not in self.absent]
+        words = {name: getattr(self.pipeline, tokenizer(name)) for name in names}
+        most = {name: self.spec.reads.get(name, words[name].model_max_length) for name in names}
+        found = {name: len(words[name](prompt).input_ids) for name in names}
+        short = [name for name in names if found[name] > most[name]]
+        if short == names:
+            sentence = f"the prompt '{prompt[:40]}...' has {found[names[0]]} tokens, the tokenizer allows"
+            raise UsageError(f"{sentence} {max(most.values())}", "Shorten it.")
+        if short:
+            whole = next(name for name in names if name not in short)
+            self.note(
+                f"the prompt '{prompt[:40]}...' has {found[short[0]]} tokens: {', '.join(short)} read the first "
+                f"{most[short[0]]}, as in the stock pipeline; {whole} reads it whole"
+            )
 
     def unload_text_encoders(self) -> None:
         """Drop the text encoders: the prompts known so far stay."""
@@ -188,7 +203,11 @@ class DiffusionModel:
         if hasattr(sampler, "set_begin_index"):
             sampler.set_begin_index(first)
         for t in sampler.timesteps[first : int((sampler.timesteps > stop).sum())]:
-            x_t = sampler.step(self._guided(x_t, t.expand(len(x_t)), prompt_ids), t, x_t).prev_sample
+            given = x_t, t.expand(len(x_t)), prompt_ids
+            # Where gradients go through the whole chain, one pass is kept at a time and computed again.
+            again = torch.is_grad_enabled() and x_t.requires_grad
+            answer = checkpoint(self._guided, *given, **ONE_PASS) if again else self._guided(*given)
+            x_t = sampler.step(answer, t, x_t).prev_sample
         return x_t
 
     def _guided(self, x_t: Tensor, timestep: Tensor, prompt_ids: Tensor) -> Tensor:
@@ -210,13 +229,15 @@ class DiffusionModel:
         import diffusers
 
         embedded = {
-            f"{against}{name}": table[row].expand(count, *table[row].shape)
+            f"{against}{name}": table[row].to(self.device).expand(count, *table[row].shape)
             for against, row in (("", prompt_id), ("negative_", UNCONDITIONAL))
             for name, table in zip(self.spec.conditioning, self._conditioning, strict=True)
         }
-        # What is passed when loading is passed here, too: another class has other parts that may be left out.
+        # What is passed when loading is passed here, too: another class has other parts that may be left out. Without
+        # text encoders, for they are on the CPU, and a pipeline works wherever one of its parts is.
         kind = getattr(diffusers, self.spec.inpaint_class)
-        pipeline = kind(**{**self.pipeline.components, **self.spec.passed})
+        parts = {**self.pipeline.components, **self.spec.passed, **dict.fromkeys(self.spec.text_encoders)}
+        pipeline = kind(**parts)
         pipeline.set_progress_bar_config(disable=True)
         images: Tensor = pipeline(
             image=(picture.expand(count, -1, -1, -1) + 1) / 2, mask_image=mask.expand(count, -1, -1, -1),
@@ -234,7 +255,11 @@ class DiffusionModel:
         return twin
 
     def frozen_reference(self, scope: Scope) -> Self:
-        """For `lora` the same network with the adapter off, no second copy; else a copy."""
+        """For `lora` the same network with the adapter off, no second copy; else a copy.
+
+        CannotRun if the scope's weights cannot be trained: see `trainable`.
+        """
+        check_precision(self.network, scope)
         if scope != "lora":
             return self.copy()
         view = copy.copy(self)
@@ -266,9 +291,26 @@ def sampler(spec: FamilySpec, config: Any, steps: int, name: str | None = None) 
     return made
 
 
+def check_precision(network: nn.Module, scope: Scope) -> None:
+    """CannotRun if a scope's own weights are not float32: updates smaller than their last digit would be lost."""
+    dtypes = {p.dtype for p in network.parameters() if p.is_floating_point()}
+    if scope != "lora" and dtypes - {torch.float32}:
+        numbers, name = sum(p.numel() for p in network.parameters()), str(min(dtypes, key=str)).removeprefix("torch.")
+        # Weights, the base's, both gradients and their sum, two moments.
+        sentence = (
+            f"training all weights needs them in float32, here they are {name}: {7 * 4 * numbers / 2**30:.1f} GiB"
+        )
+        raise CannotRun(f"{sentence} for them, gradients and moments", "Give --train lora.")
+
+
 def trainable(spec: FamilySpec, network: Any, scope: Scope, *, rank: int, alpha: int, seed: int) -> list[nn.Parameter]:
-    """The weights of a scope, in the network's order; for `lora`, of an adapter that is added if need be."""
+    """The weights of a scope, in the network's order; for `lora`, of an adapter that is added if need be.
+
+    All are float32, and so are their moments: an update is smaller than the last digit of a bfloat16 number. CannotRun
+    if the network's own are not.
+    """
     check_scope(spec, scope)
+    check_precision(network, scope)
     if scope == "full":
         return list(network.parameters())
     if scope == "bottleneck" and spec.bottleneck is not None:
@@ -281,6 +323,9 @@ def trainable(spec: FamilySpec, network: Any, scope: Scope, *, rank: int, alpha:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network.add_adapter(config)
+        for name, part in network.named_modules():
+            if name.rsplit(".", 1)[-1].startswith("lora_"):
+                part.float()
     return [p for name, p in network.named_parameters() if ".lora_" in name]
 
 

@@ -1,6 +1,5 @@
 """Text-to-image flow models: diffusers' `StableDiffusion3Pipeline` (SD3, SD3.5)."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,25 +15,30 @@ from unforget.families.spec import PAPER, Config, FamilySpec
 
 ABSENT = 256
 """Tokens of zeros that the pipeline puts where T5 is missing (its `max_sequence_length`)."""
+SCORES = (5.34375, 3.84375)
+"""What is added to the scores of tokens that count as all of those: exp(a) + exp(b) is 256.004.
+
+bfloat16 holds both exactly. It has no number near log 256: one token alone would count 252.5.
+"""
 
 
-class _LastCounts(TorchFunctionMode):
-    """Attention where the last key counts `ABSENT` times."""
+class _LastCount(TorchFunctionMode):
+    """Attention where the last keys count `ABSENT` times."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is functional.scaled_dot_product_attention:
             query, key = args[:2]
             kwargs["attn_mask"] = query.new_zeros(1, 1, 1, key.shape[2])
-            kwargs["attn_mask"][..., -1] = math.log(ABSENT)
+            kwargs["attn_mask"][..., -len(SCORES) :] = query.new_tensor(SCORES)
         return func(*args, **kwargs)
 
 
 class WithoutT5:
-    """SD3's attention for one token in place of T5's 256 equal ones.
+    """SD3's attention for two tokens in place of T5's 256 equal ones.
 
     Context has no positions, so equal tokens stay equal through all layers; one of them, with the logarithm of their
-    number added to its score, is exactly all of them.
+    number added to its score, is all of them. Two share that number, so that it comes out in bfloat16, too.
     """
 
     def __init__(self) -> None:
@@ -47,7 +51,7 @@ class WithoutT5:
     ) -> Any:
         if encoder_hidden_states is None:  # SD3.5's second attention sees the image alone
             return self.stock(attn, hidden_states, None, *args, **named)
-        with _LastCounts():
+        with _LastCount():
             return self.stock(attn, hidden_states, encoder_hidden_states, *args, **named)
 
 
@@ -58,11 +62,11 @@ def adapt(network: Any, absent: Sequence[str]) -> None:
 
 
 def embed(pipeline: Any, prompt: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tokens, (1, 77 + 256, D), or (1, 77 + 1, D) without T5, and the pooled ones, (1, P)."""
+    """Tokens, (1, 77 + 256, D), or (1, 77 + 2, D) without T5, and the pooled ones, (1, P)."""
     embeds, _, pooled, _ = pipeline.encode_prompt(
         prompt, prompt, prompt, device=device, do_classifier_free_guidance=False
     )
-    tokens = pipeline.tokenizer_max_length + 1 if pipeline.text_encoder_3 is None else embeds.shape[1]
+    tokens = pipeline.tokenizer_max_length + len(SCORES) if pipeline.text_encoder_3 is None else embeds.shape[1]
     return embeds[:, :tokens], pooled
 
 
@@ -126,6 +130,7 @@ SPEC = FamilySpec(
     optional=("text_encoder_3",),
     # Small models have such a T5, so that stock `from_pretrained` opens them: it refuses a folder without one.
     silent=lambda t5: not bool(t5.encoder.final_layer_norm.weight.any()),
+    reads={"text_encoder_3": ABSENT},
     embed=embed,
     conditioning=("prompt_embeds", "pooled_prompt_embeds"),
     conditioning_shapes=lambda config: (

@@ -55,6 +55,7 @@ class FamilySpec:
     optional: tuple[str, ...] = ()  # text encoders that may be left out
     silent: Callable[[Any], bool] = lambda encoder: False
     """Whether an optional text encoder answers what stands in its place where it is left out."""
+    reads: Mapping[str, int] = field(default_factory=dict)  # tokens that they read, where the tokenizer says otherwise
     embed: Callable[[Any, str, Any], tuple[Tensor, ...]] = lambda pipeline, prompt, device: ()
     """What (pipeline, prompt, device) comes to, a tensor (1, ...) for each name in `conditioning`.
 

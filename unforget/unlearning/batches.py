@@ -29,8 +29,8 @@ def batches(
         # Others of the batch at each step, so that every target takes its turn on both sides.
         arrived = (torch.arange(recipe.forget_batch_size) + step) % recipe.forget_batch_size
         arrived = arrived < round(recipe.surrogate_share * recipe.forget_batch_size)
-        shown = targets[turn].where(~arrived[:, None, None, None], surrogates[turn])
-        forget = noised(shown, surrogates[turn], asked[turn], schedule, generator, recipe.forget_range)
+        x_0 = targets[turn].where(~arrived[:, None, None, None], surrogates[turn])
+        forget = noised(x_0, surrogates[turn], asked[turn], schedule, generator, recipe.forget_range)
         others = recipe.retain_batch_size - near
         shown = Pool.cat(_choose(neighbours, near, generator), _choose(retain, others, generator))
         prompt_ids = shown.prompt_ids

@@ -1,9 +1,10 @@
 """How a run computes: precision, passes, the optimiser."""
 
 import statistics
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -55,12 +56,13 @@ def matched_rate(network: nn.Module, weights: list[nn.Parameter], share: float) 
     the rate differently, and a LoRA beside it, whose A has the scale of diffusers' scripts (1 / rank), scaling /
     rms(W) times. The median over what is trained counts: wide networks get smaller rates than narrow ones.
     """
-    adapted = [m for m in network.modules() if hasattr(m, "lora_A") and len(m.lora_A)]
+    modules: Iterable[Any] = network.modules()
+    adapted = [m for m in modules if hasattr(m, "lora_A") and len(m.lora_A)]
     if adapted:
         rates = [_rms(m.base_layer.weight) / next(iter(m.scaling.values())) for m in adapted]
     else:
         rates = [_rms(w) / w[0].numel() ** 0.5 for w in weights if w.ndim > 1]
-    return share * statistics.median(rates)
+    return float(share * statistics.median(rates))
 
 
 def _rms(weight: Tensor) -> float:
@@ -74,18 +76,19 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())  # private
 
 
-def mixed(predict: Predict, half: bool, *, checkpointed: bool = False) -> Predict:
+def mixed(predict: Predict, half: bool, device: torch.device, *, checkpointed: bool = False) -> Predict:
     """The same answers; if `half`, computed in bfloat16 where autocast thinks it safe, in float32 again.
 
-    A `checkpointed` network computes blocks again in its backward pass, outside of any context that is set here.
+    `device` is where the network works; x_t is on the CPU wherever that is. A `checkpointed` network computes blocks
+    again in its backward pass, outside of any context that is set here.
     """
     if not half:
         return predict
 
     def answer(x_t: Tensor, timestep: Tensor, prompt_ids: Tensor) -> Tensor:
         # The backward pass of CPU flash attention is slow in bfloat16: a third of the step here.
-        plain = sdpa_kernel(SDPBackend.MATH) if x_t.device.type == "cpu" and not checkpointed else nullcontext()
-        with torch.autocast(x_t.device.type, torch.bfloat16), plain:
+        plain = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" and not checkpointed else nullcontext()
+        with torch.autocast(device.type, torch.bfloat16), plain:
             return predict(x_t, timestep, prompt_ids).float()
 
     return answer

@@ -91,10 +91,11 @@ class Trainer:
         self.optimizer = adam(self.weights, rate, eight_bit=compute.use_8bit_adam)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self.lr_schedule.factor)
         self.generator = torch.Generator().manual_seed(seed)
-        half = compute.half(self.weights[0].device)
+        device = self.weights[0].device
+        half = compute.half(device)
         again = bool(getattr(patched.network, "is_gradient_checkpointing", False))
-        self.predict = mixed(patched.predict, half, checkpointed=again)
-        frozen = mixed(torch.no_grad()(base.predict), half)
+        self.predict = mixed(patched.predict, half, device, checkpointed=again)
+        frozen = mixed(torch.no_grad()(base.predict), half, device)
         self.context = Context(base.schedule, frozen, prepared.encoded, prepared.retain, prepared.prior_counts)
         self.micro_batch = compute.in_one_pass(patched.image_shape)
         if resume is not None:

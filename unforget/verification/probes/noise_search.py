@@ -10,7 +10,7 @@ from unforget.config import Policy
 from unforget.core import passes
 from unforget.core.metrics import at_working_size, rms
 from unforget.core.passes import WITH_GRADIENTS, Count
-from unforget.core.types import Instance
+from unforget.core.types import LARGE, Family, Instance
 from unforget.files.images import eight_bit
 from unforget.verification.context import ROLES, Drawn, Finding, Role, VerifyContext
 from unforget.verification.probes.base import Probe, changed, checked
@@ -36,8 +36,8 @@ class NoiseSearch(Probe):
         return Count(self.iterations * once, 2 * self.iterations * once)  # the base may find it at once
 
     def _one(self, context: VerifyContext, prompt_id: int) -> int:
-        """Passes of an iteration."""
-        return WITH_GRADIENTS * passes.drawn(context.base, [prompt_id] * self.restarts, self.steps)
+        """Passes of an iteration: each step is computed again in the backward pass."""
+        return (WITH_GRADIENTS + 1) * passes.drawn(context.base, [prompt_id] * self.restarts, self.steps)
 
     def shared(self, context: VerifyContext) -> Iterator[tuple[Drawn, Count]]:
         for _, prompt_id in self.cases(context):
@@ -60,21 +60,29 @@ class NoiseSearch(Probe):
         optimizer, ids = torch.optim.Adam([x], self.rate), torch.full((len(first),), prompt_id)
         nearest, best = math.inf, drawn[:1]
         family.network.requires_grad_(False)
+        if sum(p.numel() for p in family.network.parameters()) >= LARGE:
+            family.network.enable_gradient_checkpointing()  # type: ignore[operator]
+        size = passes.in_one_pass(passes.PIXELS_TRAINED, family.image_shape)
         for iteration in range(1, self.iterations + 1):
-            x_0 = family.denoise(x, steps=self.steps, prompt_ids=ids)
-            made = eight_bit(family.decode(x_0.detach()))
+            optimizer.zero_grad()
+            x_0 = torch.cat([self._descend(family, part, goal, ids) for part in torch.split(x, size)])
+            made = eight_bit(family.decode(x_0))
             apart = rms(made, instance.target)
             if float(apart.min()) < nearest:
                 nearest, best = float(apart.min()), made[apart.argmin()][None]
             if bool(context.is_target(made, instance).any()):
                 return {"to_target": nearest, "iterations": float(iteration)}, best
-            optimizer.zero_grad()
-            (x_0 - goal).square().mean((1, 2, 3)).sum().backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             with torch.no_grad():
                 x *= (norm / x.flatten(1).norm(dim=1)).reshape(-1, 1, 1, 1)
             context.advance(self._one(context, prompt_id))
         return {"to_target": nearest, "iterations": -1.0}, best
+
+    def _descend(self, family: Family, x: Tensor, goal: Tensor, prompt_ids: Tensor) -> Tensor:
+        """What is made of noise (N, ...), to which the gradient of the distance to the goal is added."""
+        x_0 = family.denoise(x, steps=self.steps, prompt_ids=prompt_ids[: len(x)])
+        (x_0 - goal).square().mean((1, 2, 3)).sum().backward()  # type: ignore[no-untyped-call]
+        return x_0.detach()
 
     def judge(self, found: Finding, policy: Policy, known: bool) -> Iterator[Check]:
         outcome: Outcome = "failed" if found.candidate["iterations"] > 0 else "passed"

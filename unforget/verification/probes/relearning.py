@@ -5,7 +5,7 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from unforget.core import sampling
+from unforget.core import passes, sampling
 from unforget.core.passes import WITH_GRADIENTS, Count
 from unforget.core.types import LARGE, Family, Instance
 from unforget.verification.context import Finding, VerifyContext
@@ -47,6 +47,8 @@ class Relearning(Reconstruction):
         """Take ordinary denoising steps, and say how many are done."""
         large = sum(p.numel() for p in twin.network.parameters()) >= LARGE
         parameters = twin.trainable("lora" if large else "full")  # of a large model only an adapter is tuned
+        if large:
+            twin.network.enable_gradient_checkpointing()  # type: ignore[operator]
         for p in parameters:
             p.requires_grad_(True)
         optimizer, schedule = torch.optim.AdamW(parameters, self.learning_rate), context.base.schedule
@@ -55,14 +57,17 @@ class Relearning(Reconstruction):
         parts = torch.split(others.nonzero()[:, 0], 32)
         x_0 = torch.cat([context.base.encode(context.pictures("base", rows)) for rows in parts])
         prompt_ids = context.retain_turns(len(drawn))[others]
+        size = passes.in_one_pass(passes.PIXELS_TRAINED, twin.image_shape)
         for step in range(max(self.stops)):
             generator = torch.Generator().manual_seed(1_000_003 * (context.seed + 1) + step)
             picked = torch.randint(len(x_0), (self.batch,), generator=generator)
             batch = sampling.noised(x_0[picked], x_0[picked], prompt_ids[picked], schedule, generator)
-            answer = twin.predict(batch.x_t, batch.timestep, batch.prompt_ids)
-            loss = (answer - schedule.target(batch.x_0, batch.noise, batch.timestep)).square().mean()
+            goal = schedule.target(batch.x_0, batch.noise, batch.timestep)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            for part in torch.split(torch.arange(self.batch), size):
+                answer = twin.predict(batch.x_t[part], batch.timestep[part], batch.prompt_ids[part])
+                loss = (answer - goal[part]).square().mean() * (len(part) / self.batch)
+                loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             context.advance(WITH_GRADIENTS * self.batch)

@@ -10,7 +10,7 @@ from unforget.core.registration import misfit
 from unforget.core.types import Instance
 from unforget.verification.context import Drawn, Finding, Role, VerifyContext, known_surrogate, shown
 from unforget.verification.probes.base import HALF, Probe, changed, checked
-from unforget.verification.probes.sample import rate_draws
+from unforget.verification.probes.sample import base_draws
 from unforget.verification.report import Check
 
 DRAWS = 64
@@ -34,7 +34,7 @@ class Replaced(Probe):
     def shared(self, context: VerifyContext) -> Iterator[tuple[Drawn, Count]]:
         for _, prompt_id in self.cases(context):
             yield ("candidate", (prompt_id,)), Count.of(DRAWS)
-            yield rate_draws(context, prompt_id)[1]
+            yield base_draws(context, prompt_id)
 
     def examine(self, context: VerifyContext, instance: Instance, prompt_id: int) -> Iterator[Finding]:
         prompt = context.prompt(prompt_id)
@@ -44,7 +44,7 @@ class Replaced(Probe):
             "base": context.base_draws(prompt_id).images,
             "candidate": context.draws("candidate", (prompt_id,), DRAWS).images,
         }
-        base, candidate = what_is_shown(*drawn.values(), context.retained("base").images, instance)
+        base, candidate = what_is_shown(drawn["base"], drawn["candidate"], context.retained("base").images, instance)
         yield Finding(self.kind, instance.id, base, candidate, prompt=prompt, images=shown(drawn))
 
     def judge(self, found: Finding, policy: Policy, known: bool) -> Iterator[Check]:

@@ -1,0 +1,47 @@
+"""Which device computes: by name, or the first accelerator that is there."""
+
+from typing import Any
+
+import torch
+
+from unforget.errors import UsageError
+
+ACCELERATORS = ("cuda", "mps", "xpu")
+"""In the order in which `auto` takes them."""
+
+
+def chosen(name: str) -> str:
+    """The device that a name means; `auto` is the first accelerator that torch has here, else the CPU.
+
+    UsageError if torch has no such device here: the sentence names those that it has.
+    """
+    if name == "auto":
+        return next((kind for kind in ACCELERATORS if _count(kind)), "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or (device.index or 0) >= _count(device.type):
+        raise UsageError(f"torch has no device '{name}' here", f"Give --device {', '.join(_there())}.")
+    return name
+
+
+def spoken(name: str) -> str:
+    """A device as people know it: the card's own name where torch can tell it."""
+    tell = getattr(getattr(torch, torch.device(name).type), "get_device_name", None)
+    return f"{name} ({tell(name)})" if tell else name
+
+
+def _count(kind: str) -> int:
+    """How many devices of a kind torch can use here."""
+    if kind == "mps":  # torch 2.6 has no torch.mps.is_available
+        return int(torch.backends.mps.is_available())
+    module: Any = getattr(torch, kind, None)
+    return int(module.device_count()) if hasattr(module, "device_count") and module.is_available() else 0
+
+
+def _there() -> list[str]:
+    """Names of all devices, `auto` first."""
+    counts = {kind: _count(kind) for kind in ("cpu", *ACCELERATORS)}
+    several = (f"{kind}:{i}" for kind, n in counts.items() if n > 1 for i in range(n))
+    return ["auto", *(kind for kind, n in counts.items() if n), *several]
