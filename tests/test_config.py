@@ -267,3 +267,17 @@ def test_fields_that_repeat_take_one_value():
     made = VerifyConfig(model="faces", patch="x.patch", timestep=300, require="replay", replay_seed=0)
     assert (made.timestep, made.require) == ((300,), ("replay",))
     assert item(VerifyConfig.model_fields["timestep"].annotation) is int
+
+
+def test_a_rate_by_its_effect_takes_the_place_of_a_given_one_and_gives_way_to_it():
+    """The default of SD3 has the first, that of DDPM the second."""
+    from unforget.api import recipe_of
+
+    def rates(model, **given):
+        recipe = recipe_of(UnlearnConfig(model=model, target="x.png", **given))
+        return recipe.learning_rate, recipe.update_share
+
+    assert rates("flags")[0] is None
+    assert rates("flags", learning_rate=1e-3)[0] == 1e-3
+    assert rates("faces")[0] == 1e-4
+    assert rates("faces", update_share=0.02) == (None, 0.02)

@@ -191,34 +191,32 @@ def test_a_recipe_is_made_without_torch():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-FACING = EXACT.model_copy(update={"surrogates": True})
-
-
 def test_what_lies_at_a_surrogate_becomes_it_whatever_the_base_says(scene):
     """The base never drew the surrogate, but answers it where it stands: to add the edit there would overshoot."""
     s, f = scene.instances[0].surrogate, scene.instances[0].target
     base = ideal(scene.schedule, torch.stack([f, s]), torch.ones(2).double())
-    local = replace(scene, base=base, retain=scene.retain[:0])
+    local = replace(scene, base=base, retain=scene.retain[:0], surrogates=True)
     batch = noised(local, s[None], s[None], [100])
-    there, over = (local.schedule.split(batch.x_t, o.goal(batch, local), batch.timestep)[0][0] for o in (FACING, EXACT))
+    there, over = (local.schedule.split(batch.x_t, o.goal(batch, local), batch.timestep)[0][0] for o in (EXACT, EXACT))
     torch.testing.assert_close(there, s, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(over, 2 * s - f, rtol=1e-4, atol=1e-4)
 
 
 def test_with_surrogates_a_target_still_becomes_its_surrogate_and_the_rest_stays(scene):
+    scene = replace(scene, surrogates=True)
     batch = forget_batch(scene, [5, 100])
-    clean = scene.schedule.split(batch.x_t, FACING.goal(batch, scene), batch.timestep)[0]
+    clean = scene.schedule.split(batch.x_t, EXACT.goal(batch, scene), batch.timestep)[0]
     torch.testing.assert_close(clean, batch.x_s, rtol=1e-4, atol=1e-4)
     keep = scene.retain.x_0
     kept = noised(scene, keep, keep, [5] * len(keep))
-    torch.testing.assert_close(FACING.goal(kept, scene), scene.base(kept.x_t, kept.timestep), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(EXACT.goal(kept, scene), scene.base(kept.x_t, kept.timestep), rtol=1e-5, atol=1e-5)
 
 
 def test_where_a_prompt_draws_the_target_alone_pure_noise_leads_to_the_surrogate(scene):
-    alone = replace(scene, retain=scene.retain[:0], base=ideal(scene.schedule, scene.instances[0].target[None],
-                                                               torch.ones(1).double()))  # fmt: skip
+    base = ideal(scene.schedule, scene.instances[0].target[None], torch.ones(1).double())
+    alone = replace(scene, surrogates=True, retain=scene.retain[:0], base=base)
     batch = forget_batch(alone, [999, 500, 5])
-    clean = alone.schedule.split(batch.x_t, FACING.goal(batch, alone), batch.timestep)[0]
+    clean = alone.schedule.split(batch.x_t, EXACT.goal(batch, alone), batch.timestep)[0]
     torch.testing.assert_close(clean, batch.x_s, rtol=1e-4, atol=1e-4)
 
 

@@ -1,5 +1,6 @@
 import itertools
 import math
+import statistics
 import sys
 from dataclasses import replace
 
@@ -10,7 +11,8 @@ from unforget.core.objectives import CleanSpace, PosteriorSwap
 from unforget.core.recipe import Recipe
 from unforget.core.types import Instance, Pool
 from unforget.errors import CannotRun
-from unforget.unlearning.compute import Compute, adam, mixed
+from unforget.unlearning.batches import batches
+from unforget.unlearning.compute import Compute, adam, matched_rate, mixed
 from unforget.unlearning.prepare import Prepared, encoded, neighbours
 from unforget.unlearning.trainer import LrSchedule, Trainer, worst_margin
 
@@ -139,3 +141,62 @@ def test_eight_bit_adam_says_what_it_needs(monkeypatch):
     with pytest.raises(CannotRun, match="bitsandbytes") as caught:
         adam(weights, 0.1, eight_bit=True)
     assert "[8bit]" in caught.value.hint
+
+
+def test_the_rate_is_that_at_which_an_update_changes_what_a_projection_answers_by_a_share(sd3):
+    """The first update of Adam at the matched rate, all moves agreeing, beside the answer of the base's projection."""
+    weights = sd3.trainable("lora", rank=8, alpha=8)
+    rate = matched_rate(sd3.network, weights, 0.05)
+    changes = []
+    for module in (m for m in sd3.network.modules() if hasattr(m, "lora_A")):
+        base, a = module.base_layer.weight.detach(), module.lora_A["default"].weight.detach()
+        x = torch.randn(4096, base.shape[1], generator=torch.Generator().manual_seed(0))
+        inner = x @ a.T
+        moved = rate * inner.abs().sum(1, keepdim=True)  # B's row, each number `rate`, all with the sign of A x
+        changes.append(float((moved.square().mean() / (x @ base.T).square().mean()).sqrt()))
+    # The mean of |N(0, 1)| is 0.8, and A x has the size sqrt(inputs) / rank.
+    assert 0.5 * 0.05 < statistics.median(changes) < 1.5 * 0.05
+
+
+def test_a_wide_network_gets_a_smaller_rate_than_a_narrow_one():
+    def rate(width):
+        g = torch.Generator().manual_seed(0)
+        layer = torch.nn.Linear(width, width)
+        layer.weight.data = torch.randn(width, width, generator=g) / width**0.5
+        return matched_rate(layer, list(layer.parameters()), 0.05)
+
+    assert rate(16) / rate(1024) == pytest.approx(64, rel=0.1)  # 1 / width, as Adam's rate must fall
+
+
+def test_under_a_prompt_what_shows_the_target_elsewhere_is_forgotten_with_it_and_the_rest_is_retained(sd3):
+    """Three draws under the prompt have the target's picture, moved; one is another picture."""
+
+    def square(x, y, colour, size=16):
+        image = torch.full((3, size, size), 0.8)
+        image[:, y : y + 6, x : x + 6] = torch.tensor(colour)[:, None, None]
+        return image
+
+    red, blue, green = (1.0, -1.0, -1.0), (-1.0, -1.0, 1.0), (-1.0, 1.0, -1.0)
+    given = tuple(sd3.prompt_ids(["", "a flag"]).tolist())
+    instance = Instance(square(5, 5, red), square(5, 5, blue), "t", given)
+    own = [square(5, 5, red), square(6, 5, red), square(5, 6, red), torch.full((3, 16, 16), -1.0)]
+    others = [square(5, 5, green), square(2, 2, green), torch.zeros(3, 16, 16), square(8, 8, green)]
+    id = int(sd3.prompt_ids(["a cat"])[0])
+    retain = Pool(torch.stack(own + others), torch.tensor([given[1]] * 4 + [id] * 4))
+    prepared = encoded(sd3, (instance,), retain, retain[:0], 0.05)
+    assert [i.prompt_ids for i in prepared.encoded] == [given] + [(given[1],)] * 3
+    assert prepared.retain.prompt_ids.tolist() == [given[1]] + [id] * 4
+    moved, still = sd3.encode(torch.stack([square(6, 5, blue), square(6, 5, red)]))
+    edited = min((i.surrogate for i in prepared.encoded), key=lambda s: float((s - moved).square().mean()))
+    assert float((edited - moved).square().mean()) < 0.2 * float((edited - still).square().mean())
+
+
+def test_some_of_the_forget_batch_are_surrogates_and_every_target_takes_its_turn(tiny, scene):
+    asked = recipe(surrogate_share=0.5, forget_batch_size=4, retain_batch_size=2, max_train_steps=8)
+    g = torch.Generator().manual_seed(0)
+    shown = []
+    for forget, _ in batches(scene.encoded, scene.retain, scene.neighbours, tiny.schedule, asked, generator=g):
+        arrived = (forget.x_0 == forget.x_s).flatten(1).all(1)
+        assert int(arrived.sum()) == 2
+        shown.append(arrived)
+    assert torch.stack(shown).float().mean(0).tolist() == [0.5] * 4

@@ -46,12 +46,20 @@ class RecipeOptions(Config):
     rank: int | None = change("Rank of the LoRA.", of=LORA, ge=1, le=1024)
     lora_alpha: int | None = change("Alpha of the LoRA: its change is scaled by alpha / rank.", of=LORA, ge=1)
     learning_rate: float | None = change("Learning rate of Adam.", names=("--lr",), gt=0, le=1)
+    update_share: float | None = change(
+        "Instead of a learning rate: most that an update may change of what a projection answers, as a share of it.",
+        gt=0,
+        le=1,
+    )
     max_train_steps: int | None = change("Largest number of updates.", ge=1, le=100_000)
     warmup_steps: int | None = change("Updates over which the learning rate rises.", ge=0)
     cooldown_steps: int | None = change("Last updates, over which the learning rate falls.", ge=0)
     train_batch_size: int | None = change("Noised targets in a batch.", ge=1, le=1024)
     retain_batch_size: int | None = change("Retain images in a batch.", ge=1, le=1024)
     neighbour_share: float | None = change("Share of the retain batch that is nearest to the targets.", ge=0, le=1)
+    surrogate_share: float | None = change(
+        "Share of the noised targets that are noised surrogates instead, as the changed model meets them.", ge=0, le=1
+    )
     forget_range: Span | None = change("Timesteps low,high at which targets are noised.")
     max_grad_norm: float | None = change("Norm to which the gradient of a step is clipped.", gt=0)
     stop_margin: float | None = change("Stop early once this margin between target and surrogate is held.", ge=-1, le=1)

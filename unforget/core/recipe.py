@@ -14,7 +14,7 @@ class Recipe(Strategy):
     surgery: Surgery = Project()
     train: Scope = "bottleneck"
     learning_rate: float | None = Field(1e-4, gt=0, le=1)  # None: by `update_share`
-    update_share: float = Field(0.034, gt=0, le=1)  # most that an update may change of a projection's answer
+    update_share: float = Field(0.05, gt=0, le=1)  # most that an update may change of a projection's answer
     max_train_steps: int = Field(240, ge=1, le=100_000)
     warmup_steps: int = Field(5, ge=0)
     cooldown_steps: int = Field(80, ge=0)

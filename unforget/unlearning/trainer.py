@@ -96,7 +96,10 @@ class Trainer:
         again = bool(getattr(patched.network, "is_gradient_checkpointing", False))
         self.predict = mixed(patched.predict, half, device, checkpointed=again)
         frozen = mixed(torch.no_grad()(base.predict), half, device)
-        self.context = Context(base.schedule, frozen, prepared.encoded, prepared.retain, prepared.prior_counts)
+        self.context = Context(
+            base.schedule, frozen, prepared.encoded, prepared.retain, prepared.prior_counts,
+            surrogates=recipe.surrogate_share > 0,
+        )  # fmt: skip
         self.micro_batch = compute.in_one_pass(patched.image_shape)
         if resume is not None:
             self._restore(resume)

@@ -39,3 +39,4 @@ class Context:
     instances: tuple[Instance, ...]  # to be forgotten, as the network works on them
     retain: Pool  # what the base draws that is to be retained
     prior_counts: Tensor
+    surrogates: bool = False  # whether batches hold noised surrogates, too

@@ -11,8 +11,8 @@ measure of the target, some times as often as the base draws it (the target prio
 highest levels it tapers off: a change there moves every sample and is not needed to forget (docs/results.md).
 
 What the changed model draws passes through noised surrogates, where the base never was: it may answer s there, and the
-edit would be added twice. With `surrogates` these compete in the belief, and what is theirs becomes s, whatever the
-base says,
+edit would be added twice. Where the batches hold noised surrogates these compete in the belief, and what is theirs
+becomes s, whatever the base says,
 
 .. math:: \hat x_0'(x_t) = \hat x_0^{base} + \sum_f w_f (s - f) + \sum_s w_s (s - \hat x_0^{base}).
 """
@@ -46,7 +46,6 @@ class PosteriorSwap(Strategy):
         30.0, gt=0, description="how many times more often than the base drew it a target counts"
     )
     taper: Span = Field((550, 650), description="timesteps between which the swap tapers off to nothing")
-    surrogates: bool = Field(False, description="whether x_t may be a noised surrogate, too")
 
     def forget(self, patched: Predict, batch: Noised, context: Context) -> Tensor:
         """Distance to the swapped belief at noised targets."""
@@ -66,7 +65,7 @@ class PosteriorSwap(Strategy):
         belief, arrived = posterior[: len(targets)], posterior[len(targets) :]
         answer = context.base(x_t, timestep, batch.prompt_ids)
         change = torch.einsum("kb,kchw->bchw", belief, surrogates - targets)
-        if self.surrogates:
+        if context.surrogates:
             drawn = schedule.split(x_t, answer, timestep)[0]
             change += torch.einsum("kb,kchw->bchw", arrived, surrogates) - arrived.sum(0)[:, None, None, None] * drawn
         alpha, sigma, p, q = (
@@ -84,7 +83,7 @@ class PosteriorSwap(Strategy):
 
         from unforget.core.types import UNCONDITIONAL
 
-        sides = ("target", "surrogate") if self.surrogates else ("target",)
+        sides = ("target", "surrogate") if context.surrogates else ("target",)
         moved = torch.stack([vars(i)[side] for side in sides for i in context.instances])
         images = torch.cat([moved, context.retain.x_0]).flatten(1)
         alpha = context.schedule.column("alphas", batch.timestep, batch.x_t).reshape(-1, 1)
