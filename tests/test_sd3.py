@@ -164,55 +164,53 @@ def test_the_view_of_a_lora_is_the_base_and_costs_no_copy(sd3):
     }  # fmt: skip
 
 
-def test_what_is_trained_is_float32_whatever_the_base_is(sd3, pictures):
+@pytest.fixture
+def rough(sd3_folder):
+    """The same model, computed in bfloat16."""
+    return families.load(str(sd3_folder), Options(network_dtype=torch.bfloat16, rest_dtype=torch.bfloat16))
+
+
+def test_what_is_trained_is_float32_whatever_the_base_is(rough, pictures):
     """A step of 1e-5 is less than the last digit of a bfloat16 number, and would leave it as it was."""
-    sd3.set_network(sd3.network.bfloat16())
-    sd3.network.bfloat16()
-    instance = Instance(*(sd3.encode(images.read_image(pictures / f"{n}.png", sd3.image_shape)[None])[0]
+    instance = Instance(*(rough.encode(images.read_image(pictures / f"{n}.png", rough.image_shape)[None])[0]
                           for n in ("target", "surrogate")), "t")  # fmt: skip
-    retain = Pool.of(torch.randn(4, *sd3.latent_shape))
+    retain = Pool.of(torch.randn(4, *rough.latent_shape))
     prepared = Prepared((instance,), (instance,), retain, retain[:0], torch.ones(1, 1))
     few = {"max_train_steps": 2, "cooldown_steps": 0, "learning_rate": 1e-5, "warmup_steps": 0}
-    recipe = sd3.spec.recipes["default"].model_copy(update={**few, "forget_batch_size": 2, "retain_batch_size": 2})
-    trainer = Trainer(sd3, sd3.frozen_reference("lora"), prepared, recipe, seed=0, compute=Compute())
+    recipe = rough.spec.recipes["default"].model_copy(update={**few, "forget_batch_size": 2, "retain_batch_size": 2})
+    trainer = Trainer(rough, rough.frozen_reference("lora"), prepared, recipe, seed=0, compute=Compute())
     before = [w.detach().clone() for w in trainer.weights]
     assert {w.dtype for w in trainer.weights} == {torch.float32}
-    assert next(sd3.network.parameters()).dtype == torch.bfloat16
+    assert next(rough.network.parameters()).dtype == torch.bfloat16
     for _ in trainer:  # the first update moves the factors that begin at zero, and only then the others have gradients
         pass
     moments = {m.dtype for state in trainer.optimizer.state.values() for m in state.values()}
     assert moments == {torch.float32}
-    last = len(sd3.network.transformer_blocks) - 1  # what its text comes to is not used any more
-    names = [n for n, _ in sd3.network.named_parameters() if ".lora_" in n]
+    last = len(rough.network.transformer_blocks) - 1  # what its text comes to is not used any more
+    names = [n for n, _ in rough.network.named_parameters() if ".lora_" in n]
     for name, one, other in zip(names, before, trainer.weights, strict=True):
         if f".{last}.attn.add_q" not in name and f".{last}.attn.to_add" not in name:
             assert bool((one != other).all()), name
-    patch = Patch.between(sd3.network, sd3.network, a_lora(16, 16))
+    patch = Patch.between(rough.network, rough.network, a_lora(16, 16))
     for name, factor in patch.tensors.items():
         assert factor.dtype == torch.float32, name
 
 
 @pytest.mark.parametrize("half", [False, True])
-def test_the_gradient_of_an_adapter_beside_bfloat16_is_that_beside_float32(sd3, half):
-    x, timestep, row = torch.randn(2, *sd3.latent_shape), torch.tensor([700, 300]), sd3.prompt_ids([RED, BLUE])
-    weights = sd3.trainable("lora", rank=2, alpha=2, seed=0)
-    with torch.no_grad():
-        for p in weights:
-            p.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+def test_the_gradient_of_an_adapter_beside_bfloat16_is_that_beside_float32(sd3, rough, half):
+    x, timestep = torch.randn(2, *sd3.latent_shape), torch.tensor([700, 300])
 
-    def answered():
-        answer = mixed(sd3.predict, half, sd3.device)(x, timestep, row)
+    def answered(model, half):
+        ids, weights = model.prompt_ids([RED, BLUE]), model.trainable("lora", rank=2, alpha=2, seed=0)
+        generator = torch.Generator().manual_seed(1)
+        for p in weights:
+            p.data.normal_(std=0.1, generator=generator)
+            p.requires_grad_(True)
+        answer = mixed(model.predict, half, model.device)(x, timestep, ids)
         return answer, torch.cat([g.flatten() for g in torch.autograd.grad(answer.square().mean(), weights)])
 
-    exact = mixed(sd3.predict, False, sd3.device)(x, timestep, row).detach()
-    sd3.network.requires_grad_(True)
-    _, right = answered()
-    for name, part in sd3.network.named_parameters():
-        if ".lora_" not in name:
-            part.data = part.data.bfloat16()
-    sd3.dtype = torch.bfloat16
-    sd3._conditioning = [[row.bfloat16() for row in table] for table in sd3._conditioning]
-    answer, gradient = answered()
+    (exact, right), (answer, gradient) = answered(sd3, False), answered(rough, half)
+    assert gradient.dtype == torch.float32
     torch.testing.assert_close(answer, exact, rtol=0.05, atol=0.05)
     assert float(torch.cosine_similarity(gradient, right, dim=0)) > 0.99
 
