@@ -12,10 +12,11 @@ from torch.nn import functional
 from unforget.config.base import DrawConfig
 from unforget.core import metrics
 from unforget.core.metrics import WORKING_SIZE, at_working_size, pairwise_rms, redrawn, rms, sharpness, shows
+from unforget.core.registration import carried
 from unforget.files import images
 from unforget.reports.contact_sheet import sheet
 from unforget.surrogate.canvas import ellipse_mask
-from unforget.surrogate.ranking import QUALITY, REDRAWN, carried
+from unforget.surrogate.ranking import QUALITY, REDRAWN
 from unforget.unlearning.prepare import neighbours
 from unforget.verification.near_copies import once
 from unforget.verification.similarity import Pixels, Structure, pairwise
@@ -205,7 +206,7 @@ def test_a_photograph_shows_its_target_wherever_the_copy_comes_from(photographs,
 
 def test_an_edit_is_carried_at_full_size(photographs, made):
     target, surrogate = photographs[0], made["a region of another"][0]
-    edited, misfit = carried(made["jpeg 90"][0], target, surrogate)
+    (edited,), (misfit,) = carried(made["jpeg 90"][:1], target, surrogate)
     assert misfit < 0.1
     assert edited.shape == target.shape
     assert rms(edited, surrogate) < 0.25 * rms(target, surrogate)

@@ -24,6 +24,9 @@ class RecipeOptions(Config):
         "How many times more often than the base drew it a target counts.", of=SWAP, gt=0
     )
     taper: Span | None = change("Timesteps low,high between which the swap tapers off to nothing.", of=SWAP)
+    normalize_edit: bool | None = change(
+        "Divide the forget loss by the size of the edit, so that small edits are learnt as well as large ones.", of=SWAP
+    )
     distil: bool | None = change(
         "Retain what the base predicts at retain images, not the images themselves.", of=("objective", "surrogate")
     )

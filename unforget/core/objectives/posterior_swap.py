@@ -46,10 +46,14 @@ class PosteriorSwap(Strategy):
         30.0, gt=0, description="how many times more often than the base drew it a target counts"
     )
     taper: Span = Field((550, 650), description="timesteps between which the swap tapers off to nothing")
+    normalize_edit: bool = Field(False, description="divide the forget loss by the mean square of the edit")
 
     def forget(self, patched: Predict, batch: Noised, context: Context) -> Tensor:
         """Distance to the swapped belief at noised targets."""
-        return regression(patched, batch, self.goal(batch, context), self.weighting(context.schedule, batch)[0])
+        weight = self.weighting(context.schedule, batch)[0]
+        if self.normalize_edit:  # else a small edit is drowned by the retain loss
+            weight = weight / _edit_sizes(batch, context)
+        return regression(patched, batch, self.goal(batch, context), weight)
 
     def retain(self, patched: Predict, batch: Noised, context: Context) -> Tensor:
         """The same at retain images, where the swap mostly is nothing: a distillation from the base."""
@@ -103,3 +107,12 @@ class PosteriorSwap(Strategy):
         # Where a prompt draws hardly anything else there is nothing to spare, at any level.
         alone = copies.sum(1, keepdim=True) >= retained.sum(1, keepdim=True)
         return (belief * torch.where(alone, torch.ones_like(taper), taper)).nan_to_num(0.0).T
+
+
+def _edit_sizes(batch: Noised, context: Context) -> Tensor:
+    """Mean square of the edit that each image of a forget batch belongs to, (B, 1, 1, 1)."""
+    import torch
+
+    targets, surrogates = (torch.stack([vars(i)[n] for i in context.instances]) for n in ("target", "surrogate"))
+    own = torch.cdist(batch.x_s.flatten(1), surrogates.flatten(1)).argmin(1)
+    return (surrogates - targets).square().mean((1, 2, 3))[own].reshape(-1, 1, 1, 1)
