@@ -112,6 +112,7 @@ def test_unlearn_and_verify_a_pixel_model(tiny_folder, pictures, passes):
     assert {"sample", "reconstruct", "quantization"} <= {c.probe for c in said.checks}
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on(sd3_folder, pictures, monkeypatch):
     """With weights and moments of the device read from a file."""
     whole = unlearned(sd3_folder, pictures, rank=2).output.read_bytes()

@@ -197,7 +197,10 @@ def test_what_lies_at_a_surrogate_becomes_it_whatever_the_base_says(scene):
     base = ideal(scene.schedule, torch.stack([f, s]), torch.ones(2).double())
     local = replace(scene, base=base, retain=scene.retain[:0], surrogates=True)
     batch = noised(local, s[None], s[None], [100])
-    there, over = (local.schedule.split(batch.x_t, o.goal(batch, local), batch.timestep)[0][0] for o in (EXACT, EXACT))
+    there, over = (
+        local.schedule.split(batch.x_t, EXACT.goal(batch, context), batch.timestep)[0][0]
+        for context in (local, replace(local, surrogates=False))
+    )
     torch.testing.assert_close(there, s, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(over, 2 * s - f, rtol=1e-4, atol=1e-4)
 
