@@ -138,6 +138,7 @@ def test_editors(sd3_folder, editor_folder):
         assert all(c.image.device.type == "cpu" and torch.equal(c.image[:, 8:], target[:, 8:]) for c in found)
 
 
+@pytest.mark.slow
 def test_repaint_with_pixels(tiny_folder):
     canvas = Canvas(families.load(str(tiny_folder), FAR), torch.zeros(3, 16, 16), torch.ones(1, 16, 16))
     assert len(Inpaint(seeds=2)(canvas)) == 2

@@ -222,10 +222,12 @@ def _variants(pool: Pool, instances: Sequence[Instance]) -> tuple[tuple[Instance
     left = torch.stack([misfit(pool.x_0, i.target) for i in instances], 1)
     limits = torch.stack([misfit(others, i.target).quantile(UNRELATED) for i in instances])
     shown = (left <= limits) & prompted[:, None]
-    for k in shown.any(1).nonzero()[:, 0].tolist():
-        nearest = instances[int(left[k].where(shown[k], torch.inf).argmin())]
-        edited = carried(pool.x_0[k : k + 1], nearest.target, nearest.surrogate)[0][0]
-        found.append(Instance(pool.x_0[k], edited, nearest.id, (int(pool.prompt_ids[k]),)))
+    nearest = left.where(shown, torch.inf).argmin(1)
+    for k, instance in enumerate(instances):
+        rows = (shown.any(1) & (nearest == k)).nonzero()[:, 0]
+        edited = carried(pool.x_0[rows], instance.target, instance.surrogate)[0]
+        for row, surrogate in zip(rows.tolist(), edited, strict=True):
+            found.append(Instance(pool.x_0[row], surrogate, instance.id, (int(pool.prompt_ids[row]),)))
     return tuple(found), shown
 
 
