@@ -180,7 +180,7 @@ def reckon(found: Blueprint, scope: Scope, rank: int, *, micro_batch: int, check
     What is trained is float32, whatever the network is; CannotRun if the network's own weights would have to be. With
     `checkpointing` blocks are computed again instead of kept.
     """
-    from unforget.families.model import trainable
+    from unforget.families.scopes import trainable
 
     network = found.network
     weights = _bytes(network.parameters())

@@ -16,7 +16,8 @@ from unforget.core.schedule import Schedule
 from unforget.core.types import UNCONDITIONAL, Scope
 from unforget.errors import CannotRun, UsageError
 from unforget.families.loading import Hints, Options
-from unforget.families.spec import FamilySpec, check_scope, tokenizer
+from unforget.families.scopes import check_precision, trainable
+from unforget.families.spec import FamilySpec, tokenizer
 
 ONE_PASS: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
 """How a pass is computed again; nothing in it is drawn."""
@@ -289,44 +290,6 @@ def sampler(spec: FamilySpec, config: Any, steps: int, name: str | None = None) 
         raise UsageError(f"the scheduler '{name}' does not fit this model: {error}", "Give another.") from None
     made.set_timesteps(steps)
     return made
-
-
-def check_precision(network: nn.Module, scope: Scope) -> None:
-    """CannotRun if a scope's own weights are not float32: updates smaller than their last digit would be lost."""
-    dtypes = {p.dtype for p in network.parameters() if p.is_floating_point()}
-    if scope != "lora" and dtypes - {torch.float32}:
-        numbers, name = sum(p.numel() for p in network.parameters()), str(min(dtypes, key=str)).removeprefix("torch.")
-        # Weights, the base's, both gradients and their sum, two moments.
-        sentence = (
-            f"training all weights needs them in float32, here they are {name}: {7 * 4 * numbers / 2**30:.1f} GiB"
-        )
-        raise CannotRun(f"{sentence} for them, gradients and moments", "Give --train lora.")
-
-
-def trainable(spec: FamilySpec, network: Any, scope: Scope, *, rank: int, alpha: int, seed: int) -> list[nn.Parameter]:
-    """The weights of a scope, in the network's order; for `lora`, of an adapter that is added if need be.
-
-    All are float32, and so are their moments: an update is smaller than the last digit of a bfloat16 number. CannotRun
-    if the network's own are not.
-    """
-    check_scope(spec, scope)
-    check_precision(network, scope)
-    if scope == "full":
-        return list(network.parameters())
-    if scope == "bottleneck" and spec.bottleneck is not None:
-        return list(spec.bottleneck(network))
-    if not getattr(network, "_hf_peft_config_loaded", False):
-        from peft import LoraConfig
-
-        targets = list(spec.lora_targets)
-        config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            network.add_adapter(config)
-        for name, part in network.named_modules():
-            if name.rsplit(".", 1)[-1].startswith("lora_"):
-                part.float()
-    return [p for name, p in network.named_parameters() if ".lora_" in name]
 
 
 Shape = tuple[int, int, int]
