@@ -89,6 +89,7 @@ def test_unlearn(prompts, sd3_folder, target, counted):
     assert sum(counted) == ran(plan, progress)
 
 
+@pytest.mark.slow
 def test_unlearn_with_a_surrogate_that_is_made(tmp_path, counted):
     config = UnlearnConfig(model="faces", target=PLANTED / "0.png", output=tmp_path / "x.patch", **FEW)
     plan, progress = api.unlearn_passes(config, blueprint("faces", Options())), Recorded()

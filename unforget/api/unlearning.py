@@ -220,7 +220,7 @@ def _before_and_after(
     title = f"{output.name}: {trained.steps} steps, stopped by {trained.stopped}"
     rows = evidence_rows(context.instances, [*findings, *drawn, pairs])
     images.write_image(sheet(title, rows), folder / "sheet.png")
-    return {**_judged(findings, drawn), "drift": _spread(rms(before, after))}
+    return {**judged(findings, drawn), "drift": _spread(rms(before, after))}
 
 
 def _drawn(context: VerifyContext, instance: Instance, prompt_id: int, unrelated: Tensor) -> Finding:
@@ -237,7 +237,7 @@ def _drawn(context: VerifyContext, instance: Instance, prompt_id: int, unrelated
     )
 
 
-def _judged(findings: list[Finding], drawn: list[Finding]) -> dict[str, Any]:
+def judged(findings: list[Finding], drawn: list[Finding]) -> dict[str, Any]:
     """The tables, and what they come to."""
     table = [{
         "target": f.target, "probe": f"{f.probe}@{f.timestep:g}", "prompt": f.prompt,
