@@ -103,6 +103,7 @@ def test_unlearn_and_verify_stable_diffusion_3(sd3_folder, pictures, passes):
     assert {"sample", "reconstruct", "retention"} <= {c.probe for c in said.checks}
 
 
+@pytest.mark.slow
 def test_unlearn_and_verify_a_pixel_model(tiny_folder, pictures, passes):
     made = unlearned(tiny_folder, pictures, mixed_precision="bf16", stop_margin=0.9)
     assert passes == AS_THE_DEVICE

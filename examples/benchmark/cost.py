@@ -158,9 +158,8 @@ def counts() -> None:
         folder = str(sd3_medium.configured(Path(scratch)))
         for prompt in ((), ("a flag",)):
             asked = {"model": folder, "target": FLAG, "prompt": prompt}
-            said = api.plan_unlearn(UnlearnConfig(**asked, output="x.patch", max_train_steps=240, train_batch_size=4,
-                                                  retain_batch_size=8))  # fmt: skip
-            show(f"unlearn, {len(prompt)} prompt(s), 240 x (4 + 8)", said)
+            said = api.plan_unlearn(UnlearnConfig(**asked, output="x.patch"))
+            show(f"unlearn, {len(prompt)} prompt(s)", said)
             for steps in (20, 14, 10, 8):
                 config = VerifyConfig(**asked, candidate=folder, sampler_steps=steps)
                 show(f"verify, {len(prompt)} prompt(s), {steps} sampler steps", api.plan_verify(config))

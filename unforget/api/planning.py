@@ -44,7 +44,7 @@ def memory_plan(config: UnlearnConfig) -> dict[str, float]:
 def _memory(config: UnlearnConfig, found: Blueprint) -> dict[str, float]:
     recipe, compute = recipe_of(config), compute_of(config)
     micro = min(max(recipe.forget_batch_size, recipe.retain_batch_size), compute.in_one_pass(found.image_shape))
-    checkpointing, half = compute.checkpoints(found.network), compute.half(torch.device(config.device))
+    checkpointing, half = compute.checkpoints(found.network), compute.half(found.device)
     return reckon(found, recipe.train, recipe.rank, micro_batch=micro, checkpointing=checkpointing, half=half).gib()
 
 

@@ -29,8 +29,8 @@ from unforget.verification.probes.reconstruct import Reconstruct
 from unforget.verification.probes.replaced import Replaced, what_is_shown
 
 SHOWN = ("to_target", "to_surrogate", "nearer_surrogate")
-DRAWN, REPLACED = 16, 0.8
-"""Draws under each given prompt at the end, and the least share of them that is to show the surrogate."""
+REPLACED = 0.8
+"""Least share of the draws under each given prompt that is to show the surrogate."""
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,9 @@ def shown_count(asked: int | None, model: Any) -> int:
 
 def shown_passes(context: VerifyContext, count: int) -> Count:
     """Network passes of what is shown at the end."""
-    draws = context.retain_turns(count).tolist() + [id for _, id in _prompted(context) for _ in range(DRAWN)]
+    draws = context.retain_turns(count).tolist() + [
+        id for _, id in _prompted(context) for _ in range(_drawn_count(count))
+    ]
     return _shown_probe(count).cost(context) + Count.of(2 * context.passes(draws))
 
 
@@ -213,7 +215,7 @@ def _before_and_after(
     noise, turns = context.noise("sample", count), context.retain_turns(count)
     before, after = (context.run(family, noise, turns) for family in context.models.values())
     pairs = Finding("retention", None, {}, {}, images={"base": before, "candidate": after})
-    drawn = [_drawn(context, instance, id, before) for instance, id in _prompted(context)]
+    drawn = [_drawn(context, case, _drawn_count(count), before) for case in _prompted(context)]
     for k, instance in enumerate(context.instances):
         images.write_image(instance.target, folder / f"target-{k}.png")
         images.write_image(instance.surrogate, folder / f"surrogate-{k}.png")
@@ -223,9 +225,14 @@ def _before_and_after(
     return {**judged(findings, drawn), "drift": _spread(rms(before, after))}
 
 
-def _drawn(context: VerifyContext, instance: Instance, prompt_id: int, unrelated: Tensor) -> Finding:
+def _drawn_count(count: int) -> int:
+    """Draws under each given prompt, by the number of images that are shown."""
+    return max(8, 2 * count)
+
+
+def _drawn(context: VerifyContext, case: tuple[Instance, int], count: int, unrelated: Tensor) -> Finding:
     """What base and patched model draw under a prompt, from the same noise."""
-    noise = context.noise("drawn", DRAWN)
+    (instance, prompt_id), noise = case, context.noise("drawn", count)
     base, after = (context.run(family, noise, prompt_id) for family in context.models.values())
     figures = what_is_shown(base, after, unrelated, instance)
     return Finding(

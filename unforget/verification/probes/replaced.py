@@ -10,7 +10,7 @@ from unforget.core.registration import misfit
 from unforget.core.types import Instance
 from unforget.verification.context import Drawn, Finding, Role, VerifyContext, known_surrogate, shown
 from unforget.verification.probes.base import HALF, Probe, changed, checked
-from unforget.verification.probes.sample import base_draws
+from unforget.verification.probes.sample import base_draws, rate_draws
 from unforget.verification.report import Check
 
 DRAWS = 64
@@ -33,8 +33,13 @@ class Replaced(Probe):
 
     def shared(self, context: VerifyContext) -> Iterator[tuple[Drawn, Count]]:
         for _, prompt_id in self.cases(context):
-            yield ("candidate", (prompt_id,)), Count.of(DRAWS)
+            yield ("candidate", (prompt_id,)), Count.of(self._count(context, prompt_id))
             yield base_draws(context, prompt_id)
+
+    def _count(self, context: VerifyContext, prompt_id: int) -> int:
+        """Draws that are looked at: no more than `sample` makes in any case."""
+        (_, drawn), _ = rate_draws(context, prompt_id)
+        return min(DRAWS, drawn.least)
 
     def examine(self, context: VerifyContext, instance: Instance, prompt_id: int) -> Iterator[Finding]:
         prompt = context.prompt(prompt_id)
@@ -42,7 +47,7 @@ class Replaced(Probe):
             return
         drawn: dict[Role, Tensor] = {
             "base": context.base_draws(prompt_id).images,
-            "candidate": context.draws("candidate", (prompt_id,), DRAWS).images,
+            "candidate": context.draws("candidate", (prompt_id,), self._count(context, prompt_id)).images,
         }
         base, candidate = what_is_shown(drawn["base"], drawn["candidate"], context.retained("base").images, instance)
         yield Finding(self.kind, instance.id, base, candidate, prompt=prompt, images=shown(drawn))
