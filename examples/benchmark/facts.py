@@ -141,7 +141,7 @@ class Bench:
         fits = judge.distances(drawn)[:, -1] <= max(self.unfit, SLACK * float(before.quantile(UNFIT)))
         images.write_image(drawn[:8].permute(1, 2, 0, 3).flatten(2), work / f"{name}.drawn.png")
         return {
-            "fact": fact.known.name, "kind": fact.kind, "steps": done.steps, "forgotten": done.forgotten,
+            "fact": fact.known.name, "kind": fact.kind, "steps": done.steps, "ended_well": not done.code,
             "old": float(judge.shows(drawn, which).float().mean()),
             "new": float((judge.shows(drawn, len(self.domain.known)) & fits).float().mean()),
             "nearest_new": float(judge.shows(drawn, len(self.domain.known)).float().mean()),
@@ -173,7 +173,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         row(
             f["fact"], f["kind"], f"{f['old']:.0%}", f"{f['new']:.0%}", f"{f['drift']:.3f} / {f['near_drift']:.3f}",
             f"{f['near']:.1%}", str(f["steps"]), f"{f['seconds']:.0f}", "yes" if good(f) else "no",
-            "0" if f["forgotten"] else "1",
+            "0" if f["ended_well"] else "1",
         )  # fmt: skip
     median = {k: float(np.median([f[k] for f in rows])) for k in ("drift", "near_drift", "seconds")}
     near = np.mean([f["near"] for f in rows])

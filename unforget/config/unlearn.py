@@ -25,7 +25,7 @@ class RecipeOptions(Config):
     )
     taper: Span | None = change("Timesteps low,high between which the swap tapers off to nothing.", of=SWAP)
     normalize_edit: bool | None = change(
-        "Divide the forget loss by the size of the edit, so that small edits are learnt as well as large ones.", of=SWAP
+        "Divide the forget loss by the size of a small edit, so that it is learnt as well as a large one.", of=SWAP
     )
     distil: bool | None = change(
         "Retain what the base predicts at retain images, not the images themselves.", of=("objective", "surrogate")

@@ -96,7 +96,7 @@ SPEC = FamilySpec(
         # A prompt says at pure noise what will be drawn, so forgetting reaches up to there.
         "default": Recipe(
             objective=PosteriorSwap(
-                weighting=CleanSpace(cap=1.0, retain=320.0), taper=(710, 790), normalize_edit=True
+                weighting=CleanSpace(cap=1.0, retain=400.0), taper=(710, 790), normalize_edit=True
             ),
             train="lora", learning_rate=None, update_share=0.05, max_train_steps=125, cooldown_steps=90,
             forget_batch_size=4, retain_batch_size=12, surrogate_share=0.5, forget_range=(97, 1000), stop_margin=None,

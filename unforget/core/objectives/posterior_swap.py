@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 NUMBERS = 3072
 """Numbers of an image that count as independent evidence, at most: all of a 32x32 one. Neighbouring pixels agree, and
 what the base has learnt is no list of images: beyond, an image counts by its mean squared distance alone."""
+LARGE_EDIT = 0.35
+"""Mean square, in what the network works on, from which on an edit is large: it is not damped."""
 
 
 class PosteriorSwap(Strategy):
@@ -46,7 +48,7 @@ class PosteriorSwap(Strategy):
         30.0, gt=0, description="how many times more often than the base drew it a target counts"
     )
     taper: Span = Field((550, 650), description="timesteps between which the swap tapers off to nothing")
-    normalize_edit: bool = Field(False, description="divide the forget loss by the mean square of the edit")
+    normalize_edit: bool = Field(False, description="divide the forget loss by the mean square of a small edit")
 
     def forget(self, patched: Predict, batch: Noised, context: Context) -> Tensor:
         """Distance to the swapped belief at noised targets."""
@@ -110,9 +112,9 @@ class PosteriorSwap(Strategy):
 
 
 def _edit_sizes(batch: Noised, context: Context) -> Tensor:
-    """Mean square of the edit that each image of a forget batch belongs to, (B, 1, 1, 1)."""
+    """Mean square of the edit that each image of a forget batch belongs to, `LARGE_EDIT` at most, (B, 1, 1, 1)."""
     import torch
 
     targets, surrogates = (torch.stack([vars(i)[n] for i in context.instances]) for n in ("target", "surrogate"))
     own = torch.cdist(batch.x_s.flatten(1), surrogates.flatten(1)).argmin(1)
-    return (surrogates - targets).square().mean((1, 2, 3))[own].reshape(-1, 1, 1, 1)
+    return (surrogates - targets).square().mean((1, 2, 3)).clamp(max=LARGE_EDIT)[own].reshape(-1, 1, 1, 1)
