@@ -133,7 +133,7 @@ def test_a_flag_is_put_right_where_it_was_asked_for_and_stays_where_it_is_right(
     patch = tmp_path / "ireland.patch"
     result = run(
         "unlearn", "--model", "flags", "--target", target, "--surrogate", surrogate, "--prompt", "flag of Ireland",
-        "-o", patch, "--max-train-steps", "120", "--retain-count", "96", "--num-validation-images", "2", "--json",
+        "-o", patch, "--retain-count", "96", "--num-validation-images", "2", "--json",
     )  # fmt: skip
     assert result.exit_code in (0, 1), result.output
     base, patched = (families.load("flags") for _ in range(2))

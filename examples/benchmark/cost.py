@@ -10,6 +10,7 @@
     counts     network passes by stage of `unlearn` and `verify` on Stable Diffusion 3 medium at 1024x1024, as --dry-run
                counts them
     draws      bytes that `verify` keeps of 2 x 1,000 draws of 1024x1024: random pixels in the place of a model's
+    rates      the learning rate that `update_share` comes to on `flags` and on SD3 medium's widths with random weights
 
 Ratios are of medians of runs that take turns, so that a busy machine slows both sides.
 """
@@ -31,13 +32,16 @@ from typing import Any
 
 import sd3_medium
 import torch
+from diffusers import SD3Transformer2DModel
 
 from unforget import Recipe, api, families
 from unforget.config import Policy, UnlearnConfig, VerifyConfig
 from unforget.core.passes import Count
 from unforget.core.types import Instance, Progress
+from unforget.families import sd3
+from unforget.families.scopes import trainable
 from unforget.files import images
-from unforget.unlearning.compute import Compute, has_bf16, mixed
+from unforget.unlearning.compute import Compute, has_bf16, matched_rate, mixed
 from unforget.unlearning.prepare import RunInputs, prepare
 from unforget.unlearning.trainer import Trainer
 from unforget.verification.context import ROLES, VerifyContext
@@ -204,12 +208,22 @@ def draws() -> None:
           f"draws that are whole; peak of the process {peak:.2f} GiB, {before:.2f} before")  # fmt: skip
 
 
+def rates() -> None:
+    """One number, two networks: one block of the wide one, for all blocks are alike."""
+    wide = SD3Transformer2DModel(**{**sd3_medium.TRANSFORMER, "num_layers": 1})
+    recipe = sd3.SPEC.recipes["default"]
+    for name, network in (("flags", families.load("flags").network), ("SD3 medium", wide)):
+        weights = trainable(sd3.SPEC, network, "lora", rank=recipe.rank, alpha=recipe.lora_alpha, seed=0)
+        rate = matched_rate(network, weights, recipe.update_share)
+        print(f"rates: {name}, update_share {recipe.update_share:g}: {rate:.2e}")
+
+
 def resident() -> float:
     """GiB that this process holds now."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
-SECTIONS = {f.__name__: f for f in (passes, help, plan, memory, counts, draws)}
+SECTIONS = {f.__name__: f for f in (passes, help, plan, memory, counts, draws, rates)}
 
 
 def main() -> None:

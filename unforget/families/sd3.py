@@ -96,9 +96,9 @@ SPEC = FamilySpec(
         # A prompt says at pure noise what will be drawn, so forgetting reaches up to there.
         "default": Recipe(
             objective=PosteriorSwap(
-                weighting=CleanSpace(cap=1.0, retain=400.0), taper=(710, 790), normalize_edit=True
+                weighting=CleanSpace(cap=1.0, retain=200.0), taper=(710, 790), normalize_edit=True
             ),
-            train="lora", learning_rate=None, update_share=0.05, max_train_steps=125, cooldown_steps=90,
+            train="lora", learning_rate=None, update_share=0.05, max_train_steps=180, cooldown_steps=110,
             forget_batch_size=4, retain_batch_size=12, surrogate_share=0.5, forget_range=(97, 1000), stop_margin=None,
         ),
         # arXiv:2603.10445 on Stable Diffusion 3: LoRA, 100 steps, batch 8; the rate belongs to 2 B parameters.
