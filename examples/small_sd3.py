@@ -261,6 +261,9 @@ def save(pipe: StableDiffusion3Pipeline, out: Path) -> None:
     for name, part in parts.items():
         part.eval().to(torch.float32 if "text" in name else torch.float16)
     StableDiffusion3Pipeline(**{**pipe.components, **parts}).save_pretrained(out)
+    for config in out.glob("*/config.json"):  # without where a part came from
+        said = {k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}
+        config.write_text(json.dumps(said, indent=2) + "\n")
 
 
 def report(pipe: StableDiffusion3Pipeline) -> None:
