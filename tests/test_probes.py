@@ -397,9 +397,27 @@ RED, BLUE, GREEN, BLACK = (1.0, -1, -1), (-1, -1, 1.0), (-1, 1.0, -1), (-1.0, -1
 def test_what_is_drawn_is_the_target_the_surrogate_or_something_else(drawn, shares):
     target, surrogate = placed((RED, BLUE), 1)[0], placed((BLUE, RED), 1)[0]
     unrelated = torch.cat([placed(c, 10, 5) for c in ((GREEN, BLACK), (BLACK, BLACK), (GREEN, GREEN))])
-    base, found = what_is_shown(placed((RED, BLUE), 20, 2), drawn, unrelated, Instance(target, surrogate, "t"))
+    base, found = what_is_shown(
+        placed((RED, BLUE), 20, 2), drawn, unrelated, Instance(target, surrogate, "t"), surrogate
+    )
     assert base == {"target": 1, "surrogate": 0, "something_else": 0}
     assert tuple(found.values()) == pytest.approx(shares)
+
+
+def test_a_surrogate_may_be_drawn_as_the_autoencoder_returns_it():
+    """A picture made by hand is sharper than anything that a latent model draws; half way to the target is neither."""
+    target, surrogate = placed((RED, BLUE), 1)[0], placed((GREEN, RED), 1)[0]
+    faded = placed((GREEN, RED), 1)[0] * 0.5
+    unrelated = torch.cat([placed(c, 10, 5) for c in ((GREEN, BLACK), (BLACK, BLACK), (BLUE, GREEN))])
+    base, drawn = placed((RED, BLUE), 20, 2), placed((GREEN, RED), 20, 3) * 0.5
+
+    def shares(drawn, drawable):
+        return what_is_shown(base, drawn, unrelated, Instance(target, surrogate, "t"), drawable)[1]
+
+    assert shares(drawn, surrogate)["something_else"] == 1
+    assert shares(drawn, faded)["surrogate"] == 1
+    assert shares((base + drawn) / 2, faded)["surrogate"] == 0
+    assert shares(base, faded)["target"] == 1
 
 
 def test_forgotten_but_replaced_by_something_else_is_no_pass():

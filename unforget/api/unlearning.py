@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from unforget.api.common import load, read, recipe_of, salted, versions, writable
-from unforget.config import UnlearnConfig
+from unforget.config import Policy, UnlearnConfig
 from unforget.core import distributed
 from unforget.core.devices import chosen
 from unforget.core.metrics import rms
@@ -24,13 +24,10 @@ from unforget.unlearning.prepare import RunInputs, prompt_ids
 from unforget.unlearning.run import Trained, run
 from unforget.unlearning.run_directory import RunDirectory, check_start
 from unforget.verification.context import Finding, VerifyContext
-from unforget.verification.probes.base import HALF
 from unforget.verification.probes.reconstruct import Reconstruct
-from unforget.verification.probes.replaced import Replaced, what_is_shown
+from unforget.verification.probes.replaced import Replaced, as_drawn, what_is_shown
 
 SHOWN = ("to_target", "to_surrogate", "nearer_surrogate")
-REPLACED = 0.8
-"""Least share of the draws under each given prompt that is to show the surrogate."""
 
 
 @dataclass(frozen=True)
@@ -234,7 +231,7 @@ def _drawn(context: VerifyContext, case: tuple[Instance, int], count: int, unrel
     """What base and patched model draw under a prompt, from the same noise."""
     (instance, prompt_id), noise = case, context.noise("drawn", count)
     base, after = (context.run(family, noise, prompt_id) for family in context.models.values())
-    figures = what_is_shown(base, after, unrelated, instance)
+    figures = what_is_shown(base, after, unrelated, instance, as_drawn(context.base, instance.surrogate))
     return Finding(
         Replaced.kind,
         instance.id,
@@ -255,9 +252,7 @@ def judged(findings: list[Finding], drawn: list[Finding]) -> dict[str, Any]:
     prompted = {f.target for f in findings if f.prompt}
     counted = [f.candidate["nearer_surrogate"] for f in findings if f.prompt or f.target not in prompted]
     gone = all(share >= 0.5 for share in counted) and not any(f.candidate["target"] for f in drawn)
-    # What the base seldom draws so cannot be told from chance.
-    reliable = [f for f in drawn if f.base["target"] >= HALF]
-    replaced = all(f.candidate["surrogate"] >= REPLACED for f in reliable)
+    replaced = all(check.outcome != "failed" for f in drawn for check in Replaced().judge(f, Policy(), known=True))
     return {"table": table, "drawn": shares, "forgotten": gone, "replaced": replaced}
 
 

@@ -9,6 +9,8 @@ from torch.nn import functional
 
 from unforget.core.metrics import at_working_size, pairwise_rms
 
+UNRELATED = 0.05
+"""Share of the images of other prompts that may lie as near to an image, moved and scaled, as what shows it."""
 SHIFTS, SCALES = torch.linspace(-0.08, 0.08, 11), torch.linspace(0.8, 1.2, 9)
 """What is tried each way: shifts as shares of the width, and scales."""
 

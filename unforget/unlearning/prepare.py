@@ -11,7 +11,7 @@ from torch import Tensor
 from unforget.core import passes
 from unforget.core.metrics import pairwise_rms, shows
 from unforget.core.passes import is_large
-from unforget.core.registration import carried, misfit
+from unforget.core.registration import UNRELATED, carried, misfit
 from unforget.core.types import UNCONDITIONAL, Family, Instance, Pool, Progress
 from unforget.errors import CannotRun, UsageError
 from unforget.files import cache, images
@@ -23,7 +23,6 @@ NEIGHBOURS = 24  # retain images nearest to each target, which training visits m
 RETAINED, RETAINED_LARGE = 192, 64  # images to retain, unless the user says how many
 LOOKALIKES, LOOKALIKES_LARGE = 24, 8  # images drawn for every prompt that is to retain what the target looks like
 ALIKE = 4  # such prompts at most
-UNRELATED = 0.05  # share of the images of other prompts that lie as near to the target, moved and scaled, as a variant
 
 
 @dataclass(frozen=True)
@@ -215,13 +214,12 @@ def _variants(pool: Pool, instances: Sequence[Instance]) -> tuple[tuple[Instance
     which images of the pool show which target so, (N, targets).
     """
     prompted = torch.isin(pool.prompt_ids, torch.tensor(instances[0].prompt_ids)) & (pool.prompt_ids != UNCONDITIONAL)
-    others = pool.x_0[~torch.isin(pool.prompt_ids, torch.tensor([UNCONDITIONAL, *instances[0].prompt_ids]))]
+    others = ~torch.isin(pool.prompt_ids, torch.tensor([UNCONDITIONAL, *instances[0].prompt_ids]))
     shown, found = torch.zeros(len(pool), len(instances), dtype=torch.bool), []
-    if not len(others) or not prompted.any():
+    if not others.any() or not prompted.any():
         return (), shown
     left = torch.stack([misfit(pool.x_0, i.target) for i in instances], 1)
-    limits = torch.stack([misfit(others, i.target).quantile(UNRELATED) for i in instances])
-    shown = (left <= limits) & prompted[:, None]
+    shown = (left <= left[others].quantile(UNRELATED, 0)) & prompted[:, None]
     nearest = left.where(shown, torch.inf).argmin(1)
     for k, instance in enumerate(instances):
         rows = (shown.any(1) & (nearest == k)).nonzero()[:, 0]

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from unforget.config import Policy
 from unforget.core.passes import Count
-from unforget.core.registration import misfit
-from unforget.core.types import Instance
+from unforget.core.registration import UNRELATED, misfit
+from unforget.core.types import Family, Instance
 from unforget.verification.context import Drawn, Finding, Role, VerifyContext, known_surrogate, shown
 from unforget.verification.probes.base import HALF, Probe, changed, checked
 from unforget.verification.probes.sample import base_draws, rate_draws
@@ -17,8 +17,6 @@ DRAWS = 64
 """Draws of the candidate under each prompt that are looked at, of those that `sample` makes."""
 SLACK = 1.25
 """How much farther than most of the base's own draws of the target a draw of the surrogate may lie from it."""
-UNRELATED = 0.05
-"""Share of the images of other prompts that lie as near to the target as what counts as the target."""
 
 
 class Replaced(Probe):
@@ -49,7 +47,8 @@ class Replaced(Probe):
             "base": context.base_draws(prompt_id).images,
             "candidate": context.draws("candidate", (prompt_id,), self._count(context, prompt_id)).images,
         }
-        base, candidate = what_is_shown(drawn["base"], drawn["candidate"], context.retained("base").images, instance)
+        unrelated, drawable = context.retained("base").images, as_drawn(context.base, instance.surrogate)
+        base, candidate = what_is_shown(drawn["base"], drawn["candidate"], unrelated, instance, drawable)
         yield Finding(self.kind, instance.id, base, candidate, prompt=prompt, images=shown(drawn))
 
     def judge(self, found: Finding, policy: Policy, known: bool) -> Iterator[Check]:
@@ -58,13 +57,18 @@ class Replaced(Probe):
         yield check if reliable else changed(check, "informational", "the base seldom draws the target so")
 
 
+def as_drawn(family: Family, image: Tensor) -> Tensor:
+    """An image (C, H, W) as far as a model can draw it: what its autoencoder returns."""
+    return family.decode(family.encode(image[None]))[0]
+
+
 def what_is_shown(
-    base: Tensor, candidate: Tensor, unrelated: Tensor, instance: Instance
+    base: Tensor, candidate: Tensor, unrelated: Tensor, instance: Instance, drawable: Tensor
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Shares of images (N, C, H, W) that show the target and its surrogate, of the base and of the candidate.
 
     What the base draws nearer to the target than most images of other prompts shows it; how these vary says how far
-    from the surrogate an image of it may be.
+    from the surrogate, or from what is `drawable` of it, an image of it may be.
     """
     target, surrogate = instance.target, instance.surrogate
     own = misfit(base, target)
@@ -73,7 +77,7 @@ def what_is_shown(
 
     def shares(images: Tensor) -> dict[str, float]:
         to_target, to_surrogate = misfit(images, target), misfit(images, surrogate)
-        near = torch.minimum(to_target, to_surrogate) <= limit
+        near = torch.stack([to_target, to_surrogate, misfit(images, drawable)]).amin(0) <= limit
         nearer = to_surrogate < to_target
         found = {"target": near & ~nearer, "surrogate": near & nearer, "something_else": ~near}
         return {name: float(which.float().mean()) for name, which in found.items()}
