@@ -161,6 +161,15 @@ def picture(tmp_path) -> Path:
 
 
 @pytest.fixture
+def pictures(tmp_path) -> Path:
+    """A folder with target.png and surrogate.png, both noise."""
+    g = torch.Generator().manual_seed(3)
+    for name in ("target", "surrogate"):
+        images.write_image(torch.rand(3, 16, 16, generator=g) * 2 - 1, tmp_path / f"{name}.png")
+    return tmp_path
+
+
+@pytest.fixture
 def cli(tmp_path, monkeypatch):
     """Run the command in an empty folder: cli("verify", "--model", ...) gives the result."""
     monkeypatch.chdir(tmp_path)

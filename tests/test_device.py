@@ -14,7 +14,6 @@ from unforget.errors import UsageError
 from unforget.families import Options
 from unforget.families import model as model_file
 from unforget.families.model import DiffusionModel
-from unforget.files import images
 from unforget.files.patch import Patch
 from unforget.surrogate.canvas import Canvas
 from unforget.surrogate.editors import Inpaint, Instruct, SDEdit
@@ -31,14 +30,6 @@ def _moved_in_place(monkeypatch):
     torch.__future__.set_swap_module_params_on_conversion(True)
     yield
     torch.__future__.set_swap_module_params_on_conversion(before)
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    g = torch.Generator().manual_seed(3)
-    for name in ("target", "surrogate"):
-        images.write_image(torch.rand(3, 16, 16, generator=g) * 2 - 1, tmp_path / f"{name}.png")
-    return tmp_path
 
 
 def test_it_refuses_what_cuda_refuses():

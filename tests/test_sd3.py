@@ -329,14 +329,6 @@ def test_a_gated_model_says_how_to_get_it():
 SHORT = {"max_train_steps": 3, "train_batch_size": 2, "retain_batch_size": 2, "learning_rate": 1e-2, "rank": 2}
 
 
-@pytest.fixture
-def pictures(tmp_path):
-    g = torch.Generator().manual_seed(3)
-    for name in ("target", "surrogate"):
-        images.write_image(torch.rand(3, 16, 16, generator=g) * 2 - 1, tmp_path / f"{name}.png")
-    return tmp_path
-
-
 def a_lora(rank, alpha):
     return Provenance(
         base="x", base_digest="", targets=[], surrogates=[], holds="lora", adapter={"rank": rank, "alpha": alpha},

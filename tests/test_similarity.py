@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage
 import torch
 from PIL import Image, ImageFilter
 from torch.nn import functional
@@ -311,7 +312,6 @@ def test_a_picture_without_a_face_is_nan(tmp_path, monkeypatch):
 def test_dlib_knows_the_same_face_flipped_and_no_face_in_noise():
     pytest.importorskip("dlib")
     models = pytest.importorskip("face_recognition_models")
-    skimage = pytest.importorskip("skimage")
     assert Path(models.face_recognition_model_location()).is_file()
     picture = images.from_pil(Image.open(Path(skimage.__file__).parent / "data" / "astronaut.png"))
     nobody = torch.rand(picture.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -27,8 +27,7 @@ def load(config: ModelConfig, progress: Progress) -> Family:
     """The model that a configuration names, on the device and on as many threads as it says."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    how = options(config, progress=progress)
-    return families.load(config.model, how)
+    return families.load(config.model, options(config, progress=progress))
 
 
 def options(config: ModelConfig, like: Family | None = None, progress: Progress | None = None) -> families.Options:
@@ -40,10 +39,8 @@ def options(config: ModelConfig, like: Family | None = None, progress: Progress 
     progress = progress or Progress()
     if device != "cpu":
         progress.note(f"computing on {spoken(device)}")
-    return families.Options(
-        config.allow_pickle, device, config.resolution, guidance, getattr(config, "batch_size", None), progress.note,
-        config.pipeline_config, config.t5,
-    )  # fmt: skip
+    fields = config.model_dump(include={"allow_pickle", "resolution", "pipeline_config", "t5", "batch_size"})
+    return families.Options(**fields, device=device, guidance=guidance, note=progress.note)
 
 
 def read(path: Path, family: Family, config: ImageConfig, progress: Progress) -> Tensor:

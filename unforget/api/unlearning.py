@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from unforget.api.common import load, read, recipe_of, salted, versions, writable
@@ -23,7 +24,7 @@ from unforget.unlearning.compute import Compute
 from unforget.unlearning.prepare import RunInputs, prompt_ids
 from unforget.unlearning.run import Trained, run
 from unforget.unlearning.run_directory import RunDirectory, check_start
-from unforget.verification.context import Finding, VerifyContext
+from unforget.verification.context import Finding, Role, VerifyContext
 from unforget.verification.probes.reconstruct import Reconstruct
 from unforget.verification.probes.replaced import Replaced, as_drawn, what_is_shown
 
@@ -184,10 +185,9 @@ def shown_count(asked: int | None, model: Any) -> int:
 
 def shown_passes(context: VerifyContext, count: int) -> Count:
     """Network passes of what is shown at the end."""
-    draws = context.retain_turns(count).tolist() + [
-        id for _, id in _prompted(context) for _ in range(_drawn_count(count))
-    ]
-    return _shown_probe(count).cost(context) + Count.of(2 * context.passes(draws))
+    turns = context.retain_turns(count).tolist()
+    own = [id for _, id in _prompted(context) for _ in range(_drawn_count(count))]
+    return _shown_probe(count).cost(context) + Count.of(2 * context.passes(turns + own))
 
 
 def _prompted(context: VerifyContext) -> list[tuple[Instance, int]]:
@@ -212,7 +212,9 @@ def _before_and_after(
     noise, turns = context.noise("sample", count), context.retain_turns(count)
     before, after = (context.run(family, noise, turns) for family in context.models.values())
     pairs = Finding("retention", None, {}, {}, images={"base": before, "candidate": after})
-    drawn = [_drawn(context, case, _drawn_count(count), before) for case in _prompted(context)]
+    cases = _prompted(context)
+    unrelated = before[~torch.isin(turns, torch.tensor([id for _, id in cases], dtype=torch.long))]
+    drawn = [_drawn(context, case, _drawn_count(count), unrelated) for case in cases]
     for k, instance in enumerate(context.instances):
         images.write_image(instance.target, folder / f"target-{k}.png")
         images.write_image(instance.surrogate, folder / f"surrogate-{k}.png")
@@ -232,13 +234,8 @@ def _drawn(context: VerifyContext, case: tuple[Instance, int], count: int, unrel
     (instance, prompt_id), noise = case, context.noise("drawn", count)
     base, after = (context.run(family, noise, prompt_id) for family in context.models.values())
     figures = what_is_shown(base, after, unrelated, instance, as_drawn(context.base, instance.surrogate))
-    return Finding(
-        Replaced.kind,
-        instance.id,
-        *figures,
-        prompt=context.prompt(prompt_id),
-        images={"base": base, "candidate": after},
-    )
+    made: dict[Role, Tensor] = {"base": base, "candidate": after}
+    return Finding(Replaced.kind, instance.id, *figures, prompt=context.prompt(prompt_id), images=made)
 
 
 def judged(findings: list[Finding], drawn: list[Finding]) -> dict[str, Any]:

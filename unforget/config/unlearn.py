@@ -51,9 +51,8 @@ class RecipeOptions(Config):
     learning_rate: float | None = change("Learning rate of Adam.", names=("--lr",), gt=0, le=1)
     update_share: float | None = change(
         "Instead of a learning rate: most that an update may change of what a projection answers, as a share of it.",
-        gt=0,
-        le=1,
-    )
+        gt=0, le=1,
+    )  # fmt: skip
     max_train_steps: int | None = change("Largest number of updates.", ge=1, le=100_000)
     warmup_steps: int | None = change("Updates over which the learning rate rises.", ge=0)
     cooldown_steps: int | None = change("Last updates, over which the learning rate falls.", ge=0)

@@ -124,12 +124,9 @@ class VerifyConfig(ReportConfig, Policy, PatchedConfig, ImageConfig):
         "diffusers class of the sampler that made the target, such as DDPMScheduler.", None, "the family's own"
     )
     batch_size: int | None = option(
-        "Images in one pass of the network without gradients.",
-        None,
-        "by their size and the device",
-        panel=MACHINE,
+        "Images in one pass of the network without gradients.", None, "by their size and the device", panel=MACHINE,
         ge=1,
-    )
+    )  # fmt: skip
     cache: bool = option("Read and keep what the base does, for the next run.", True, panel=MACHINE)
 
     @model_validator(mode="after")

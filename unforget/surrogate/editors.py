@@ -110,7 +110,7 @@ class Instruct(Strategy):
     steps: int = Field(20, ge=1, le=1000, description="sampler steps")
 
     def __call__(self, canvas: Canvas) -> list[Candidate]:
-        pipeline, licence = families.editor(self.model, next(canvas.family.network.parameters()).device)
+        pipeline, licence = families.editor(self.model, canvas.family.device)
         canvas.note(f"the editor {self.model} is under {licence}")
         picture, out = to_pil(canvas.target), []
         for i in range(self.seeds):

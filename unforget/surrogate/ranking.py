@@ -14,14 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from unforget.core.metrics import (
-    at_working_size,
-    pairwise_exact_rms,
-    pairwise_rms,
-    redrawn,
-    rms,
-    sharpness,
-)
+from unforget.core.metrics import at_working_size, pairwise_exact_rms, pairwise_rms, redrawn, rms, sharpness
 from unforget.core.registration import misfit
 from unforget.core.sampling import add_noise, random_noise
 from unforget.core.types import UNCONDITIONAL

@@ -72,7 +72,8 @@ def what_is_shown(
     """
     target, surrogate = instance.target, instance.surrogate
     own = misfit(base, target)
-    own = own[own <= misfit(unrelated, target).quantile(UNRELATED)]
+    if len(unrelated):
+        own = own[own <= misfit(unrelated, target).quantile(UNRELATED)]
     limit = SLACK * float(own.quantile(0.9)) if len(own) else 0.0
 
     def shares(images: Tensor) -> dict[str, float]:
