@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 
+from unforget import UnlearnConfig, families
+from unforget.api import computing
 from unforget.families import Options
 from unforget.families.memory import blueprint, reckon
 
@@ -19,22 +21,47 @@ def test_weights_gradients_and_moments_are_those_of_the_model(folder, request):
     assert plan.peak == sum(vars(plan).values())
 
 
-def test_activations_are_what_autograd_keeps(tiny_folder, tiny):
-    found = blueprint(str(tiny_folder), Options())
+@pytest.mark.parametrize("folder", ["tiny_folder", "sd3_folder"])
+def test_activations_are_what_autograd_keeps(folder, request):
+    folder, kept = request.getfixturevalue(folder), {}
+    found = blueprint(str(folder), Options())
     counted = reckon(found, "full", 16, micro_batch=3, checkpointing=False, half=False).activations
-    kept = {}
-    own = {p.untyped_storage().data_ptr() for p in tiny.network.parameters()}
+    model = families.load(folder)
+    own = {p.untyped_storage().data_ptr() for p in model.network.parameters()}
 
     def pack(t):
         if t.untyped_storage().data_ptr() not in own:
             kept[t.untyped_storage().data_ptr()] = t.untyped_storage()
         return t
 
-    tiny.network.requires_grad_(True)
+    model.network.requires_grad_(True)
+    shapes = model.latent_shape, *model.spec.conditioning_shapes(model.network.config)
+    x_t, *conditioning = (torch.randn(3, *shape) for shape in shapes)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        answer = tiny.network(torch.randn(3, *tiny.latent_shape), torch.zeros(3)).sample
+        answer = model.spec.call(model.network, x_t, torch.zeros(3), conditioning)
     assert answer.requires_grad
     assert counted == pytest.approx(sum(s.nbytes() for s in kept.values()), rel=0.1)
+
+
+def test_scores_of_attention_are_not_kept(sd3_folder):
+    def activations(half):  # on a CPU bfloat16 is computed without the fused kernels
+        return reckon(blueprint(str(sd3_folder), Options()), "lora", 2, micro_batch=4, checkpointing=False, half=half)
+
+    assert activations(True).activations > activations(False).activations
+
+
+@pytest.mark.parametrize(("large", "room", "again"), [
+    (False, 0, False), (True, 0, True), (True, 2**40, False), (True, 2**20, True),
+])  # fmt: skip
+def test_a_large_model_computes_blocks_again_where_memory_is_short(sd3_folder, monkeypatch, large, room, again):
+    monkeypatch.setattr(computing, "LARGE", 1 if large else 10**12)
+    monkeypatch.setattr(computing.devices, "memory", lambda name: room)
+    asked = {"model": str(sd3_folder), "target": "t.png", "output": "x.patch"}
+    network = families.load(sd3_folder).network
+    assert computing.compute_of(UnlearnConfig(**asked), network).gradient_checkpointing is again
+    for said in (True, False):
+        config = UnlearnConfig(**asked, gradient_checkpointing=said)
+        assert computing.compute_of(config, network).gradient_checkpointing is said
 
 
 def test_an_adapter_needs_no_second_copy_and_checkpointing_keeps_less(sd3_folder):

@@ -162,8 +162,10 @@ def counts() -> None:
         folder = str(sd3_medium.configured(Path(scratch)))
         for prompt in ((), ("a flag",)):
             asked = {"model": folder, "target": FLAG, "prompt": prompt}
-            said = api.plan_unlearn(UnlearnConfig(**asked, output="x.patch"))
-            show(f"unlearn, {len(prompt)} prompt(s)", said)
+            for again in (True, False):
+                config = UnlearnConfig(**asked, output="x.patch", gradient_checkpointing=again)
+                title = f"unlearn, {len(prompt)} prompt(s), blocks {'computed again' if again else 'kept'}"
+                show(title, api.plan_unlearn(config))
             for steps in (20, 14, 10, 8):
                 config = VerifyConfig(**asked, candidate=folder, sampler_steps=steps)
                 show(f"verify, {len(prompt)} prompt(s), {steps} sampler steps", api.plan_verify(config))

@@ -5,9 +5,10 @@ found. Nothing here prints.
 """
 
 from unforget.api.common import editor_of, recipe_of, resolve_recipe
+from unforget.api.computing import memory_plan
 from unforget.api.editing import Edited, edit_surrogate
 from unforget.api.exporting import Exported, export
-from unforget.api.planning import memory_plan, plan_unlearn, plan_verify, unlearn_passes, verify_passes
+from unforget.api.planning import plan_unlearn, plan_verify, unlearn_passes, verify_passes
 from unforget.api.unlearning import Unlearned, unlearn
 from unforget.api.verifying import compare, verify
 from unforget.exports.show import look as show

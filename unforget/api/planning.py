@@ -9,13 +9,14 @@ import torch
 
 from unforget import families
 from unforget.api.common import options, recipe_of
-from unforget.api.unlearning import compute_of, shown_count, shown_passes
+from unforget.api.computing import compute_of, memory_plan
+from unforget.api.unlearning import shown_count, shown_passes
 from unforget.api.verifying import retain_prompt_ids
 from unforget.config import ModelConfig, UnlearnConfig, VerifyConfig
 from unforget.core.passes import Count
 from unforget.core.sampling import seconds_a_pass
 from unforget.core.types import Family, Instance
-from unforget.families.memory import RUNTIME, Blueprint, blueprint, reckon, weights_of
+from unforget.families.memory import RUNTIME, Blueprint, blueprint, weights_of
 from unforget.files import storage
 from unforget.files.patch import provenance
 from unforget.unlearning.passes import Work, run_passes
@@ -31,21 +32,7 @@ Model = Family | Blueprint
 def plan_unlearn(config: UnlearnConfig) -> dict[str, Any]:
     """Memory, network passes by stage, and time of a run."""
     found = blueprint(config.model, options(config))
-    # Passes first: the memory plan puts an adapter on the network.
-    passes = unlearn_passes(config, found)
-    return {"memory_gib": _memory(config, found), **_costs(config, found, passes)}
-
-
-def memory_plan(config: UnlearnConfig) -> dict[str, float]:
-    """GiB that a run will take, by what they are for, from the model's configuration alone."""
-    return _memory(config, blueprint(config.model, options(config)))
-
-
-def _memory(config: UnlearnConfig, found: Blueprint) -> dict[str, float]:
-    recipe, compute = recipe_of(config), compute_of(config)
-    micro = min(max(recipe.forget_batch_size, recipe.retain_batch_size), compute.in_one_pass(found.image_shape))
-    checkpointing, half = compute.checkpoints(found.network), compute.half(found.device)
-    return reckon(found, recipe.train, recipe.rank, micro_batch=micro, checkpointing=checkpointing, half=half).gib()
+    return {"memory_gib": memory_plan(config), **_costs(config, found, unlearn_passes(config, found))}
 
 
 def unlearn_passes(config: UnlearnConfig, model: Model) -> dict[str, Count]:
@@ -56,7 +43,8 @@ def unlearn_passes(config: UnlearnConfig, model: Model) -> dict[str, Count]:
         config.retain_count, config.sampler_steps,
     )  # fmt: skip
     ids = prompt_ids(cast(Family, model), config.prompt)
-    stages = run_passes(model, work, recipe_of(config), checkpointing=compute_of(config).checkpoints(model.network))
+    again = compute_of(config, model.network).gradient_checkpointing
+    stages = run_passes(model, work, recipe_of(config), checkpointing=again)
     turns = [""] if work.retain else retain_turns(model, config.prompt, listed, config.retain_count)
     stay = tuple(dict.fromkeys(model.prompt_ids(turns).tolist()))
     context = _context(model, work.targets, ids, retain_prompt_ids=stay)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from unforget.api.common import load, read, recipe_of, salted, versions, writable
+from unforget.api.computing import compute_of
 from unforget.config import Policy, UnlearnConfig
 from unforget.core import distributed
 from unforget.core.devices import chosen
@@ -59,8 +60,8 @@ def unlearn(config: UnlearnConfig, progress: Progress | None = None) -> Unlearne
     check_start(folder, resume=config.resume, force=config.force)
     for path in (config.output, folder) if not config.resume else ():
         writable(path, config.force)
-    recipe, compute = recipe_of(config), compute_of(config)
-    patched = load(config, progress)
+    recipe, patched = recipe_of(config), load(config, progress)
+    compute = compute_of(config, patched.network)
     base_digest = digest(patched.network.state_dict())
     stack = Stack.load(config.patch, config.scale)
     inputs = _inputs(config, patched, stack, salted(base_digest), progress)
@@ -86,11 +87,6 @@ def unlearn(config: UnlearnConfig, progress: Progress | None = None) -> Unlearne
     ended |= _before_and_after(trained, patched, config.output, config.num_validation_images, progress)
     directory.finish({**ended, "digest": made})
     return Unlearned(config.output, folder, **ended)
-
-
-def compute_of(config: UnlearnConfig) -> Compute:
-    """How a run computes."""
-    return Compute(config.micro_batch, config.mixed_precision, config.use_8bit_adam, config.gradient_checkpointing)
 
 
 def _inputs(config: UnlearnConfig, family: Family, stack: Stack, salt: str, progress: Progress) -> RunInputs:

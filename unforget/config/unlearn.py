@@ -98,7 +98,10 @@ class UnlearnConfig(RecipeOptions, DrawConfig, PatchedConfig):
     )
     micro_batch: int | None = option("Images in one pass of the network.", None, "by their size", panel=MACHINE, ge=1)
     gradient_checkpointing: bool | None = option(
-        "Recompute activations: less memory, more time.", None, "on for large models", panel=MACHINE
+        "Recompute activations: less memory, more time.",
+        None,
+        "on for large models, unless the card has room",
+        panel=MACHINE,
     )
     use_8bit_adam: bool = option("Keep the optimiser's state in 8 bits; needs bitsandbytes.", False, panel=MACHINE)
     mixed_precision: Literal["auto", "no", "bf16"] = option(

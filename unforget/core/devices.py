@@ -32,6 +32,14 @@ def spoken(name: str) -> str:
     return f"{name} ({tell(name)})" if tell else name
 
 
+def memory(name: str) -> int:
+    """Bytes that this process may have of a card's memory, with what it has; 0 where torch cannot tell."""
+    device = torch.device(name)
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device))
+
+
 def _count(kind: str) -> int:
     """How many devices of a kind torch can use here."""
     if kind == "mps":  # torch 2.6 has no torch.mps.is_available

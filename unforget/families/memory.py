@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from unforget import families
 from unforget.core.schedule import Schedule
@@ -189,15 +191,35 @@ def reckon(found: Blueprint, scope: Scope, rank: int, *, micro_batch: int, check
     network.requires_grad_(False)
     for p in trained:
         p.requires_grad_(True)
-    kept = _kept(found, micro_batch)
-    if checkpointing:
-        network.enable_gradient_checkpointing()
-        # The inputs of all blocks, and one block's inside while it is computed again.
-        kept = _kept(found, micro_batch) + kept // found.spec.blocks(network.config)
+    # What `compute.mixed` asks of attention.
+    plain = half and not checkpointing and found.device.type == "cpu"
+    with contextlib.nullcontext() if plain else _FusedAttention():
+        kept = _kept(found, micro_batch)
+        if checkpointing:
+            network.enable_gradient_checkpointing()
+            # The inputs of all blocks, and one block's inside while it is computed again.
+            kept = _kept(found, micro_batch) + kept // found.spec.blocks(network.config)
     if half and next(network.parameters()).dtype == torch.float32:
         kept //= 2
     adapter, base = (mine, 0) if scope == "lora" else (0, weights)
     return Plan(int(RUNTIME), weights + adapter + found.beside, base, 3 * mine, 2 * mine, kept)
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention as fused kernels do it, which torch has no meta tensors for: scores are computed again, not kept."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is functional.scaled_dot_product_attention:
+            return _Attention.apply(*args[:3])  # type: ignore[no-untyped-call]
+        return func(*args, **(kwargs or {}))
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        answer = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, answer)
+        return answer
 
 
 def _kept(found: Blueprint, n: int) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from unforget.core import passes
-from unforget.core.types import LARGE, Predict
+from unforget.core.types import Predict
 from unforget.errors import CannotRun
 
 
@@ -22,16 +22,11 @@ class Compute:
     micro_batch: int | None = None
     mixed_precision: Literal["auto", "no", "bf16"] = "no"
     use_8bit_adam: bool = False
-    gradient_checkpointing: bool | None = None
+    gradient_checkpointing: bool = False  # blocks are computed again in the backward pass
 
     def half(self, device: torch.device) -> bool:
         """Whether passes are computed in bfloat16 on a device."""
         return self.mixed_precision == "bf16" or (self.mixed_precision == "auto" and has_bf16(device))
-
-    def checkpoints(self, network: nn.Module) -> bool:
-        """Whether blocks are computed again in the backward pass."""
-        large = sum(p.numel() for p in network.parameters()) >= LARGE
-        return large if self.gradient_checkpointing is None else self.gradient_checkpointing
 
     def in_one_pass(self, image_shape: tuple[int, int, int]) -> int:
         """How many images go through the network at once, with gradients."""

@@ -44,7 +44,7 @@ def run(
     base = patched.frozen_reference(recipe.train)
     prepared = directory.prepared(base, lambda: prepare(base, inputs, progress))
     patched.unload_text_encoders()
-    if compute.checkpoints(patched.network):
+    if compute.gradient_checkpointing:
         patched.network.enable_gradient_checkpointing()  # type: ignore[operator]
     trainer = Trainer(patched, base, prepared, recipe, seed=inputs.seed, compute=compute, resume=directory.saved())
     surrogates = [images.image_id(i.surrogate, inputs.salt) for i in prepared.instances[: len(inputs.targets)]]
