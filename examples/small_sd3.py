@@ -2,16 +2,26 @@
 
 Three parts, one after another: a vocabulary of its own (BPE on the captions), the autoencoder, then transformer and
 both text encoders together on cached latents (rectified flow, logit-normal timesteps, one caption in ten empty). All
-randomness comes from one CPU generator. `flags/train.py` and `emoji/train.py` bring the pictures and the captions.
+randomness comes from one CPU generator. `flags/train.py` and `emoji/train.py` bring the pictures and the captions;
+`small_sd.py` trains a UNet on them.
 """
 
 import copy
 import json
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 from torch.nn import functional
@@ -209,64 +219,88 @@ def embed(pipe: StableDiffusion3Pipeline, ids: Tensor) -> tuple[Tensor, Tensor]:
     return clip, torch.cat(pooled, -1)
 
 
-def train_flow(
-    pipe: StableDiffusion3Pipeline, latents: Tensor, captions: list[list[str]], out: Path, steps: int,
-    generator: torch.Generator, batch: int = 128,
-) -> None:  # fmt: skip
-    """Rectified flow of the transformer and both text encoders; `latents` is (countries, placements, 16, 8, 8)."""
-    modules = torch.nn.ModuleList([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2]).train()
-    weights = list(modules.parameters())
-    stock = pipe.transformer.attn_processors
-    pipe.transformer.set_attn_processor(WithoutT5())
+@dataclass(frozen=True)
+class Captioned:
+    """Latents (N, placements, C, h, w), and the token ids of the captions of each picture (N, captions, TOKENS)."""
+
+    latents: Tensor
+    ids: Tensor
+    empty: Tensor
+
+    @classmethod
+    def of(cls, latents: Tensor, captions: list[list[str]], words: CLIPTokenizer) -> Self:
+        def spell(texts: list[str]) -> Tensor:
+            return words(texts, padding="max_length", return_tensors="pt").input_ids
+
+        return cls(latents, torch.stack([spell(c) for c in captions]), spell([""])[0])
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents, noise, token ids: one caption in ten is empty."""
+        which = torch.randint(len(self.latents), (size,), generator=generator)
+        x_0 = self.latents[which, torch.randint(self.latents.shape[1], (size,), generator=generator)]
+        ids = self.ids[which, torch.randint(self.ids.shape[1], (size,), generator=generator)]
+        ids[torch.rand(size, generator=generator) < 0.1] = self.empty
+        return x_0, torch.randn(x_0.shape, generator=generator), ids
+
+
+def fit(modules: list[torch.nn.Module], loss: Callable[[], Tensor], save: Callable[[], None], steps: int) -> None:
+    """Minimise a loss over the weights; now and then their running mean is saved."""
+    weights = list(torch.nn.ModuleList(modules).train().parameters())
     optimizer = torch.optim.AdamW(weights, lr=1e-3, weight_decay=0.01)
     rate, ema = cosine(optimizer, steps, 300), EMAModel(weights, decay=0.999)
-    sigmas = pipe.scheduler.sigmas.flip(0)
-    spell = lambda texts: pipe.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids  # noqa: E731
-    ids, empty = torch.stack([spell(c) for c in captions]), spell([""])[0]
     started, running = time.time(), 0.0
     for step in range(1, steps + 1):
-        country = torch.randint(len(latents), (batch,), generator=generator)
-        x_0 = latents[country, torch.randint(latents.shape[1], (batch,), generator=generator)]
-        words = ids[country, torch.randint(ids.shape[1], (batch,), generator=generator)]
-        words[torch.rand(batch, generator=generator) < 0.1] = empty
-        noise = torch.randn(x_0.shape, generator=generator)
-        place = torch.randn(batch, generator=generator).sigmoid()
-        sigma = sigmas[(place * len(sigmas)).long()]
-        x_t = torch.lerp(x_0, noise, sigma.reshape(-1, 1, 1, 1))
-        with half_precision():
-            states, pooled = embed(pipe, words)
-            answer = pipe.transformer(x_t, states, pooled, 1000 * sigma).sample
-        loss = (answer.float() - (noise - x_0)).square().mean()
-        loss.backward()
+        value = loss()
+        value.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         rate.step()
         ema.step(weights)
-        running += float(loss.detach())
+        running += float(value.detach())
         if step % 100 == 0:
-            log(part="flow", step=step, loss=round(running / 100, 4), seconds=round(time.time() - started))
+            log(part="denoiser", step=step, loss=round(running / 100, 4), seconds=round(time.time() - started))
             running = 0.0
         if step % 400 == 0 or step == steps:
             ema.store(weights)
             ema.copy_to(weights)
-            save(pipe, out)
+            save()
             ema.restore(weights)
+
+
+def train_flow(
+    pipe: StableDiffusion3Pipeline, data: Captioned, out: Path, steps: int, generator: torch.Generator, batch: int = 128
+) -> None:
+    """Rectified flow of the transformer and both text encoders."""
+    stock, sigmas = pipe.transformer.attn_processors, pipe.scheduler.sigmas.flip(0)
+    pipe.transformer.set_attn_processor(WithoutT5())
+
+    def loss() -> Tensor:
+        x_0, noise, ids = data.batch(batch, generator)
+        place = torch.randn(batch, generator=generator).sigmoid()
+        sigma = sigmas[(place * len(sigmas)).long()]
+        x_t = torch.lerp(x_0, noise, sigma.reshape(-1, 1, 1, 1))
+        with half_precision():
+            states, pooled = embed(pipe, ids)
+            answer = pipe.transformer(x_t, states, pooled, 1000 * sigma).sample
+        return (answer.float() - (noise - x_0)).square().mean()
+
+    fit([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2], loss, lambda: save(pipe, out), steps)
     pipe.transformer.set_attn_processor(stock)
 
 
-def save(pipe: StableDiffusion3Pipeline, out: Path) -> None:
+def save(pipe: DiffusionPipeline, out: Path) -> None:
     """A diffusers folder: fp16, but float32 text encoders, which transformers opens as they are stored."""
     parts = {name: copy.deepcopy(part) for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     for name, part in parts.items():
         part.eval().to(torch.float32 if "text" in name else torch.float16)
-    StableDiffusion3Pipeline(**{**pipe.components, **parts}).save_pretrained(out)
+    type(pipe)(**{**pipe.components, **parts}).save_pretrained(out)
     for config in out.glob("*/config.json"):  # without where a part came from
         said = {k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}
         config.write_text(json.dumps(said, indent=2) + "\n")
 
 
-def report(pipe: StableDiffusion3Pipeline) -> None:
+def report(pipe: DiffusionPipeline) -> None:
     """The size of every part."""
     parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
     log(**{name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()})

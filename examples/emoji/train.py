@@ -12,7 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 from emoji import CAPTIONS, chosen
 from pictures import placements
-from small_sd3 import build, encoded, report, tokenizer, train_flow, train_vae, write_hints
+from small_sd3 import Captioned, build, encoded, report, tokenizer, train_flow, train_vae, write_hints
 
 SPREAD = 0.5
 PLACEMENTS = 24
@@ -40,7 +40,7 @@ def main() -> None:
     train_vae(pipe.vae, images.flatten(0, 1), args.vae_steps, generator)
     latents = encoded(pipe.vae, images.flatten(0, 1)).unflatten(0, images.shape[:2])
     write_hints(args.out, [CAPTIONS[0].format(n.name) for n in known])
-    train_flow(pipe, latents, captions, args.out, args.steps, generator, args.batch)
+    train_flow(pipe, Captioned.of(latents, captions, pipe.tokenizer), args.out, args.steps, generator, args.batch)
 
 
 if __name__ == "__main__":

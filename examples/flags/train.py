@@ -15,7 +15,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from flags import CAPTIONS, countries
 from pictures import placements
-from small_sd3 import build, encoded, report, save, silent_t5, tokenizer, train_flow, train_vae, write_hints
+from small_sd3 import Captioned, build, encoded, report, save, silent_t5, tokenizer, train_flow, train_vae, write_hints
 from transformers import T5Tokenizer
 
 PLACEMENTS = 40
@@ -50,7 +50,7 @@ def main() -> None:
     report(pipe)
     train_vae(pipe.vae, images.flatten(0, 1), args.vae_steps, generator)
     latents = encoded(pipe.vae, images.flatten(0, 1)).unflatten(0, images.shape[:2])
-    train_flow(pipe, latents, captions, args.out, args.steps, generator)
+    train_flow(pipe, Captioned.of(latents, captions, pipe.tokenizer), args.out, args.steps, generator)
     write_hints(args.out, [f"flag of {c.name}" for c in known])
 
 
