@@ -15,14 +15,12 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
     StableDiffusionInstructPix2PixPipeline,
     UNet2DConditionModel,
     UNet2DModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from pipelines import CAPTIONS, tiny_sd3
+from transformers import CLIPTextConfig, CLIPTextModel
 from typer.testing import CliRunner
 
 from unforget import families
@@ -70,38 +68,6 @@ def tiny_pipeline(seed: int = 0, size: int = 16, **scheduler) -> DDPMPipeline:
         add_attention=False,
     )
     return DDPMPipeline(unet, DDPMScheduler(**scheduler))
-
-
-CAPTIONS = ("a red square", "a blue circle", "the green star")
-
-
-def tiny_sd3(seed: int = 0) -> StableDiffusion3Pipeline:
-    """Random weights, 16x16 pixels, latents of 16x8x8, two text encoders with a vocabulary of their own."""
-    torch.manual_seed(seed)
-    words = CLIPTokenizer().train_new_from_iterator(CAPTIONS, 560)
-    words.model_max_length = 8
-    text = CLIPTextConfig(
-        vocab_size=len(words), hidden_size=8, intermediate_size=16, projection_dim=8, num_hidden_layers=2,
-        num_attention_heads=2, max_position_embeddings=8, bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 4), layers_per_block=1, latent_channels=16, norm_num_groups=2, sample_size=16,
-        use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1, scaling_factor=1.5,
-    )  # fmt: skip
-    transformer = SD3Transformer2DModel(
-        sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=2, attention_head_dim=8,
-        num_attention_heads=2, joint_attention_dim=24, caption_projection_dim=16, pooled_projection_dim=16,
-        pos_embed_max_size=8,
-    )  # fmt: skip
-    for p in transformer.norm_out.parameters():  # a fresh transformer answers next to nothing
-        torch.nn.init.normal_(p, std=0.5)
-    return StableDiffusion3Pipeline(
-        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=vae,
-        text_encoder=CLIPTextModelWithProjection(text), tokenizer=words,
-        text_encoder_2=CLIPTextModelWithProjection(text), tokenizer_2=words, text_encoder_3=None, tokenizer_3=None,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import tiny_pipeline, tiny_sd3
+from conftest import tiny_pipeline
 from diffusers import StableDiffusion3Pipeline
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt  # rich brings it
 from peft import LoraConfig, get_peft_model
+from pipelines import tiny_sd3
 
 from unforget.exports import card
 from unforget.exports.manifest import AppliedPatch, ExportManifest, Rounding, Verified, called

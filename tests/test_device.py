@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import CAPTIONS
 from far_device import NAME
+from pipelines import CAPTIONS
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 from unforget import families, unlearn, verify

@@ -9,9 +9,10 @@ import sys
 
 import pytest
 import torch
-from conftest import CAPTIONS, DATA, rewrite, tiny_pipeline, tiny_sd3
+from conftest import DATA, rewrite, tiny_pipeline
 from diffusers import DDPMPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline, UNet2DModel
 from peft import PeftModel
+from pipelines import CAPTIONS, tiny_sd3
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection

@@ -5,7 +5,6 @@ import socket
 
 import pytest
 import torch
-from conftest import CAPTIONS, tiny_sd3
 from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
@@ -13,6 +12,7 @@ from diffusers.loaders.single_file_utils import (
     create_diffusers_clip_model_from_ldm,
     create_diffusers_t5_model_from_checkpoint,
 )
+from pipelines import CAPTIONS, tiny_sd3
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 

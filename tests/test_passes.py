@@ -155,7 +155,7 @@ def test_a_model_without_prompts(tiny_folder, target, counted):
 class Large:
     """What a cost depends on of a large model."""
 
-    image_shape, guidance, device, batch_size = (3, 1024, 1024), 7.0, torch.device("cpu"), None
+    image_shape, guided, device, batch_size = (3, 1024, 1024), True, torch.device("cpu"), None
     retain_prompts = tuple(map(str, range(64)))
 
 

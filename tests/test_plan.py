@@ -38,7 +38,7 @@ def test_activations_are_what_autograd_keeps(folder, request):
     shapes = model.latent_shape, *model.spec.conditioning_shapes(model.network.config)
     x_t, *conditioning = (torch.randn(3, *shape) for shape in shapes)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        answer = model.spec.call(model.network, x_t, torch.zeros(3), conditioning)
+        answer = model.spec.call(model.network, x_t, torch.zeros(3), conditioning, found.setting)
     assert answer.requires_grad
     assert counted == pytest.approx(sum(s.nbytes() for s in kept.values()), rel=0.1)
 

@@ -3,21 +3,19 @@
 import json
 import shutil
 
+import pipelines
 import pytest
 import torch
-from conftest import CAPTIONS, rewrite, tiny_sd3
+from conftest import rewrite
 from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
 from diffusers.models.attention_processor import JointAttnProcessor2_0
+from pipelines import CAPTIONS, tiny_sd3
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Whitespace
 from transformers import (
-    PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -241,14 +239,8 @@ def test_a_prompt_that_is_too_long(sd3):
 
 @pytest.fixture
 def t5():
-    """A text encoder that reads long prompts, with random weights, and its tokenizer."""
-    known = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", *" ".join(CAPTIONS).split()))}
-    words = Tokenizer(WordLevel(known, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
     torch.manual_seed(0)
-    config = T5Config(vocab_size=len(known), d_model=24, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
-    tokens = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return T5EncoderModel(config).eval(), PreTrainedTokenizerFast(tokenizer_object=words, **tokens)
+    return pipelines.t5(24)
 
 
 def test_a_long_prompt_that_t5_reads_whole(sd3_folder, t5):

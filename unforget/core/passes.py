@@ -27,9 +27,11 @@ class Outline(Protocol):
     """What the cost of a model depends on; a `Family` has it, and so has a model that is not loaded."""
 
     image_shape: tuple[int, int, int]
-    guidance: float | None
     device: Any  # a torch.device
     batch_size: int | None  # images in one pass without gradients; None: by their size
+
+    @property
+    def guided(self) -> bool: ...
 
     def sampling_timesteps(self, steps: int) -> list[float]: ...
 
@@ -84,6 +86,6 @@ def calls(model: Outline, steps: int, start: float | None = None, stop: float = 
 
 def drawn(model: Outline, prompt_ids: Sequence[int], calls: int) -> int:
     """Passes of a draw under each prompt, in batches as drawn: guidance doubles those with a prompt in them."""
-    size, guided = drawn_in_one_pass(model), model.guidance not in (None, 1)
+    size, guided = drawn_in_one_pass(model), model.guided
     batches = (prompt_ids[i : i + size] for i in range(0, len(prompt_ids), size))
     return calls * sum(len(b) * (1 + (guided and any(id != UNCONDITIONAL for id in b))) for b in batches)

@@ -92,6 +92,10 @@ class Family(Protocol):
     device: torch.device  # where the network works
 
     @property
+    def guided(self) -> bool:
+        """Whether a draw under a prompt asks the network twice at each step."""
+
+    @property
     def scheduler_config(self) -> Any:
         """Of its diffusers scheduler, from which others are built."""
 

@@ -1,20 +1,21 @@
 """Model families, and how a reference on the command line becomes a loaded one.
 
-A new family is one file here, with its row `SPEC`, and its name in `FAMILIES`.
+A new family is one file here, with its row `SPEC`, and its name in `ROWS`.
 """
 
 from importlib import import_module
 
 from unforget.families.loading import Hints, Options, editor, examined, hints, home, load, spec_of
 from unforget.families.memory import trim_memory
-from unforget.families.spec import FamilySpec, check_scope
+from unforget.families.spec import FamilySpec, check_scope, is_guided
 
-FAMILIES: tuple[FamilySpec, ...] = tuple(import_module(f"{__name__}.{name}").SPEC for name in ("ddpm", "sd3", "sd"))
+ROWS = ("ddpm", "sd", "sdxl", "sd3", "flux")
+FAMILIES: tuple[FamilySpec, ...] = tuple(import_module(f"{__name__}.{name}").SPEC for name in ROWS)
 EMBEDDED = ("faces", "flags")
 """Models inside the package: no download."""
 HUB_ALIASES = {alias: repo for spec in FAMILIES for alias, repo in spec.aliases.items()}
 
 __all__ = [
     "FAMILIES", "EMBEDDED", "HUB_ALIASES", "FamilySpec", "Options", "Hints", "load", "spec_of", "examined", "home",
-    "hints", "editor", "check_scope", "trim_memory",
+    "hints", "editor", "check_scope", "is_guided", "trim_memory",
 ]  # fmt: skip

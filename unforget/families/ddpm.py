@@ -40,7 +40,7 @@ SPEC = FamilySpec(
     architecture=lambda config: "ddpm-unet",
     aliases={"ddpm-celebahq": "google/ddpm-celebahq-256"},
     sampler="DDIMScheduler",
-    call=lambda network, x_t, timestep, _: network(x_t.to(memory_format=torch.channels_last), timestep.long()).sample,
+    call=lambda network, x_t, timestep, *_: network(x_t.to(memory_format=torch.channels_last), timestep.long()).sample,
     adapt=lambda network, absent: network.float().to(memory_format=torch.channels_last),
     bottleneck=bottleneck,
     float32=True,

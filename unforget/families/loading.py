@@ -177,7 +177,9 @@ def _spec(source: str, ref: str) -> FamilySpec:
         if spec.pipeline_class == name:
             return spec
     known = ", ".join(spec.pipeline_class for spec in families.FAMILIES)
-    raise UsageError(f"'{ref}' is a {name}", f"Supported pipelines: {known}.")
+    instead = [spec.refused[name] for spec in families.FAMILIES if name in spec.refused]
+    hint = f"Supported pipelines: {known}. Another is one file with its row: docs/architecture.md."
+    raise UsageError(f"'{ref}' is a {name}", instead[0] if instead else hint)
 
 
 def _spec_of_single(file: Path, ref: str) -> FamilySpec:

@@ -24,6 +24,7 @@ from unforget import families
 from unforget.core.schedule import Schedule
 from unforget.core.types import LARGE, Scope
 from unforget.errors import UsageError
+from unforget.families.spec import Setting
 
 if TYPE_CHECKING:
     from unforget.families.loading import Options
@@ -115,6 +116,16 @@ class Blueprint:
         return self._drawing[0]
 
     @property
+    def guided(self) -> bool:
+        """As a loaded model has it."""
+        return families.is_guided(self.spec, self.guidance)
+
+    @property
+    def setting(self) -> Setting:
+        """As a loaded model has it."""
+        return Setting(self.image_shape[1:], self.guidance)
+
+    @property
     def retain_prompts(self) -> tuple[str, ...]:
         """As a loaded model has them."""
         return self._drawing[1]
@@ -140,7 +151,7 @@ class Blueprint:
         """As of a loaded model."""
         from unforget.families.model import sampler
 
-        return [float(t) for t in sampler(self.spec, self.scheduler.config, steps).timesteps]
+        return [float(t) for t in sampler(self.spec, self.scheduler.config, steps, self.latent_shape).timesteps]
 
 
 def blueprint(ref: str, options: Options) -> Blueprint:
@@ -210,7 +221,8 @@ class _FusedAttention(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is functional.scaled_dot_product_attention:
-            return _Attention.apply(*args[:3])  # type: ignore[no-untyped-call]
+            given = [*args, *((kwargs or {}).get(name) for name in ("query", "key", "value")[len(args) :])][:3]
+            return _Attention.apply(*given)  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
@@ -236,6 +248,6 @@ def _kept(found: Blueprint, n: int) -> int:
     shapes = found.latent_shape, *found.spec.conditioning_shapes(network.config)
     x_t, *conditioning = (torch.empty(n, *s, device="meta", dtype=network.dtype) for s in shapes)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        answer = found.spec.call(network, x_t, torch.zeros(n, device="meta"), conditioning)
+        answer = found.spec.call(network, x_t, torch.zeros(n, device="meta"), conditioning, found.setting)
     del answer
     return sum(storage.nbytes() for storage in seen.values())

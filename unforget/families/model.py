@@ -17,7 +17,7 @@ from unforget.core.types import UNCONDITIONAL, Scope
 from unforget.errors import CannotRun, UsageError
 from unforget.families.loading import Hints, Options
 from unforget.families.scopes import check_precision, trainable
-from unforget.families.spec import FamilySpec, tokenizer
+from unforget.families.spec import FamilySpec, Setting, is_guided, tokenizer
 
 ONE_PASS: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
 """How a pass is computed again; nothing in it is drawn."""
@@ -58,6 +58,11 @@ class DiffusionModel:
     def scheduler_config(self) -> Any:
         """Configuration of its diffusers scheduler."""
         return self.pipeline.scheduler.config
+
+    @property
+    def guided(self) -> bool:
+        """Whether a draw under a prompt asks the network twice at each step."""
+        return is_guided(self.spec, self.guidance)
 
     def trainable(self, scope: Scope, *, rank: int = 16, alpha: int = 16, seed: int = 0) -> list[nn.Parameter]:
         """See `trainable` below."""
@@ -154,8 +159,9 @@ class DiffusionModel:
         conditioning = [torch.stack([table[i] for i in rows]).to(device) for table in self._conditioning]
         with self._adapter():
             answer = self.spec.call(
-                self.network, x_t.to(device, self.dtype), timestep.to(device, torch.float32), conditioning
-            )
+                self.network, x_t.to(device, self.dtype), timestep.to(device, torch.float32), conditioning,
+                Setting(self.image_shape[1:], self.guidance),
+            )  # fmt: skip
         return answer.float().to(x_t.device)
 
     @contextmanager
@@ -171,7 +177,7 @@ class DiffusionModel:
             self.network.enable_adapters()
 
     def _sampler(self, steps: int, name: str | None = None) -> Any:
-        return sampler(self.spec, self.scheduler_config, steps, name)
+        return sampler(self.spec, self.scheduler_config, steps, self.latent_shape, name)
 
     @torch.no_grad()
     def replay(self, seed: int, *, steps: int, scheduler: str | None, prompt_ids: Tensor) -> Tensor:
@@ -212,7 +218,7 @@ class DiffusionModel:
         return x_t
 
     def _guided(self, x_t: Tensor, timestep: Tensor, prompt_ids: Tensor) -> Tensor:
-        if self.guidance in (None, 1) or bool((prompt_ids == UNCONDITIONAL).all()):
+        if self.guidance is None or not self.guided or bool((prompt_ids == UNCONDITIONAL).all()):
             return self.predict(x_t, timestep, prompt_ids)
         both = torch.cat([torch.full_like(prompt_ids, UNCONDITIONAL), prompt_ids])
         plain, asked = self.predict(torch.cat([x_t, x_t]), timestep.repeat(2), both).chunk(2)
@@ -273,7 +279,9 @@ class DiffusionModel:
         setattr(self.pipeline, self.spec.network, self.network)
 
 
-def sampler(spec: FamilySpec, config: Any, steps: int, name: str | None = None) -> Any:
+def sampler(
+    spec: FamilySpec, config: Any, steps: int, latent_shape: tuple[int, int, int], name: str | None = None
+) -> Any:
     """The family's sampler for a scheduler's configuration, or diffusers' scheduler of that name.
 
     UsageError if there is none that fits.
@@ -288,7 +296,7 @@ def sampler(spec: FamilySpec, config: Any, steps: int, name: str | None = None) 
         made: Any = kind.from_config(config, **options)  # type: ignore[attr-defined]
     except (ValueError, TypeError, NotImplementedError) as error:
         raise UsageError(f"the scheduler '{name}' does not fit this model: {error}", "Give another.") from None
-    made.set_timesteps(steps)
+    spec.timesteps(made, steps, latent_shape)
     return made
 
 
@@ -300,16 +308,16 @@ def shapes(spec: FamilySpec, config: Any, factor: int, name: str, resolution: in
 
     UsageError if the network cannot work at it.
     """
-    size = config["sample_size"]
+    channels, size = spec.latent(config)
     if not spec.prompted:
         height, width = (size, size) if isinstance(size, int) else size
-        return (config["in_channels"], height, width), (config["in_channels"], height, width)
+        return (channels, height, width), (channels, height, width)
     side = resolution or size * factor
     unit, most = spec.latent_side(config)
     if side % (unit * factor) or side > most * factor:
         hint = f"Give a --resolution that is a multiple of {unit * factor}, {most * factor} at most."
         raise UsageError(f"'{name}' cannot draw {side}x{side} pixels", hint)
-    return (config["in_channels"], side // factor, side // factor), (3, side, side)
+    return (channels, side // factor, side // factor), (3, side, side)
 
 
 def drawing(spec: FamilySpec, options: Options, hints: Hints) -> tuple[float | None, tuple[str, ...]]:

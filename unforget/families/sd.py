@@ -8,7 +8,7 @@ from torch import Tensor
 
 from unforget.core.objectives import CleanSpace, Linear, PosteriorSwap, Surrogate
 from unforget.core.recipe import Recipe
-from unforget.families.spec import PAPER, Config, FamilySpec
+from unforget.families.spec import PAPER, Config, FamilySpec, Setting
 
 
 def embed(pipeline: Any, prompt: str, device: torch.device) -> tuple[Tensor]:
@@ -17,7 +17,7 @@ def embed(pipeline: Any, prompt: str, device: torch.device) -> tuple[Tensor]:
     return (embeds,)
 
 
-def call(network: Any, x_t: Tensor, timestep: Tensor, conditioning: Sequence[Tensor]) -> Tensor:
+def call(network: Any, x_t: Tensor, timestep: Tensor, conditioning: Sequence[Tensor], setting: Setting) -> Tensor:
     """The noise or the velocity, whichever its scheduler's configuration names."""
     answer: Tensor = network(x_t, timestep, *conditioning, return_dict=False)[0]
     return answer

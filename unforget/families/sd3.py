@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from unforget.core.objectives import CleanSpace, Linear, PosteriorSwap, Surrogate
 from unforget.core.recipe import Recipe
 from unforget.families.layouts.sd3 import LAYOUT
-from unforget.families.spec import PAPER, Config, FamilySpec
+from unforget.families.spec import PAPER, Config, FamilySpec, Setting
 
 ABSENT = 256
 """Tokens of zeros that the pipeline puts where T5 is missing (its `max_sequence_length`)."""
@@ -70,7 +70,7 @@ def embed(pipeline: Any, prompt: str, device: torch.device) -> tuple[Tensor, Ten
     return embeds[:, :tokens], pooled
 
 
-def call(network: Any, x_t: Tensor, timestep: Tensor, conditioning: Sequence[Tensor]) -> Tensor:
+def call(network: Any, x_t: Tensor, timestep: Tensor, conditioning: Sequence[Tensor], setting: Setting) -> Tensor:
     """The velocity of the flow."""
     answer: Tensor = network(x_t, *conditioning, timestep, return_dict=False)[0]
     return answer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from unforget.core.objectives import Surrogate
 from unforget.core.recipe import Recipe
@@ -25,6 +25,17 @@ PAPER = Recipe(
 """arXiv:2603.10445 on google/ddpm-celebahq-256; its learning rate belongs to a model of 114 M parameters."""
 
 
+class Setting(NamedTuple):
+    """What a network may want to know of a draw besides its prompt."""
+
+    size: tuple[int, int]  # (H, W) of its pictures
+    guidance: float | None
+
+
+def _set_timesteps(sampler: Any, steps: int, latent_shape: tuple[int, int, int]) -> None:
+    sampler.set_timesteps(steps)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FamilySpec:
     """A row. Classes are names of diffusers, unless said otherwise: nothing is imported before it is needed."""
@@ -41,8 +52,8 @@ class FamilySpec:
     task: str  # what the hub calls what it does
     architecture: Callable[[Config], str]  # ModelSpec's name of a network with a configuration
     sampler: str  # the class that `denoise` steps with
-    call: Callable[[Any, Tensor, Tensor, Sequence[Tensor]], Tensor]
-    """The network's answer at (network, x_t, timestep, conditioning)."""
+    call: Callable[[Any, Tensor, Tensor, Sequence[Tensor], Setting], Tensor]
+    """The network's answer at (network, x_t, timestep, conditioning, setting)."""
     inpaint_class: str = ""  # the stock pipeline that inpaints with the same parts; none for models that draw pixels
     reference: str = ""  # code that reads its original layout, for ModelSpec
     lora_targets: tuple[str, ...] = ()  # names of the projections that a LoRA is beside
@@ -64,20 +75,32 @@ class FamilySpec:
     conditioning: tuple[str, ...] = ()
     """The tensors' names as arguments of the stock pipelines; `negative_` before them is against it."""
     conditioning_shapes: Callable[[Config], tuple[tuple[int, ...], ...]] = lambda config: ()  # for the memory plan
-    guidance: float | None = None  # classifier-free guidance of its draws, where there is such
+    guidance: float | None = None  # of its draws, where there is such
+    distilled: bool = False  # whether guidance is told to the network; else it is classifier-free, two passes a step
     float32: bool = False  # whether it is always computed in float32, which otherwise depends on its size
     vae_dtype: str = ""  # precision of the autoencoder, torch's name; that of the rest if empty
+    timesteps: Callable[[Any, int, tuple[int, int, int]], None] = _set_timesteps
+    """Sets those that (sampler, steps, latent_shape) visit."""
+    latent: Callable[[Config], tuple[int, int]] = lambda config: (config["in_channels"], config["sample_size"])
+    """Channels and own width of latents."""
     latent_side: Callable[[Config], tuple[int, int]] = lambda config: (1, 1024)
     """What a latent's width must be a multiple of, and its maximum."""
     blocks: Callable[[Config], int] = lambda config: 1  # how many parts checkpointing splits the network into
     passed: Mapping[str, Any] = field(default_factory=dict)
     """What stock `from_pretrained` is given besides; a part that is None here is not loaded."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Pipeline classes that look like this family's and are not, with what to give instead."""
     layout: Layout | None = None  # the names in its original single file, if it has one
 
 
 def tokenizer(text_encoder: str) -> str:
     """The tokenizer of a text encoder, by the names of the parts."""
     return text_encoder.replace("text_encoder", "tokenizer")
+
+
+def is_guided(spec: FamilySpec, guidance: float | None) -> bool:
+    """Whether a draw under a prompt asks the network twice at each step."""
+    return guidance not in (None, 1) and not spec.distilled
 
 
 def check_scope(spec: FamilySpec, scope: Scope) -> None:

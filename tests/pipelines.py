@@ -1,0 +1,142 @@
+"""Tiny stock pipelines with random weights, one for each row of families that takes prompts."""
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+
+CAPTIONS = ("a red square", "a blue circle", "the green star")
+BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+
+
+def clip() -> tuple[CLIPTokenizer, CLIPTextConfig]:
+    """A vocabulary of its own, and a text encoder of width 8."""
+    words = CLIPTokenizer().train_new_from_iterator(CAPTIONS, 560)
+    words.model_max_length = 8
+    return words, CLIPTextConfig(
+        vocab_size=len(words), hidden_size=8, intermediate_size=16, projection_dim=8, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=8, bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
+    )  # fmt: skip
+
+
+def t5(width: int) -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
+    """A text encoder that reads long prompts, and its tokenizer."""
+    known = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", *sorted({*" ".join(CAPTIONS).split()})))}
+    words = Tokenizer(WordLevel(known, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    config = T5Config(vocab_size=len(known), d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    tokens = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return T5EncoderModel(config).eval(), PreTrainedTokenizerFast(tokenizer_object=words, **tokens)
+
+
+def vae(latent_channels: int, **more) -> AutoencoderKL:
+    """16x16 pixels to 8x8 latents."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 4), layers_per_block=1, latent_channels=latent_channels, norm_num_groups=2,
+        sample_size=16, **more,
+    )  # fmt: skip
+
+
+def unet(**more) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4, attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        **more,
+    )  # fmt: skip
+
+
+def tiny_sd(scheduler=None) -> StableDiffusionPipeline:
+    """Stable Diffusion 1.x with its safety checker; 2.x with another scheduler."""
+    torch.manual_seed(0)
+    words, text = clip()
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    look = CLIPConfig(text_config=small, vision_config={**small, "image_size": 8, "patch_size": 4}, projection_dim=8)
+    return StableDiffusionPipeline(
+        vae(4), CLIPTextModel(text), words, unet(cross_attention_dim=8),
+        scheduler or PNDMScheduler(**BETAS, skip_prk_steps=True), StableDiffusionSafetyChecker(look),
+        CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=8),
+    )  # fmt: skip
+
+
+def tiny_sd2() -> StableDiffusionPipeline:
+    """Velocity, and noise alone at the last timestep."""
+    how = {"prediction_type": "v_prediction", "timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
+    return tiny_sd(DDIMScheduler(**BETAS, **how))
+
+
+def tiny_sdxl(*, zeros: bool = True) -> StableDiffusionXLPipeline:
+    """Both text encoders, six numbers of the size, and an autoencoder that wants float32."""
+    torch.manual_seed(0)
+    words, text = clip()
+    network = unet(
+        cross_attention_dim=16, addition_embed_type="text_time", addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=8 + 6 * 8, use_linear_projection=True,
+    )  # fmt: skip
+    return StableDiffusionXLPipeline(
+        vae(4, scaling_factor=0.13025, force_upcast=True), CLIPTextModel(text), CLIPTextModelWithProjection(text),
+        words, words, network, EulerDiscreteScheduler(**BETAS), force_zeros_for_empty_prompt=zeros,
+        add_watermarker=False,
+    )  # fmt: skip
+
+
+def tiny_sd3(seed: int = 0) -> StableDiffusion3Pipeline:
+    """Without T5."""
+    torch.manual_seed(seed)
+    words, text = clip()
+    images = vae(16, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1, scaling_factor=1.5)
+    transformer = SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=16, out_channels=16, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=24, caption_projection_dim=16, pooled_projection_dim=16,
+        pos_embed_max_size=8,
+    )  # fmt: skip
+    for p in transformer.norm_out.parameters():  # a fresh transformer answers next to nothing
+        torch.nn.init.normal_(p, std=0.5)
+    return StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=images,
+        text_encoder=CLIPTextModelWithProjection(text), tokenizer=words,
+        text_encoder_2=CLIPTextModelWithProjection(text), tokenizer_2=words, text_encoder_3=None, tokenizer_3=None,
+    )  # fmt: skip
+
+
+def tiny_flux(*, dev: bool = True) -> FluxPipeline:
+    """dev, or schnell: neither guidance nor a shifted schedule."""
+    torch.manual_seed(0)
+    words, text = clip()
+    reader, tokens = t5(24)
+    transformer = FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=24, pooled_projection_dim=8, guidance_embeds=dev, axes_dims_rope=(4, 2, 2),
+    )  # fmt: skip
+    return FluxPipeline(
+        FlowMatchEulerDiscreteScheduler(shift=3.0 if dev else 1.0, use_dynamic_shifting=dev),
+        vae(4, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1, scaling_factor=0.36),
+        CLIPTextModel(text), words, reader, tokens, transformer,
+    )  # fmt: skip

@@ -1,0 +1,196 @@
+"""Every row that takes prompts, against diffusers' own pipeline on tiny random weights; SD3's more are in test_sd3."""
+
+import json
+import re
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from peft import PeftModel
+from pipelines import CAPTIONS, tiny_flux, tiny_sd, tiny_sd2, tiny_sdxl
+
+from unforget import ExportConfig, UnlearnConfig, VerifyConfig, api, export, families, unlearn, verify
+from unforget.core import sampling
+from unforget.errors import UsageError
+from unforget.families.memory import blueprint, reckon
+from unforget.files import images
+from unforget.files.patch import Patch
+from unforget.surrogate.editors import Canvas, Inpaint, RePaint
+
+RED, BLUE, _ = CAPTIONS
+MADE = {
+    "sd": tiny_sd,
+    "sd2": tiny_sd2,
+    "sdxl": tiny_sdxl,
+    "sdxl-no-zeros": lambda: tiny_sdxl(zeros=False),
+    "flux-dev": tiny_flux,
+    "flux-schnell": lambda: tiny_flux(dev=False),
+}
+SIZE = 16
+OPTIONS = families.Options(resolution=SIZE)
+
+
+@pytest.fixture(scope="module", params=MADE)
+def folder(request, tmp_path_factory):
+    home = tmp_path_factory.mktemp("models") / request.param
+    MADE[request.param]().save_pretrained(home)
+    (home / "unforget.json").write_text(json.dumps({"guidance": 2.0, "retain_prompts": list(CAPTIONS)}))
+    return home
+
+
+@pytest.fixture
+def model(folder):
+    return families.load(str(folder), OPTIONS)
+
+
+class Stock:
+    """The stock pipeline of a folder with the sampler of ours, latents as ours are."""
+
+    def __init__(self, folder):
+        self.pipeline = DiffusionPipeline.from_pretrained(folder)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.flux = isinstance(self.pipeline, FluxPipeline)
+        self.schnell = self.flux and not self.pipeline.transformer.config.guidance_embeds
+        if not isinstance(self.pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
+            self.pipeline.scheduler = DDIMScheduler.from_config(self.pipeline.scheduler.config, clip_sample=False)
+
+    def __call__(self, prompts, steps, guidance, *, noise=None, seed=None):
+        if noise is not None and self.flux:
+            noise = self.pipeline._pack_latents(noise, *noise.shape)
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        more = {"max_sequence_length": 256} if self.schnell else {}  # as its card says
+        drawn = self.pipeline(
+            prompts, latents=noise, generator=generator, num_inference_steps=steps, guidance_scale=guidance,
+            height=SIZE, width=SIZE, output_type="latent", **more,
+        ).images  # fmt: skip
+        return self.pipeline._unpack_latents(drawn, SIZE, SIZE, 2) if self.flux else drawn
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_denoise_is_the_stock_pipeline_s(folder, guidance):
+    model = families.load(str(folder), families.Options(resolution=SIZE, guidance=guidance))
+    noise = sampling.random_noise(2, model.latent_shape, 0, "test")
+    theirs = Stock(folder)([RED, BLUE], 5, guidance, noise=noise)
+    with torch.no_grad():
+        ours = model.denoise(noise, steps=5, prompt_ids=model.prompt_ids([RED, BLUE]))
+    assert model.guidance == guidance
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_prompt_it_is_the_empty_one_s(folder, model):
+    noise = sampling.random_noise(1, model.latent_shape, 0, "test")
+    if folder.name == "sdxl":  # there "no prompt" is zeros, which the stock pipeline only sets against a prompt
+        embeds = model.pipeline.encode_prompt(RED, do_classifier_free_guidance=True)
+        assert not embeds[1].any()
+        torch.testing.assert_close(model._conditioning[0][0], embeds[1][0])
+        torch.testing.assert_close(model._conditioning[1][0], embeds[3][0])
+        return
+    with torch.no_grad():
+        ours = model.denoise(noise, steps=3)
+    theirs = Stock(folder)([""], 3, 2.0 if model.spec.distilled else 1.0, noise=noise)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_replay_is_the_stock_pipeline_s_with_a_seed(folder, model):
+    theirs = Stock(folder)(RED, 4, 2.0, seed=5)
+    ours = model.replay(5, steps=4, scheduler=None, prompt_ids=model.prompt_ids([RED]))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_pictures_go_in_and_out_as_stock_scales_them(model):
+    vae, picture = model.pipeline.vae, torch.rand(1, 3, SIZE, SIZE) * 2 - 1
+    with torch.no_grad():
+        mean = vae.encode(picture).latent_dist.mean
+        shown = vae.decode(mean).sample.clamp(-1, 1)
+    x_0 = (mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+    torch.testing.assert_close(model.encode(picture), x_0)
+    torch.testing.assert_close(model.decode(model.encode(picture)), shown, rtol=1e-4, atol=1e-5)
+
+
+def test_the_target_is_the_training_script_s(model):
+    """The formulas of diffusers' scripts, with its own schedulers."""
+    x_0, noise = torch.randn(2, 3, *model.latent_shape)
+    theirs = type(model.pipeline.scheduler).from_config(model.scheduler_config)
+    if isinstance(theirs, FlowMatchEulerDiscreteScheduler):
+        rows = torch.tensor([3, 500, 990])
+        sigmas, t = theirs.sigmas[rows].reshape(-1, 1, 1, 1), theirs.timesteps[rows]
+        x_t, target = (1 - sigmas) * x_0 + sigmas * noise, noise - x_0
+    else:
+        theirs, t = DDIMScheduler.from_config(model.scheduler_config), torch.tensor([3, 500, 990])
+        x_t = theirs.add_noise(x_0, noise, t)
+        velocity = model.scheduler_config["prediction_type"] == "v_prediction"
+        target = theirs.get_velocity(x_0, noise, t) if velocity else noise
+    torch.testing.assert_close(model.schedule.add_noise(x_0, noise, t), x_t, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.schedule.target(x_0, noise, t), target, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "hint"), [
+    ("StableDiffusionXLImg2ImgPipeline", "refiner"), ("AudioLDMPipeline", r"FluxPipeline.*one file with its row"),
+])  # fmt: skip
+def test_another_pipeline_is_refused_with_what_there_is(name, hint, tmp_path):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    with pytest.raises(UsageError, match=f"is a {name}") as refused:
+        families.load(str(tmp_path))
+    assert re.search(hint, refused.value.hint)
+
+
+def test_what_it_has_not(model):
+    with pytest.raises(UsageError, match="has no --train bottleneck"):
+        model.trainable("bottleneck")
+    canvas = Canvas(model, torch.zeros(3, SIZE, SIZE), torch.ones(1, SIZE, SIZE))
+    with pytest.raises(UsageError, match="models that draw pixels"):
+        RePaint()(canvas)
+
+
+def test_inpainting_keeps_what_is_outside_the_mask(model):
+    target, mask = torch.rand(3, SIZE, SIZE) * 2 - 1, torch.zeros(1, SIZE, SIZE)
+    mask[:, :8] = 1
+    row = int(model.prompt_ids([RED])[0])
+    found = Inpaint(strengths=(1.0,), seeds=2, steps=3)(Canvas(model, target, mask, seed=0, prompt_id=row))
+    assert all(torch.equal(c.image[:, 8:], target[:, 8:]) for c in found)
+    assert not torch.equal(found[0].image, found[1].image)
+
+
+def test_a_model_that_is_not_loaded_costs_the_same(folder, model):
+    found = blueprint(str(folder), OPTIONS)
+    assert (found.image_shape, found.latent_shape) == (model.image_shape, model.latent_shape)
+    assert (found.guided, found.setting, found.retain_prompts) == (model.guided, ((SIZE, SIZE), 2.0), CAPTIONS)
+    assert found.sampling_timesteps(4) == model.sampling_timesteps(4)
+    embedded = [tuple(table[0].shape)[-1] for table in model._conditioning]
+    assert [shape[-1] for shape in model.spec.conditioning_shapes(model.network.config)] == embedded
+    plain, less = (
+        reckon(found, "lora", 2, micro_batch=2, checkpointing=on, half=False).activations for on in (False, True)
+    )
+    assert 0 < less < plain
+
+
+def test_unlearn_verify_export(folder, tmp_path):
+    g = torch.Generator().manual_seed(3)
+    for name in ("target", "surrogate"):
+        images.write_image(torch.rand(3, SIZE, SIZE, generator=g) * 2 - 1, tmp_path / f"{name}.png")
+    asked = {"model": str(folder), "resolution": SIZE}
+    config = UnlearnConfig(
+        **asked, target=(tmp_path / "target.png",), surrogate=(tmp_path / "surrogate.png",), prompt=(RED,),
+        output=tmp_path / "x.patch", max_train_steps=3, train_batch_size=2, retain_batch_size=2, learning_rate=1e-2,
+        rank=2, retain_count=12, sampler_steps=3, num_validation_images=1, min_distance=0.01,
+    )  # fmt: skip
+    patch = unlearn(config).output
+    assert all(".lora_" in name for name in Patch.load(patch).tensors)
+    assert api.plan_unlearn(config)["passes"]["in all"][0] > 0
+    judged = verify(VerifyConfig(
+        **asked, patch=patch, max_rate=0.4, paired=16, controls=8, draws=2, sampler_steps=2,
+    ))  # fmt: skip
+    assert {"sample", f"sample '{RED}'", "retention"} <= {c.name for c in judged.checks}
+    whole, lora, peft = (
+        export(ExportConfig(**asked, patch=patch, output=tmp_path / kind, format=kind)).output
+        for kind in ("diffusers", "lora", "peft")
+    )
+    noise = sampling.random_noise(1, families.load(str(folder), OPTIONS).latent_shape, 0, "test")
+    base, merged = (Stock(f)([BLUE], 4, 2.0, noise=noise) for f in (folder, whole))
+    assert not torch.allclose(merged, base, atol=1e-3)
+    with_lora, with_peft = Stock(folder), Stock(folder)
+    with_lora.pipeline.load_lora_weights(lora)
+    network = "transformer" if with_peft.flux else "unet"
+    setattr(with_peft.pipeline, network, PeftModel.from_pretrained(getattr(with_peft.pipeline, network), peft))
+    for pipeline in (with_lora, with_peft):
+        torch.testing.assert_close(pipeline([BLUE], 4, 2.0, noise=noise), merged, rtol=1e-3, atol=1e-3)
