@@ -172,7 +172,7 @@ def test_unlearn_verify_export(folder, tmp_path):
     config = UnlearnConfig(
         **asked, target=(tmp_path / "target.png",), surrogate=(tmp_path / "surrogate.png",), prompt=(RED,),
         output=tmp_path / "x.patch", max_train_steps=3, train_batch_size=2, retain_batch_size=2, learning_rate=1e-2,
-        rank=2, retain_count=12, sampler_steps=3, num_validation_images=1, min_distance=0.01,
+        rank=2, lora_alpha=3, retain_count=12, sampler_steps=3, num_validation_images=1, min_distance=0.01,
     )  # fmt: skip
     patch = unlearn(config).output
     assert all(".lora_" in name for name in Patch.load(patch).tensors)
@@ -181,16 +181,19 @@ def test_unlearn_verify_export(folder, tmp_path):
         **asked, patch=patch, max_rate=0.4, paired=16, controls=8, draws=2, sampler_steps=2,
     ))  # fmt: skip
     assert {"sample", f"sample '{RED}'", "retention"} <= {c.name for c in judged.checks}
-    whole, lora, peft = (
-        export(ExportConfig(**asked, patch=patch, output=tmp_path / kind, format=kind)).output
-        for kind in ("diffusers", "lora", "peft")
-    )
+    spec = families.spec_of(str(folder))
+    loras = [kind for kind in ("lora", "kohya") if kind in spec.formats]
+    out = {
+        kind: export(ExportConfig(**asked, patch=patch, output=tmp_path / kind, format=kind)).output
+        for kind in ("diffusers", "peft", *loras)
+    }
     noise = sampling.random_noise(1, families.load(str(folder), OPTIONS).latent_shape, 0, "test")
-    base, merged = (Stock(f)([BLUE], 4, 2.0, noise=noise) for f in (folder, whole))
+    base, merged = (Stock(f)([BLUE], 4, 2.0, noise=noise) for f in (folder, out["diffusers"]))
     assert not torch.allclose(merged, base, atol=1e-3)
-    with_lora, with_peft = Stock(folder), Stock(folder)
-    with_lora.pipeline.load_lora_weights(lora)
-    network = "transformer" if with_peft.flux else "unet"
-    setattr(with_peft.pipeline, network, PeftModel.from_pretrained(getattr(with_peft.pipeline, network), peft))
-    for pipeline in (with_lora, with_peft):
+    patched = [Stock(folder) for _ in (*loras, "peft")]
+    for stock, kind in zip(patched, loras, strict=False):
+        stock.pipeline.load_lora_weights(out[kind])
+    network = getattr(patched[-1].pipeline, spec.network)
+    setattr(patched[-1].pipeline, spec.network, PeftModel.from_pretrained(network, out["peft"]))
+    for pipeline in patched:
         torch.testing.assert_close(pipeline([BLUE], 4, 2.0, noise=noise), merged, rtol=1e-3, atol=1e-3)

@@ -17,9 +17,10 @@ class ExportConfig(PatchedConfig):
     output: Path = option(
         "Folder to write; a .safetensors file for transformer and single-file.", names=("-o",), writes=True
     )
-    format: Literal["diffusers", "lora", "peft", "transformer", "single-file"] = option(
+    format: Literal["diffusers", "lora", "peft", "kohya", "transformer", "single-file"] = option(
         "diffusers: a folder for `from_pretrained`. lora: for `load_lora_weights`. peft: for `PeftModel`. "
-        "transformer: the network in one file with diffusers' names. single-file: one file in the original layout.",
+        "kohya: for AUTOMATIC1111 and ComfyUI. transformer: the network in one file with diffusers' names. "
+        "single-file: one file in the original layout.",
         "diffusers",
     )
     dtype: Literal["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"] | None = option(

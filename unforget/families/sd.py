@@ -32,7 +32,7 @@ def architecture(config: Config) -> str:
 
 SPEC = FamilySpec(
     name="sd",
-    title="Stable Diffusion 1.x",
+    title="Stable Diffusion 1.x and 2.x",
     pipeline_class="StableDiffusionPipeline",
     inpaint_class="StableDiffusionInpaintPipeline",
     network="unet",
@@ -53,7 +53,7 @@ SPEC = FamilySpec(
             }
         ),
     },
-    formats=("diffusers", "lora", "peft", "transformer"),
+    formats=("diffusers", "lora", "peft", "kohya", "transformer"),
     task="text-to-image",
     architecture=architecture,
     lora_targets=("to_q", "to_k", "to_v", "to_out.0"),  # as diffusers' own LoRA script

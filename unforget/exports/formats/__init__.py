@@ -3,9 +3,9 @@
 from unforget.exports.formats.base import Format, Job
 from unforget.exports.formats.diffusers_folder import DiffusersFolder
 from unforget.exports.formats.files import SingleFile, Transformer
-from unforget.exports.formats.lora import Lora, Peft
+from unforget.exports.formats.lora import Kohya, Lora, Peft
 
-CLASSES: tuple[type[Format], ...] = (DiffusersFolder, Lora, Peft, Transformer, SingleFile)
+CLASSES: tuple[type[Format], ...] = (DiffusersFolder, Lora, Peft, Kohya, Transformer, SingleFile)
 FORMATS = {form.kind: form for form in CLASSES}
 """By the name that `--format` takes. Which of them a family has, its row says."""
 

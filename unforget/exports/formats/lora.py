@@ -1,4 +1,4 @@
-"""The factors of a LoRA in the two layouts that people have: diffusers' and PEFT's."""
+"""The factors of a LoRA in the layouts that people have: diffusers', PEFT's and kohya's."""
 
 import json
 from pathlib import Path
@@ -64,7 +64,10 @@ class Lora(Format):
         out.mkdir()
         header = {"format": "pt", **manifest.header(), **model_spec(job, manifest), **more}
         header["modelspec.architecture"] += "/lora"
-        write_tensors({f"{prefix}{n}": t for n, t in self.factors.items()}, header, out / self.file, hash_key=HASH)
+        write_tensors(self._named(prefix), header, out / self.file, hash_key=HASH)
+
+    def _named(self, prefix: str) -> dict[str, torch.Tensor]:
+        return {f"{prefix}{name}": factor for name, factor in self.factors.items()}
 
     def _config(self, base: str | None) -> dict[str, Any]:
         """PEFT's configuration; `base` is the name of the base, never a path."""
@@ -85,6 +88,25 @@ class Lora(Format):
         if set(read) != set(self.factors) or not all(same):
             raise CannotRun("the LoRA does not read back as it was written", "Nothing was kept; check the disk.")
         return base
+
+
+class Kohya(Lora):
+    """What AUTOMATIC1111, ComfyUI and kohya's scripts open, and `load_lora_weights` too; for networks named unet."""
+
+    kind = "kohya"
+
+    def write(self, job: Job, manifest: ExportManifest, out: Path) -> None:
+        said = {"module": "networks.lora", "dim": str(self.rank), "alpha": str(self.alpha)}
+        self._write(job, manifest, out, "", {f"ss_network_{name}": value for name, value in said.items()})
+
+    def _named(self, prefix: str) -> dict[str, torch.Tensor]:
+        found = {}
+        for name, factor in self.factors.items():
+            layer, side = name.split(".lora_")
+            layer = f"lora_unet_{layer.replace('.', '_')}"
+            found[f"{layer}.lora_{'down' if side.startswith('A') else 'up'}.weight"] = factor
+            found[f"{layer}.alpha"] = torch.tensor(self.alpha, dtype=factor.dtype)
+        return found
 
 
 class Peft(Lora):
