@@ -67,19 +67,22 @@ def what_is_shown(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Shares of images (N, C, H, W) that show the target and its surrogate, of the base and of the candidate.
 
-    What the base draws nearer to the target than most images of other prompts shows it; how these vary says how far
-    from the surrogate, or from what is `drawable` of it, an image of it may be.
+    What the base draws nearer to the target than most images of other prompts shows it, and how these vary says how far
+    an image of it may be. One of the surrogate, or of what is `drawable` of it, may be farther by what the two differ:
+    a picture made by hand is sharper than anything that an autoencoder returns.
     """
     target, surrogate = instance.target, instance.surrogate
     own = misfit(base, target)
     if len(unrelated):
         own = own[own <= misfit(unrelated, target).quantile(UNRELATED)]
     limit = SLACK * float(own.quantile(0.9)) if len(own) else 0.0
+    lost = float(misfit(drawable[None], surrogate))
 
     def shares(images: Tensor) -> dict[str, float]:
         to_target, to_surrogate = misfit(images, target), misfit(images, surrogate)
-        near = torch.stack([to_target, to_surrogate, misfit(images, drawable)]).amin(0) <= limit
         nearer = to_surrogate < to_target
+        near = torch.minimum(to_surrogate, misfit(images, drawable)) <= limit + lost
+        near = near.where(nearer, to_target <= limit)
         found = {"target": near & ~nearer, "surrogate": near & nearer, "something_else": ~near}
         return {name: float(which.float().mean()) for name, which in found.items()}
 
