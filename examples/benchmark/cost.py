@@ -30,6 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import models
 import sd3_medium
 import torch
 from diffusers import SD3Transformer2DModel
@@ -159,7 +160,7 @@ def plan() -> None:
 def counts() -> None:
     """Both commands, without a prompt and with one; `verify` at fewer sampler steps, too."""
     with tempfile.TemporaryDirectory() as scratch:
-        folder = str(sd3_medium.configured(Path(scratch)))
+        folder = str(models.configured(sd3_medium.NAME, Path(scratch)))
         for prompt in ((), ("a flag",)):
             asked = {"model": folder, "target": FLAG, "prompt": prompt}
             for again in (True, False):
@@ -212,7 +213,7 @@ def draws() -> None:
 
 def rates() -> None:
     """One number, two networks: one block of the wide one, for all blocks are alike."""
-    wide = SD3Transformer2DModel(**{**sd3_medium.TRANSFORMER, "num_layers": 1})
+    wide = SD3Transformer2DModel.from_config({**sd3_medium.TRANSFORMER, "num_layers": 1})
     recipe = sd3.SPEC.recipes["default"]
     for name, network in (("flags", families.load("flags").network), ("SD3 medium", wide)):
         weights = trainable(sd3.SPEC, network, "lora", rank=recipe.rank, alpha=recipe.lora_alpha, seed=0)

@@ -7,7 +7,6 @@ a bare PEFT LoRA loop with two images a step. Peak memory is the process's, befo
 """
 
 import argparse
-import json
 import resource
 import tempfile
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from models import SD3, SD3_VAE, configured
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from unforget import families
@@ -27,20 +27,7 @@ from unforget.unlearning.compute import Compute
 from unforget.unlearning.prepare import encoded
 from unforget.unlearning.trainer import Trainer
 
-TRANSFORMER = {
-    "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,
-    "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096, "caption_projection_dim": 1536,
-    "pooled_projection_dim": 2048, "pos_embed_max_size": 192,
-}  # fmt: skip
-"""stabilityai/stable-diffusion-3-medium-diffusers, transformer/config.json."""
-
-
-VAE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16, "use_quant_conv": False,
-    "use_post_quant_conv": False, "shift_factor": 0.0609, "scaling_factor": 1.5305, "sample_size": 1024,
-}  # fmt: skip
-"""The same repository, vae/config.json."""
+NAME, TRANSFORMER, VAE = "Stable Diffusion 3 medium", dict(SD3), dict(SD3_VAE)
 
 
 def text(width: int, words: CLIPTokenizer) -> CLIPTextModelWithProjection:
@@ -58,11 +45,11 @@ def pipeline() -> StableDiffusion3Pipeline:
     torch.set_default_dtype(torch.bfloat16)
     words = CLIPTokenizer().train_new_from_iterator(["a flag"], 520)
     words.model_max_length = 77
-    vae = AutoencoderKL(**VAE)
+    vae = AutoencoderKL.from_config(VAE)
     pipe = StableDiffusion3Pipeline(
-        transformer=SD3Transformer2DModel(**TRANSFORMER), scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=vae, text_encoder=text(768, words), tokenizer=words, text_encoder_2=text(1280, words),
-        tokenizer_2=words, text_encoder_3=None, tokenizer_3=None,
+        transformer=SD3Transformer2DModel.from_config(TRANSFORMER), vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), text_encoder=text(768, words), tokenizer=words,
+        text_encoder_2=text(1280, words), tokenizer_2=words, text_encoder_3=None, tokenizer_3=None,
     )  # fmt: skip
     torch.set_default_dtype(torch.float32)
     return pipe
@@ -115,27 +102,13 @@ def bare(network: SD3Transformer2DModel, side: int, tokens: int, steps: int) -> 
     return took
 
 
-def configured(folder: Path) -> Path:
-    """The model's configuration files alone, in a folder."""
-    for name, content in (
-        ("model_index.json", {"_class_name": "StableDiffusion3Pipeline"}),
-        ("transformer/config.json", {"_class_name": "SD3Transformer2DModel", **TRANSFORMER}),
-        ("vae/config.json", {"_class_name": "AutoencoderKL", **VAE}),
-        ("scheduler/scheduler_config.json", {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}),
-    ):
-        path = folder / name
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(content))
-    return folder
-
-
 def plan(resolution: int, device: str = "cpu") -> dict[str, float]:
     """GiB that `unlearn --dry-run` predicts for the same run, from configuration files alone."""
     with tempfile.TemporaryDirectory() as scratch:
         few = {"train_batch_size": 1, "retain_batch_size": 1}
         how = {"resolution": resolution, "device": device}
         return memory_plan(
-            UnlearnConfig(model=str(configured(Path(scratch))), target="x.png", output="x.patch", **how, **few)
+            UnlearnConfig(model=str(configured(NAME, Path(scratch))), target="x.png", output="x.patch", **how, **few)
         )
 
 

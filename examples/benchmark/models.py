@@ -1,0 +1,122 @@
+"""What each model that people have would cost: counted from its own configuration on torch's meta device.
+
+    python examples/benchmark/models.py            # the table of docs/models.md; downloads nothing
+
+For every row the memory of a LoRA run and the network passes of `unlearn` and `verify --level standard` with one
+prompt, at the model's own size, as `--dry-run` says them.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tables import row, table
+
+from unforget import UnlearnConfig, VerifyConfig, api, families
+from unforget.families.memory import blueprint
+
+Parts = dict[str, dict[str, Any]]
+
+VAE = {
+    "_class_name": "AutoencoderKL", "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4, "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
+    "latent_channels": 4, "sample_size": 512,
+}  # fmt: skip
+WIDE = {**VAE, "latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False, "sample_size": 1024}
+BETAS = {
+    "_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012,
+    "steps_offset": 1,
+}  # fmt: skip
+SD: dict[str, Any] = {"_class_name": "UNet2DConditionModel", "sample_size": 64, "cross_attention_dim": 768}
+SD2 = {**SD, "cross_attention_dim": 1024, "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True}
+SDXL = {
+    **SD2, "sample_size": 128, "cross_attention_dim": 2048, "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280], "transformer_layers_per_block": [1, 2, 10],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256, "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
+SD3: dict[str, Any] = {
+    "_class_name": "SD3Transformer2DModel", "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16,
+    "num_layers": 24, "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "pos_embed_max_size": 192,
+}  # fmt: skip
+SD35 = {**SD3, "qk_norm": "rms_norm", "pos_embed_max_size": 384, "dual_attention_layers": list(range(13))}
+SD35_LARGE = {
+    **SD3, "qk_norm": "rms_norm", "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432,
+}  # fmt: skip
+FLUX = {
+    "_class_name": "FluxTransformer2DModel", "in_channels": 64, "num_layers": 19, "num_single_layers": 38,
+    "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+}  # fmt: skip
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
+FLUX_VAE = {**WIDE, "shift_factor": 0.1159, "scaling_factor": 0.3611}
+SD3_VAE = {**WIDE, "shift_factor": 0.0609, "scaling_factor": 1.5305}
+MODELS: dict[str, tuple[str, Parts]] = {
+    "Stable Diffusion 1.5": ("StableDiffusionPipeline", {"unet": SD, "vae": VAE, "scheduler": BETAS}),
+    "Stable Diffusion 2.1": (
+        "StableDiffusionPipeline",
+        {"unet": {**SD2, "sample_size": 96}, "vae": VAE, "scheduler": {**BETAS, "prediction_type": "v_prediction"}},
+    ),
+    "Stable Diffusion XL": ("StableDiffusionXLPipeline", {"unet": SDXL, "vae": VAE, "scheduler": BETAS}),
+    "Stable Diffusion 3 medium": (
+        "StableDiffusion3Pipeline",
+        {"transformer": SD3, "vae": SD3_VAE, "scheduler": FLOW},
+    ),
+    "Stable Diffusion 3.5 medium": (
+        "StableDiffusion3Pipeline",
+        {"transformer": SD35, "vae": SD3_VAE, "scheduler": FLOW},
+    ),
+    "Stable Diffusion 3.5 large": (
+        "StableDiffusion3Pipeline",
+        {"transformer": SD35_LARGE, "vae": SD3_VAE, "scheduler": FLOW},
+    ),
+    "FLUX.1 dev": (
+        "FluxPipeline",
+        {"transformer": FLUX, "vae": FLUX_VAE, "scheduler": {**FLOW, "use_dynamic_shifting": True}},
+    ),
+    "FLUX.1 schnell": (
+        "FluxPipeline",
+        {
+            "transformer": {**FLUX, "guidance_embeds": False}, "vae": FLUX_VAE, "scheduler": {**FLOW, "shift": 1.0},
+        },
+    ),
+}  # fmt: skip
+"""Pipelines and the `config.json` of their parts, as their repositories have them."""
+
+
+def configured(name: str, folder: Path) -> Path:
+    """A model's configuration files alone, in a folder."""
+    pipeline, parts = MODELS[name]
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    for part, config in parts.items():
+        (folder / part).mkdir()
+        file = "scheduler_config.json" if part == "scheduler" else "config.json"
+        (folder / part / file).write_text(json.dumps(config))
+    return folder
+
+
+def main() -> None:
+    table(
+        "model", "pixels", "weights, B", "memory, GiB", "all activations kept", "`unlearn`, passes", "`verify`, passes"
+    )
+    for name in MODELS:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = str(configured(name, Path(scratch)))
+            asked = {"model": folder, "target": "x.png", "prompt": "a flag"}
+            found = blueprint(folder, families.Options())
+            plans = [
+                api.plan_unlearn(UnlearnConfig(**asked, output="x.patch", gradient_checkpointing=again))
+                for again in (True, False)
+            ]
+            judged = api.plan_verify(VerifyConfig(**asked, candidate=folder))
+        size = sum(p.numel() for p in found.network.parameters()) / 1e9
+        peaks = [f"{plan['memory_gib']['peak']:.1f}" for plan in plans]
+        counts = [f"{plan['passes']['in all'][0]:,}" for plan in (plans[0], judged)]
+        row(name, str(found.image_shape[-1]), f"{size:.2f}", *peaks, *counts)
+
+
+if __name__ == "__main__":
+    main()
