@@ -56,18 +56,13 @@ def _no_network(monkeypatch, request):
     monkeypatch.setattr(socket.socket, "connect_ex", blocked)
 
 
-def tiny_pipeline(seed: int = 0, size: int = 16, **scheduler) -> DDPMPipeline:
+def tiny_pipeline(seed: int = 0, size: int = 16, unet: dict | None = None, **scheduler) -> DDPMPipeline:
     torch.manual_seed(seed)
-    unet = UNet2DModel(
-        sample_size=size,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        add_attention=False,
-    )
-    return DDPMPipeline(unet, DDPMScheduler(**scheduler))
+    network = {
+        "sample_size": size, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4,
+        "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "add_attention": False,
+    }  # fmt: skip
+    return DDPMPipeline(UNet2DModel(**{**network, **(unet or {})}), DDPMScheduler(**scheduler))
 
 
 @pytest.fixture(scope="session")

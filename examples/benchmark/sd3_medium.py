@@ -27,7 +27,7 @@ from unforget.unlearning.compute import Compute
 from unforget.unlearning.prepare import encoded
 from unforget.unlearning.trainer import Trainer
 
-NAME, TRANSFORMER, VAE = "Stable Diffusion 3 medium", dict(SD3), dict(SD3_VAE)
+NAME, TRANSFORMER, VAE = "Stable Diffusion 3 medium", SD3, SD3_VAE
 
 
 def text(width: int, words: CLIPTokenizer) -> CLIPTextModelWithProjection:

@@ -121,7 +121,8 @@ class ModelConfig(Config):
     """What every command asks about the model and the machine."""
 
     model: str = option(
-        "Model: an alias (faces, flags, ddpm-celebahq, sd3, sd3.5-medium, sd3.5-large), a diffusers folder, a "
+        "Model: an alias (faces, flags, ddpm-celebahq, sd1.5, sdxl, sd3, sd3.5-medium, sd3.5-large, flux-dev, "
+        "flux-schnell), a diffusers folder, a "
         ".safetensors file, or a hub id owner/name[@revision].",
         names=("-m", "--pretrained-model-name-or-path"),
     )

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from unforget.core.recipe import Recipe
-from unforget.families.spec import PAPER, FamilySpec
+from unforget.families.spec import PAPER, Config, FamilySpec
 
 
 def bottleneck(network: Any) -> Iterator[nn.Parameter]:
@@ -18,6 +18,7 @@ def bottleneck(network: Any) -> Iterator[nn.Parameter]:
     inside = {
         id(p)
         for block in (network.mid_block, network.up_blocks[0])
+        if block is not None
         for module in block.modules()
         # A trained GroupNorm behind frozen layers crashes torch 2.13's backward pass on CPU.
         if not isinstance(module, nn.GroupNorm)
@@ -26,10 +27,27 @@ def bottleneck(network: Any) -> Iterator[nn.Parameter]:
     return (p for p in network.parameters() if id(p) in inside)
 
 
+def call(network: Any, x_t: Tensor, timestep: Tensor, *_: Any) -> Tensor:
+    """What the network says of the image; a learnt variance, the other half of its channels, is not used."""
+    answer: Tensor = network(x_t.to(memory_format=torch.channels_last), timestep.long()).sample
+    return answer[:, : x_t.shape[1]]
+
+
+def unfit(config: Config) -> str:
+    """Class-conditional ones, and those that draw no grey or coloured pictures."""
+    channels, answered = config["in_channels"], config["out_channels"]
+    if config.get("num_class_embeds") or config.get("class_embed_type"):
+        return "is class-conditional"
+    if channels not in (1, 3) or answered not in (channels, 2 * channels):
+        return f"takes {channels} channels and answers {answered}"
+    return ""
+
+
 SPEC = FamilySpec(
     name="ddpm",
     title="DDPM",
     pipeline_class="DDPMPipeline",
+    also=("DDIMPipeline",),
     network="unet",
     network_class="UNet2DModel",
     prompted=False,
@@ -40,8 +58,9 @@ SPEC = FamilySpec(
     architecture=lambda config: "ddpm-unet",
     aliases={"ddpm-celebahq": "google/ddpm-celebahq-256"},
     sampler="DDIMScheduler",
-    call=lambda network, x_t, timestep, *_: network(x_t.to(memory_format=torch.channels_last), timestep.long()).sample,
+    call=call,
     adapt=lambda network, absent: network.float().to(memory_format=torch.channels_last),
     bottleneck=bottleneck,
+    unfit=unfit,
     float32=True,
 )

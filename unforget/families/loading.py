@@ -174,7 +174,7 @@ def _spec(source: str, ref: str) -> FamilySpec:
         with opening(ref, source):
             name = DiffusionPipeline.load_config(**where(source))["_class_name"]
     for spec in families.FAMILIES:
-        if spec.pipeline_class == name:
+        if name in (spec.pipeline_class, *spec.also):
             return spec
     known = ", ".join(spec.pipeline_class for spec in families.FAMILIES)
     instead = [spec.refused[name] for spec in families.FAMILIES if name in spec.refused]

@@ -174,7 +174,7 @@ def blueprint(ref: str, options: Options) -> Blueprint:
                 parts = AutoencoderKL.load_config(**where(source), subfolder="vae")
                 vae = AutoencoderKL.from_config(parts).to(getattr(torch, spec.vae_dtype) if spec.vae_dtype else dtype)
                 factor, beside = 2 ** (len(parts["block_out_channels"]) - 1), _bytes(vae.parameters())
-        made = shapes(spec, config, factor, ref, options.resolution)
+        made = shapes(spec, network.config, factor, ref, options.resolution)
         return Blueprint(spec, network, *made, beside, ref, source, options)
 
 

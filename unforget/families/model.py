@@ -306,8 +306,10 @@ Shape = tuple[int, int, int]
 def shapes(spec: FamilySpec, config: Any, factor: int, name: str, resolution: int | None) -> tuple[Shape, Shape]:
     """(C, H, W) of what the network works on and of pictures, at the model's own resolution or another one.
 
-    UsageError if the network cannot work at it.
+    UsageError if the network cannot work at it, or is that of another kind of model.
     """
+    if reason := spec.unfit(config):
+        raise UsageError(f"'{name}' {reason}", f"Give a {spec.title} that draws pictures from noise alone.")
     channels, size = spec.latent(config)
     if not spec.prompted:
         height, width = (size, size) if isinstance(size, int) else size

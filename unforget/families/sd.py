@@ -30,6 +30,12 @@ def architecture(config: Config) -> str:
     return "stable-diffusion-v2-768-v" if config.get("sample_size") == 96 else "stable-diffusion-v2-512"
 
 
+def unfit(config: Config) -> str:
+    """Inpainting and editing models take pictures besides noise."""
+    channels = config["in_channels"], config["out_channels"]
+    return "" if channels[0] == channels[1] else "takes {} channels and answers {}".format(*channels)
+
+
 SPEC = FamilySpec(
     name="sd",
     title="Stable Diffusion 1.x and 2.x",
@@ -67,6 +73,7 @@ SPEC = FamilySpec(
     conditioning_shapes=lambda config: ((77, config["cross_attention_dim"]),),
     guidance=7.5,
     vae_dtype="float32",
+    unfit=unfit,
     blocks=lambda config: 2 * len(config["block_out_channels"]) + 1,
     passed={"safety_checker": None, "feature_extractor": None, "image_encoder": None, "requires_safety_checker": False},
 )  # fmt: skip

@@ -59,6 +59,7 @@ SPEC = FamilySpec(
     ),
     guidance=5.0,
     vae_dtype="float32",  # its numbers overflow in half precision (`force_upcast`)
+    unfit=sd.unfit,
     blocks=sd.SPEC.blocks,
     refused={"StableDiffusionXLImg2ImgPipeline": "A refiner draws no picture of its own: give the base model."},
     passed={"feature_extractor": None, "image_encoder": None, "add_watermarker": False},

@@ -43,6 +43,7 @@ class FamilySpec:
     name: str  # sd3
     title: str  # what people call it: Stable Diffusion 3
     pipeline_class: str  # the stock pipeline, `_class_name` in model_index.json
+    also: tuple[str, ...] = ()  # others, of the same parts
     network: str  # the part that is trained: its name in the pipeline, its subfolder, the prefix of its LoRAs
     network_class: str
     prompted: bool  # whether prompts say what is drawn; such a model has an autoencoder, the others draw pixels
@@ -85,6 +86,8 @@ class FamilySpec:
     """Channels and own width of latents."""
     latent_side: Callable[[Config], tuple[int, int]] = lambda config: (1, 1024)
     """What a latent's width must be a multiple of, and its maximum."""
+    unfit: Callable[[Config], str] = lambda config: ""
+    """Why a network of its class with a configuration is another kind of model; empty if it is not."""
     blocks: Callable[[Config], int] = lambda config: 1  # how many parts checkpointing splits the network into
     passed: Mapping[str, Any] = field(default_factory=dict)
     """What stock `from_pretrained` is given besides; a part that is None here is not loaded."""

@@ -1,0 +1,59 @@
+"""Pixel models in every configuration that people have, or a sentence why not."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import rewrite, tiny_pipeline
+from diffusers import DDPMPipeline
+
+from unforget import ExportConfig, UnlearnConfig, export, families, unlearn
+from unforget.errors import UsageError
+from unforget.files import images
+
+GREY = {"in_channels": 1, "out_channels": 1}
+
+
+@pytest.mark.parametrize(("network", "scheduler"), [
+    (GREY, {}),
+    ({"sample_size": (16, 8)}, {}),
+    ({}, {"prediction_type": "v_prediction"}),
+    ({}, {"prediction_type": "sample"}),
+    ({"out_channels": 6}, {"variance_type": "learned_range"}),
+    ({**GREY, "out_channels": 2}, {"variance_type": "learned_range"}),
+], ids=["grey", "not square", "velocity", "sample", "learnt variance", "grey, learnt variance"])  # fmt: skip
+def test_a_ddpm_of_another_configuration_goes_the_whole_way(network, scheduler, tmp_path):
+    folder = tmp_path / "model"
+    tiny_pipeline(unet=network, **scheduler).save_pretrained(folder)
+    shape = families.load(str(folder)).image_shape
+    for k, name in enumerate(("target", "surrogate")):
+        picture = torch.rand(*shape, generator=torch.Generator().manual_seed(k)) * 2 - 1
+        images.write_image(picture, tmp_path / f"{name}.png")
+    patch = unlearn(UnlearnConfig(
+        model=str(folder), target=(tmp_path / "target.png",), surrogate=(tmp_path / "surrogate.png",), retain_count=8,
+        output=tmp_path / "x.patch", max_train_steps=3, train_batch_size=2, retain_batch_size=2, sampler_steps=3,
+        num_validation_images=1, learning_rate=1e-2,
+    )).output  # fmt: skip
+    out = export(ExportConfig(model=str(folder), patch=patch, output=tmp_path / "out")).output
+    stock = DDPMPipeline.from_pretrained(out)
+    stock.set_progress_bar_config(disable=True)
+    assert stock(num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
+
+
+@pytest.mark.parametrize(("network", "reason"), [
+    ({"num_class_embeds": 10}, "is class-conditional"),
+    ({"in_channels": 6}, "takes 6 channels and answers 3"),
+    ({"in_channels": 4, "out_channels": 4}, "takes 4 channels and answers 4"),
+])  # fmt: skip
+def test_a_unet_of_another_kind_is_refused(network, reason, tmp_path):
+    tiny_pipeline(unet=network).save_pretrained(tmp_path / "model")
+    with pytest.raises(UsageError, match=reason):
+        families.load(str(tmp_path / "model"))
+
+
+def test_a_pipeline_with_another_sampler_of_the_same_parts(tiny_folder, tmp_path):
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    rewrite(folder / "model_index.json", _class_name="DDIMPipeline", scheduler=["diffusers", "DDIMScheduler"])
+    noise = torch.randn(1, 3, 16, 16)
+    ours, known = (families.load(str(f)).denoise(noise, steps=3) for f in (folder, tiny_folder))
+    assert torch.equal(ours, known)
