@@ -1,11 +1,11 @@
-"""Pixel models in every configuration that people have, or a sentence why not."""
+"""Unconditional models, on pixels and on latents, in every configuration that people have, or a sentence why not."""
 
 import shutil
 
 import pytest
 import torch
 from conftest import rewrite, tiny_pipeline
-from diffusers import DDPMPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, LDMPipeline, VQModel
 
 from unforget import ExportConfig, UnlearnConfig, export, families, unlearn
 from unforget.errors import UsageError
@@ -25,6 +25,14 @@ GREY = {"in_channels": 1, "out_channels": 1}
 def test_a_ddpm_of_another_configuration_goes_the_whole_way(network, scheduler, tmp_path):
     folder = tmp_path / "model"
     tiny_pipeline(unet=network, **scheduler).save_pretrained(folder)
+    out = patched(folder, tmp_path)
+    stock = DDPMPipeline.from_pretrained(out)
+    stock.set_progress_bar_config(disable=True)
+    assert stock(num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
+
+
+def patched(folder, tmp_path):
+    """Unlearnt for a few steps and exported."""
     shape = families.load(str(folder)).image_shape
     for k, name in enumerate(("target", "surrogate")):
         picture = torch.rand(*shape, generator=torch.Generator().manual_seed(k)) * 2 - 1
@@ -34,10 +42,7 @@ def test_a_ddpm_of_another_configuration_goes_the_whole_way(network, scheduler, 
         output=tmp_path / "x.patch", max_train_steps=3, train_batch_size=2, retain_batch_size=2, sampler_steps=3,
         num_validation_images=1, learning_rate=1e-2,
     )).output  # fmt: skip
-    out = export(ExportConfig(model=str(folder), patch=patch, output=tmp_path / "out")).output
-    stock = DDPMPipeline.from_pretrained(out)
-    stock.set_progress_bar_config(disable=True)
-    assert stock(num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
+    return export(ExportConfig(model=str(folder), patch=patch, output=tmp_path / "out")).output
 
 
 @pytest.mark.parametrize(("network", "reason"), [
@@ -57,3 +62,25 @@ def test_a_pipeline_with_another_sampler_of_the_same_parts(tiny_folder, tmp_path
     noise = torch.randn(1, 3, 16, 16)
     ours, known = (families.load(str(f)).denoise(noise, steps=3) for f in (folder, tiny_folder))
     assert torch.equal(ours, known)
+
+
+@pytest.fixture(params=[VQModel, AutoencoderKL])
+def latent_folder(request, tmp_path):
+    """`LDMPipeline` with either autoencoder."""
+    torch.manual_seed(1)
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    autoencoder = request.param(**blocks, block_out_channels=(4, 4), latent_channels=3, norm_num_groups=2)
+    unet = tiny_pipeline(size=8).unet
+    LDMPipeline(autoencoder, unet, DDIMScheduler(clip_sample=False)).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_a_latent_model_without_prompts_draws_as_stock_and_goes_the_whole_way(latent_folder, tmp_path):
+    model, out = families.load(str(latent_folder)), patched(latent_folder, tmp_path)
+    assert (model.latent_shape, model.image_shape) == ((3, 8, 8), (3, 16, 16))
+    for folder in (latent_folder, out):
+        model, stock = families.load(str(folder)), LDMPipeline.from_pretrained(folder)
+        stock.set_progress_bar_config(disable=True)
+        theirs = stock(generator=torch.Generator().manual_seed(3), num_inference_steps=4, output_type="np").images
+        drawn = model.decode(model.replay(3, steps=4, scheduler=None, prompt_ids=torch.tensor([0])))
+        torch.testing.assert_close((drawn[0].permute(1, 2, 0) + 1) / 2, torch.from_numpy(theirs[0]), rtol=0, atol=1e-5)

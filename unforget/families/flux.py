@@ -62,6 +62,7 @@ SPEC = FamilySpec(
     network="transformer",
     network_class="FluxTransformer2DModel",
     prompted=True,
+    autoencoder="vae",
     scopes=("lora", "full"),
     recipes=sd3.SPEC.recipes,
     formats=("diffusers", "lora", "peft", "transformer"),

@@ -74,7 +74,7 @@ def _opened(ref: str, source: str, spec: FamilySpec, options: Options) -> Family
     from unforget.families.pipelines import stock
 
     pipeline = stock(spec, source, options)
-    needed = [n for n in spec.text_encoders if n not in spec.optional] + ["vae"] * spec.prompted
+    needed = [n for n in spec.text_encoders if n not in spec.optional] + [spec.autoencoder] * bool(spec.autoencoder)
     if missing := [n for n in needed if getattr(pipeline, n) is None]:
         raise CannotRun(f"the model '{ref}' lacks its {missing[0]}", "Get the model again, with all its parts.")
     single = options.pipeline_config if Path(source).is_file() else None

@@ -156,10 +156,11 @@ class Blueprint:
 
 def blueprint(ref: str, options: Options) -> Blueprint:
     """The network of a model on the meta device, from its configuration alone."""
+    import diffusers
     from diffusers import AutoencoderKL
 
     from unforget.families.loading import opening, where
-    from unforget.families.model import shapes
+    from unforget.families.model import downsampling, shapes
     from unforget.families.pipelines import dtype_of, network_class, network_config
 
     source, spec = families.examined(ref, options)
@@ -170,10 +171,11 @@ def blueprint(ref: str, options: Options) -> Blueprint:
         dtype = dtype_of(spec, config)
         with torch.device("meta"):
             network = network_class(spec).from_config(config).to(dtype)
-            if spec.prompted:
-                parts = AutoencoderKL.load_config(**where(source), subfolder="vae")
-                vae = AutoencoderKL.from_config(parts).to(getattr(torch, spec.vae_dtype) if spec.vae_dtype else dtype)
-                factor, beside = 2 ** (len(parts["block_out_channels"]) - 1), _bytes(vae.parameters())
+            if spec.autoencoder:
+                parts = AutoencoderKL.load_config(**where(source), subfolder=spec.autoencoder)
+                vae = getattr(diffusers, parts.get("_class_name", "AutoencoderKL")).from_config(parts)
+                vae = vae.to(getattr(torch, spec.vae_dtype) if spec.vae_dtype else dtype)
+                factor, beside = downsampling(parts), _bytes(vae.parameters())
         made = shapes(spec, network.config, factor, ref, options.resolution)
         return Blueprint(spec, network, *made, beside, ref, source, options)
 

@@ -39,9 +39,9 @@ class DiffusionModel:
                 pipeline.register_modules(**{name: None, tokenizer(name): None})
         self.absent = tuple(n for n in spec.text_encoders if getattr(pipeline, n) is None)
         self.network = self._placed(getattr(pipeline, spec.network))
-        self.vae = pipeline.vae.to(self.device) if spec.prompted else None
+        self.vae = getattr(pipeline, spec.autoencoder).to(self.device) if spec.autoencoder else None
         self.guidance, self.retain_prompts = drawing(spec, options, hints)
-        factor = pipeline.vae_scale_factor if spec.prompted else 1
+        factor = 1 if self.vae is None else downsampling(self.vae.config)
         self.latent_shape, self.image_shape = shapes(spec, self.network.config, factor, name, options.resolution)
         self.prompts: list[str] = [] if spec.prompted else [""]
         self._conditioning: list[list[Tensor]] = [[] for _ in spec.conditioning]
@@ -129,7 +129,8 @@ class DiffusionModel:
         if not len(pictures):
             return torch.empty(0, *self.latent_shape)
         few = torch.split(pictures, self._in_one_pass)
-        parts = [vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mode() for part in few]
+        answers = (vae.encode(part.to(vae.device, vae.dtype)) for part in few)
+        parts = [a.latents if hasattr(a, "latents") else a.latent_dist.mode() for a in answers]
         latents: Tensor = (torch.cat(parts).float() - self._shift) * vae.config.scaling_factor
         return latents.cpu()
 
@@ -151,7 +152,7 @@ class DiffusionModel:
 
     @property
     def _shift(self) -> float:
-        return self.pipeline.vae.config.get("shift_factor") or 0.0
+        return (self.vae.config.get("shift_factor") if self.vae is not None else None) or 0.0
 
     def predict(self, x_t: Tensor, timestep: Tensor, prompt_ids: Tensor) -> Tensor:
         """The network's answer at (x_t, timestep, prompt_ids), float32, on the device of x_t."""
@@ -300,6 +301,11 @@ def sampler(
     return made
 
 
+def downsampling(autoencoder: Any) -> int:
+    """How many pixels a latent is wide, by an autoencoder's configuration."""
+    return int(2 ** (len(autoencoder["block_out_channels"]) - 1))
+
+
 Shape = tuple[int, int, int]
 
 
@@ -311,7 +317,7 @@ def shapes(spec: FamilySpec, config: Any, factor: int, name: str, resolution: in
     if reason := spec.unfit(config):
         raise UsageError(f"'{name}' {reason}", f"Give a {spec.title} that draws pictures from noise alone.")
     channels, size = spec.latent(config)
-    if not spec.prompted:
+    if not spec.autoencoder:
         height, width = (size, size) if isinstance(size, int) else size
         return (channels, height, width), (channels, height, width)
     side = resolution or size * factor

@@ -72,7 +72,7 @@ def _dtypes(spec: FamilySpec, source: str, options: Options) -> dict[str, Any]:
         # Not beside weights: SD3 computes a table of positions in float64.
         own = dtype_of(spec, network_config(spec, source))
         network, rest = network or own, rest or own
-    vae = {"vae": getattr(torch, spec.vae_dtype)} if spec.vae_dtype else {}
+    vae = {spec.autoencoder: getattr(torch, spec.vae_dtype)} if spec.vae_dtype else {}
     return {"dtype": {spec.network: network, "default": rest, **vae}}
 
 

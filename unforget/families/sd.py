@@ -6,9 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unforget.core.objectives import CleanSpace, Linear, PosteriorSwap, Surrogate
-from unforget.core.recipe import Recipe
-from unforget.families.spec import PAPER, Config, FamilySpec, Setting
+from unforget.families.spec import Config, FamilySpec, Setting, latent_recipes
 
 
 def embed(pipeline: Any, prompt: str, device: torch.device) -> tuple[Tensor]:
@@ -44,21 +42,10 @@ SPEC = FamilySpec(
     network="unet",
     network_class="UNet2DConditionModel",
     prompted=True,
+    autoencoder="vae",
     scopes=("lora", "full"),
-    recipes={
-        # SD3's at the same ratios of noise to image, with the rate of diffusers' LoRA script; not tuned.
-        "default": Recipe(
-            objective=PosteriorSwap(weighting=CleanSpace(cap=1.0, retain=32.0), taper=(620, 730)), train="lora",
-            learning_rate=1e-4, max_train_steps=360, cooldown_steps=140, forget_range=(13, 1000), stop_margin=None,
-        ),
-        # As arXiv:2603.10445 has it for Stable Diffusion 3.
-        "paper": PAPER.model_copy(
-            update={
-                "objective": Surrogate(weighting=Linear(beta=2e-4)), "train": "lora", "learning_rate": 1e-5,
-                "max_train_steps": 100,
-            }
-        ),
-    },
+    # SD3's, at the same ratios of noise to image.
+    recipes=latent_recipes(taper=(620, 730), forget_range=(13, 1000)),
     formats=("diffusers", "lora", "peft", "kohya", "transformer"),
     task="text-to-image",
     architecture=architecture,

@@ -8,10 +8,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from unforget.core.objectives import CleanSpace, Linear, PosteriorSwap, Surrogate
-from unforget.core.recipe import Recipe
 from unforget.families.layouts.sd3 import LAYOUT
-from unforget.families.spec import PAPER, Config, FamilySpec, Setting
+from unforget.families.spec import Config, FamilySpec, Setting, latent_recipes
 
 ABSENT = 256
 """Tokens of zeros that the pipeline puts where T5 is missing (its `max_sequence_length`)."""
@@ -91,24 +89,9 @@ SPEC = FamilySpec(
     network="transformer",
     network_class="SD3Transformer2DModel",
     prompted=True,
+    autoencoder="vae",
     scopes=("lora", "full"),
-    recipes={
-        # A prompt says at pure noise what will be drawn, so forgetting reaches up to there.
-        "default": Recipe(
-            objective=PosteriorSwap(
-                weighting=CleanSpace(cap=1.0, retain=200.0), taper=(710, 790), normalize_edit=True
-            ),
-            train="lora", learning_rate=None, update_share=0.05, max_train_steps=180, cooldown_steps=110,
-            forget_batch_size=4, retain_batch_size=12, surrogate_share=0.5, forget_range=(97, 1000), stop_margin=None,
-        ),
-        # arXiv:2603.10445 on Stable Diffusion 3: LoRA, 100 steps, batch 8; the rate belongs to 2 B parameters.
-        "paper": PAPER.model_copy(
-            update={
-                "objective": Surrogate(weighting=Linear(beta=2e-4)), "train": "lora", "learning_rate": 1e-5,
-                "max_train_steps": 100,
-            }
-        ),
-    },
+    recipes=latent_recipes(taper=(710, 790), forget_range=(97, 1000)),
     formats=("diffusers", "lora", "peft", "transformer", "single-file"),
     task="text-to-image",
     architecture=architecture,

@@ -38,6 +38,7 @@ SPEC = FamilySpec(
     network="unet",
     network_class="UNet2DConditionModel",
     prompted=True,
+    autoencoder="vae",
     scopes=("lora", "full"),
     recipes=sd.SPEC.recipes,
     formats=("diffusers", "lora", "peft", "kohya", "transformer"),

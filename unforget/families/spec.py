@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from unforget.core.objectives import Surrogate
+from unforget.core.objectives import CleanSpace, Linear, PosteriorSwap, Surrogate
 from unforget.core.recipe import Recipe
+from unforget.core.strategy import Span
 from unforget.core.types import Scope
 from unforget.errors import UsageError
 
@@ -23,6 +24,28 @@ PAPER = Recipe(
     forget_batch_size=8, retain_batch_size=8, neighbour_share=0, forget_range=(1, 1000), stop_margin=None,
 )  # fmt: skip
 """arXiv:2603.10445 on google/ddpm-celebahq-256; its learning rate belongs to a model of 114 M parameters."""
+
+
+def latent_recipes(*, taper: Span, forget_range: Span) -> dict[str, Recipe]:
+    """Those of text-to-image models on latents, at noise levels where their images are told apart.
+
+    A prompt says at pure noise what will be drawn, so forgetting reaches up to there. The paper's is that for Stable
+    Diffusion 3, whose learning rate belongs to 2 B weights.
+    """
+    weighting = CleanSpace(cap=1.0, retain=200.0)
+    return {
+        "default": Recipe(
+            objective=PosteriorSwap(weighting=weighting, taper=taper, normalize_edit=True), train="lora",
+            learning_rate=None, update_share=0.05, max_train_steps=180, cooldown_steps=110, forget_batch_size=4,
+            retain_batch_size=12, surrogate_share=0.5, forget_range=forget_range, stop_margin=None,
+        ),
+        "paper": PAPER.model_copy(
+            update={
+                "objective": Surrogate(weighting=Linear(beta=2e-4)), "train": "lora", "learning_rate": 1e-5,
+                "max_train_steps": 100,
+            }
+        ),
+    }  # fmt: skip
 
 
 class Setting(NamedTuple):
@@ -46,7 +69,7 @@ class FamilySpec:
     also: tuple[str, ...] = ()  # others, of the same parts
     network: str  # the part that is trained: its name in the pipeline, its subfolder, the prefix of its LoRAs
     network_class: str
-    prompted: bool  # whether prompts say what is drawn; such a model has an autoencoder, the others draw pixels
+    prompted: bool  # whether prompts say what is drawn
     scopes: tuple[Scope, ...]  # which weights can be trained, the default first
     recipes: Mapping[str, Recipe]  # by name; there is a `default` and a `paper`
     formats: tuple[str, ...]  # of export
@@ -55,6 +78,7 @@ class FamilySpec:
     sampler: str  # the class that `denoise` steps with
     call: Callable[[Any, Tensor, Tensor, Sequence[Tensor], Setting], Tensor]
     """The network's answer at (network, x_t, timestep, conditioning, setting)."""
+    autoencoder: str = ""  # its name in the pipeline; none for models that draw pixels
     inpaint_class: str = ""  # the stock pipeline that inpaints with the same parts; none for models that draw pixels
     reference: str = ""  # code that reads its original layout, for ModelSpec
     lora_targets: tuple[str, ...] = ()  # names of the projections that a LoRA is beside
