@@ -14,6 +14,8 @@ from diffusers import (
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from tokenizers import Tokenizer
@@ -27,6 +29,8 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
 )
@@ -46,14 +50,20 @@ def clip() -> tuple[CLIPTokenizer, CLIPTextConfig]:
     )  # fmt: skip
 
 
+def words(**more) -> PreTrainedTokenizerFast:
+    """A tokenizer of whole words that is not CLIP's."""
+    known = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", *sorted({*" ".join(CAPTIONS).split()})))}
+    whole = Tokenizer(WordLevel(known, unk_token="<unk>"))
+    whole.pre_tokenizer = Whitespace()
+    tokens = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>", **more}
+    return PreTrainedTokenizerFast(tokenizer_object=whole, **tokens)
+
+
 def t5(width: int) -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
     """A text encoder that reads long prompts, and its tokenizer."""
-    known = {word: i for i, word in enumerate(("<pad>", "</s>", "<unk>", *sorted({*" ".join(CAPTIONS).split()})))}
-    words = Tokenizer(WordLevel(known, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
-    config = T5Config(vocab_size=len(known), d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
-    tokens = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return T5EncoderModel(config).eval(), PreTrainedTokenizerFast(tokenizer_object=words, **tokens)
+    tokens = words()
+    config = T5Config(vocab_size=len(tokens), d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    return T5EncoderModel(config).eval(), tokens
 
 
 def vae(latent_channels: int, **more) -> AutoencoderKL:
@@ -140,3 +150,22 @@ def tiny_flux(*, dev: bool = True) -> FluxPipeline:
         vae(4, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1, scaling_factor=0.36),
         CLIPTextModel(text), words, reader, tokens, transformer,
     )  # fmt: skip
+
+
+def tiny_z_image() -> ZImagePipeline:
+    """Prompts in a chat template, of as many tokens as they have."""
+    torch.manual_seed(0)
+    tokens = words(chat_template="{% for m in messages %}the {{ m['content'] }} {% endfor %}red")
+    reader = Qwen3Config(
+        vocab_size=len(tokens), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=512,
+    )  # fmt: skip
+    transformer = ZImageTransformer2DModel(
+        in_channels=4, dim=16, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+        axes_dims=[4, 2, 2], axes_lens=[1024, 64, 64],
+    )  # fmt: skip
+    for p in transformer.parameters():  # some are zeros, some are empty memory
+        torch.nn.init.normal_(p, std=0.2)
+    images = vae(4, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1, scaling_factor=0.36)
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    return ZImagePipeline(scheduler, images, Qwen3Model(reader).eval(), tokens, transformer)

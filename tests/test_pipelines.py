@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from peft import PeftModel
-from pipelines import CAPTIONS, tiny_flux, tiny_sd, tiny_sd2, tiny_sdxl
+from pipelines import CAPTIONS, tiny_flux, tiny_sd, tiny_sd2, tiny_sdxl, tiny_z_image
 
 from unforget import ExportConfig, UnlearnConfig, VerifyConfig, api, export, families, unlearn, verify
 from unforget.core import sampling
@@ -25,6 +25,7 @@ MADE = {
     "sdxl-no-zeros": lambda: tiny_sdxl(zeros=False),
     "flux-dev": tiny_flux,
     "flux-schnell": lambda: tiny_flux(dev=False),
+    "z-image": tiny_z_image,
 }
 SIZE = 16
 OPTIONS = families.Options(resolution=SIZE)
@@ -49,6 +50,7 @@ class Stock:
     def __init__(self, folder):
         self.pipeline = DiffusionPipeline.from_pretrained(folder)
         self.pipeline.set_progress_bar_config(disable=True)
+        self.spec = families.spec_of(str(folder))
         self.flux = isinstance(self.pipeline, FluxPipeline)
         self.schnell = self.flux and not self.pipeline.transformer.config.guidance_embeds
         if not isinstance(self.pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
@@ -59,6 +61,7 @@ class Stock:
             noise = self.pipeline._pack_latents(noise, *noise.shape)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         more = {"max_sequence_length": 256} if self.schnell else {}  # as its card says
+        guidance = self.spec.stock_guidance(guidance)
         drawn = self.pipeline(
             prompts, latents=noise, generator=generator, num_inference_steps=steps, guidance_scale=guidance,
             height=SIZE, width=SIZE, output_type="latent", **more,

@@ -236,11 +236,11 @@ class DiffusionModel:
         """
         import diffusers
 
-        embedded = {
-            f"{against}{name}": table[row].to(self.device).expand(count, *table[row].shape)
-            for against, row in (("", prompt_id), ("negative_", UNCONDITIONAL))
-            for name, table in zip(self.spec.conditioning, self._conditioning, strict=True)
-        }
+        embedded: dict[str, Any] = {}
+        for against, row in (("", prompt_id), ("negative_", UNCONDITIONAL)):
+            rows = [table[row].to(self.device).expand(count, *table[row].shape) for table in self._conditioning]
+            stock = zip(self.spec.conditioning, self.spec.stock_form(rows), strict=False)
+            embedded |= {f"{against}{name}": value for name, value in stock}
         # What is passed when loading is passed here, too: another class has other parts that may be left out. Without
         # text encoders, for they are on the CPU, and a pipeline works wherever one of its parts is.
         kind = getattr(diffusers, self.spec.inpaint_class)
@@ -250,7 +250,7 @@ class DiffusionModel:
         images: Tensor = pipeline(
             image=(picture.expand(count, -1, -1, -1) + 1) / 2, mask_image=mask.expand(count, -1, -1, -1),
             strength=strength, num_inference_steps=steps,
-            height=picture.shape[1], width=picture.shape[2], guidance_scale=self.guidance,
+            height=picture.shape[1], width=picture.shape[2], guidance_scale=self.spec.stock_guidance(self.guidance),
             generator=[torch.Generator().manual_seed(seed + i) for i in range(count)], output_type="pt", **embedded,
         ).images  # fmt: skip
         return images.float().cpu() * 2 - 1

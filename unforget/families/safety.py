@@ -31,7 +31,7 @@ FEW = {"num_layers": 512, "num_hidden_layers": 512, "layers_per_block": 64, "pos
 """Numbers whose cost is more than their own size."""
 SIDE = 8192  # largest `sample_size`
 SPARE = 1.05  # how many numbers a transformer may ask for, as a share of those in a single file
-WORDS = 2**23  # largest file of a tokenizer, bytes; those of SD3 have a third of it
+WORDS = 2**26  # largest file of a tokenizer, bytes; Gemma's has half of it, Qwen's a sixth
 VARIANT = "fp16"  # the word in the names of weights that some repositories have in half precision
 
 

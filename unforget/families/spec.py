@@ -99,6 +99,10 @@ class FamilySpec:
     """
     conditioning: tuple[str, ...] = ()
     """The tensors' names as arguments of the stock pipelines; `negative_` before them is against it."""
+    stock_form: Callable[[Sequence[Tensor]], Sequence[Any]] = lambda tensors: tensors
+    """Those tensors, (N, ...) each, as the stock pipelines take them; what they do not take is left out at the end."""
+    stock_guidance: Callable[[float | None], float | None] = lambda guidance: guidance
+    """What the stock pipelines call a guidance of which 1 is none."""
     conditioning_shapes: Callable[[Config], tuple[tuple[int, ...], ...]] = lambda config: ()  # for the memory plan
     guidance: float | None = None  # of its draws, where there is such
     distilled: bool = False  # whether guidance is told to the network; else it is classifier-free, two passes a step

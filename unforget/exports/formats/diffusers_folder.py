@@ -21,7 +21,7 @@ from unforget.files.storage import BadFile, Digested, open_tensors, read_json, w
 STEM = "diffusion_pytorch_model"
 WEIGHTS = re.compile(r"[\w-]+?(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 """Files with weights, and indexes of such; a variant has a word more between two dots."""
-TEXTS = (".json", ".txt", ".model")
+TEXTS = (".json", ".txt", ".model", ".jinja")
 CONTENT = ("vocab.json", "tokenizer.json")
 """Large files of words, in which a slash is a word."""
 LICENCES = re.compile(r"(LICEN[CS]E|NOTICE)[\w-]*(\.(md|txt))?", re.IGNORECASE)
