@@ -39,12 +39,12 @@ CAPTIONS = ("a red square", "a blue circle", "the green star")
 BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 
 
-def clip() -> tuple[CLIPTokenizer, CLIPTextConfig]:
-    """A vocabulary of its own, and a text encoder of width 8."""
+def clip(width: int = 8) -> tuple[CLIPTokenizer, CLIPTextConfig]:
+    """A vocabulary of its own, and a text encoder."""
     words = CLIPTokenizer().train_new_from_iterator(CAPTIONS, 560)
     words.model_max_length = 8
     return words, CLIPTextConfig(
-        vocab_size=len(words), hidden_size=8, intermediate_size=16, projection_dim=8, num_hidden_layers=2,
+        vocab_size=len(words), hidden_size=width, intermediate_size=16, projection_dim=8, num_hidden_layers=2,
         num_attention_heads=2, max_position_embeddings=8, bos_token_id=words.bos_token_id,
         eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id,
     )  # fmt: skip
@@ -103,15 +103,18 @@ def tiny_sd2() -> StableDiffusionPipeline:
 
 
 def tiny_sdxl(*, zeros: bool = True) -> StableDiffusionXLPipeline:
-    """Both text encoders, six numbers of the size, and an autoencoder that wants float32."""
+    """Both text encoders, six numbers of the size, and an autoencoder that wants float32.
+
+    Stock tells the text encoders of a single file apart by their width.
+    """
     torch.manual_seed(0)
-    words, text = clip()
+    (words, text), (_, wide) = clip(), clip(16)
     network = unet(
-        cross_attention_dim=16, addition_embed_type="text_time", addition_time_embed_dim=8,
+        cross_attention_dim=24, addition_embed_type="text_time", addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=8 + 6 * 8, use_linear_projection=True,
     )  # fmt: skip
     return StableDiffusionXLPipeline(
-        vae(4, scaling_factor=0.13025, force_upcast=True), CLIPTextModel(text), CLIPTextModelWithProjection(text),
+        vae(4, scaling_factor=0.13025, force_upcast=True), CLIPTextModel(text), CLIPTextModelWithProjection(wide),
         words, words, network, EulerDiscreteScheduler(**BETAS), force_zeros_for_empty_prompt=zeros,
         add_watermarker=False,
     )  # fmt: skip

@@ -1,12 +1,13 @@
-"""The original layout of SD3, against diffusers' own reader of it."""
+"""Original layouts of single files, against diffusers' own readers of them."""
 
 import copy
 import socket
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
+    convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
     convert_sd3_transformer_checkpoint_to_diffusers,
     create_diffusers_clip_model_from_ldm,
@@ -19,6 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from unforget.errors import CannotRun
 from unforget.families.layouts import Piece, grouped, to_diffusers, to_original
 from unforget.families.layouts import sd3 as sd3_layout
+from unforget.families.layouts import unet as unet_layout
 
 SMALL = {
     "sample_size": 8, "patch_size": 2, "in_channels": 16, "out_channels": 16, "attention_head_dim": 4,
@@ -167,6 +169,35 @@ def test_the_vae_there_and_back(widths):
     assert_same(weights, convert_ldm_vae_checkpoint(dict(checkpoint), config))
     assert shapes_of(weights) == shapes_of(meta(AutoencoderKL, config))
     assert_same(written(layout, weights), checkpoint)
+
+
+UNETS = {
+    "Stable Diffusion 1.5": (686, {"sample_size": 64, "block_out_channels": [4, 8, 16, 16]}),
+    "Stable Diffusion XL": (1680, {
+        "block_out_channels": [4, 8, 16], "transformer_layers_per_block": [1, 2, 10], "use_linear_projection": True,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 4, "projection_class_embeddings_input_dim": 30,
+    }),
+}  # fmt: skip
+"""How many tensors the released networks have, and their configurations at small widths."""
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_the_unet_there_and_back(name):
+    count, config = UNETS[name]
+    config = {"cross_attention_dim": 8, "attention_head_dim": 2, "norm_num_groups": 2, "layers_per_block": 2} | config
+    torch.manual_seed(0)
+    weights = UNet2DConditionModel.from_config(config).state_dict()
+    layout = unet_layout.network(weights)
+    checkpoint = written(layout, weights)
+    assert len(checkpoint) == count
+    assert "model.diffusion_model.output_blocks.5.2.conv.weight" in checkpoint
+    assert "model.diffusion_model.input_blocks.4.1.transformer_blocks.0.attn2.to_k.weight" in checkpoint
+    assert_same(convert_ldm_unet_checkpoint(dict(checkpoint), config), weights)
+    assert_same(read(layout, checkpoint), weights)
+    with pytest.raises(CannotRun, match="no place for"):
+        unet_layout.network([*weights, "down_blocks.0.motion_modules.0.proj_in.weight"])
 
 
 PARTS = {1: "text_encoder", 2: "text_encoder_2"}

@@ -193,6 +193,17 @@ def test_unlearn_verify_export(folder, tmp_path):
     noise = sampling.random_noise(1, families.load(str(folder), OPTIONS).latent_shape, 0, "test")
     base, merged = (Stock(f)([BLUE], 4, 2.0, noise=noise) for f in (folder, out["diffusers"]))
     assert not torch.allclose(merged, base, atol=1e-3)
+    if "single-file" in spec.formats:
+        file = export(ExportConfig(
+            **asked, patch=patch, output=tmp_path / "x.safetensors", format="single-file"
+        )).output  # fmt: skip
+        how = families.Options(resolution=SIZE, pipeline_config=folder)
+        one, all_parts = families.load(str(file), how), families.load(str(out["diffusers"]), OPTIONS)
+        assert one.spec is spec
+        for name in (spec.network, "vae", *spec.text_encoders):
+            theirs = getattr(all_parts.pipeline, name).state_dict()
+            for key, tensor in getattr(one.pipeline, name).state_dict().items():
+                assert torch.equal(tensor, theirs[key]), (name, key)
     patched = [Stock(folder) for _ in (*loras, "peft")]
     for stock, kind in zip(patched, loras, strict=False):
         stock.pipeline.load_lora_weights(out[kind])

@@ -55,7 +55,7 @@ def check_single(file: Path, spec: FamilySpec, config: Path) -> None:
     try:
         tensors = open_tensors(file).tensors
         for name, value in read_json(config / "model_index.json").items():
-            if isinstance(value, list) and _part(name, value)[1]:
+            if isinstance(value, list) and spec.passed.get(name, name) is not None and _part(name, value)[1]:
                 for table in sorted((config / name).glob("*config.json")):
                     _check_numbers(read_json(table), f"{name}/{table.name}")
         network = _made("diffusers", spec.network_class, read_json(config / spec.network / "config.json"))

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unforget.families.layouts.unet import SD_LAYOUT
 from unforget.families.spec import Config, FamilySpec, Setting, latent_recipes
 
 
@@ -46,7 +47,7 @@ SPEC = FamilySpec(
     scopes=("lora", "full"),
     # SD3's, at the same ratios of noise to image.
     recipes=latent_recipes(taper=(620, 730), forget_range=(13, 1000)),
-    formats=("diffusers", "lora", "peft", "kohya", "transformer"),
+    formats=("diffusers", "lora", "peft", "kohya", "transformer", "single-file"),
     task="text-to-image",
     architecture=architecture,
     lora_targets=("to_q", "to_k", "to_v", "to_out.0"),  # as diffusers' own LoRA script
@@ -60,6 +61,7 @@ SPEC = FamilySpec(
     conditioning_shapes=lambda config: ((77, config["cross_attention_dim"]),),
     guidance=7.5,
     vae_dtype="float32",
+    layout=SD_LAYOUT,
     unfit=unfit,
     blocks=lambda config: 2 * len(config["block_out_channels"]) + 1,
     passed={"safety_checker": None, "feature_extractor": None, "image_encoder": None, "requires_safety_checker": False},

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from unforget.families import sd
+from unforget.families.layouts.unet import SDXL_LAYOUT
 from unforget.families.spec import FamilySpec, Setting
 
 
@@ -41,7 +42,7 @@ SPEC = FamilySpec(
     autoencoder="vae",
     scopes=("lora", "full"),
     recipes=sd.SPEC.recipes,
-    formats=("diffusers", "lora", "peft", "kohya", "transformer"),
+    formats=("diffusers", "lora", "peft", "kohya", "transformer", "single-file"),
     task="text-to-image",
     architecture=lambda config: "stable-diffusion-xl-v1-base",
     reference="https://github.com/Stability-AI/generative-models",
@@ -60,6 +61,7 @@ SPEC = FamilySpec(
     ),
     guidance=5.0,
     vae_dtype="float32",  # its numbers overflow in half precision (`force_upcast`)
+    layout=SDXL_LAYOUT,
     unfit=sd.unfit,
     blocks=sd.SPEC.blocks,
     refused={"StableDiffusionXLImg2ImgPipeline": "A refiner draws no picture of its own: give the base model."},

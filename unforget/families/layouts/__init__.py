@@ -18,6 +18,7 @@ class Piece:
     part: tuple[int, int] = (0, 1)  # (index, count) of equal parts along dim 0, as of fused q, k and v
     swapped: bool = False  # halves along dim 0 change places: (shift, scale) there, (scale, shift) in diffusers
     convolution: bool = False  # a 1x1 convolution there, (out, in, 1, 1), a linear layer in diffusers, (out, in)
+    transposed: bool = False  # (in, out) there, (out, in) in diffusers
     copies: tuple[str, ...] = ()  # further names there under which the same tensor is stored again
 
 
@@ -62,6 +63,7 @@ def to_diffusers(piece: Piece, tensor: Tensor) -> Tensor:
         tensor = _parts(tensor, count, piece.original)[index]
     if piece.swapped:
         tensor = _swap(tensor, piece.original)
+    tensor = tensor.T.contiguous() if piece.transposed else tensor
     return tensor.reshape(tensor.shape[:2]) if piece.convolution else tensor
 
 
@@ -78,6 +80,7 @@ def to_original(pieces: Sequence[tuple[Piece, Tensor]]) -> Tensor:
         raise CannotRun(f"the parts of '{name}' differ in shape or dtype", "Give a model of one precision.")
     parts = [_swap(t, name) if p.swapped else t for p, t in pieces]
     parts = [t[..., None, None] if p.convolution else t for (p, _), t in zip(pieces, parts, strict=True)]
+    parts = [t.T if p.transposed else t for (p, _), t in zip(pieces, parts, strict=True)]
     return torch.cat(parts) if count > 1 else parts[0].contiguous()
 
 
@@ -86,7 +89,7 @@ def from_original(tensors: Mapping[str, Lazy], layout: Mapping[str, Piece]) -> d
 
     def one(whole: Lazy, piece: Piece) -> Lazy:
         shape = (whole.shape[0] // piece.part[1], *whole.shape[1:]) if whole.shape else ()
-        shape = shape[:2] if piece.convolution else shape
+        shape = shape[:2] if piece.convolution else shape[::-1] if piece.transposed else shape
         return Lazy(whole.dtype, shape, lambda: to_diffusers(piece, whole.make()))
 
     return {n: one(tensors[p.original], p) for n, p in layout.items() if p.original in tensors}
@@ -98,7 +101,7 @@ def originals(tensors: Mapping[str, Lazy], layout: Mapping[str, Piece]) -> dict[
     def one(names: list[str]) -> Lazy:
         first, piece = tensors[names[0]], layout[names[0]]
         shape = (first.shape[0] * len(names), *first.shape[1:]) if first.shape else ()
-        shape = (*shape, 1, 1) if piece.convolution else shape
+        shape = (*shape, 1, 1) if piece.convolution else shape[::-1] if piece.transposed else shape
         return Lazy(first.dtype, shape, lambda: to_original([(layout[n], tensors[n].make()) for n in names]))
 
     return {name: one(names) for name, names in grouped(layout).items()}

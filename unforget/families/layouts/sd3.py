@@ -70,7 +70,7 @@ def _transformer_piece(name: str, last: int) -> Piece:
     prefix, layer = (f"joint_blocks.{block[1]}.", block[2]) if block else ("", layer)
     original = (_BLOCK if block else _ENDS).get(layer)
     if original is None or (".ln_" in original and kind == "bias"):
-        raise _unknown(name)
+        raise unknown(name)
     index = _QKV.get(layer.rpartition(".")[2])
     # adaLN: 6 d rows, 9 d with a second attention; only where there are 2 d do the two codes order them differently.
     swapped = layer == "norm_out.linear" or (prefix == f"joint_blocks.{last}." and layer == "norm1_context.linear")
@@ -89,7 +89,7 @@ def vae(names: Iterable[str]) -> dict[str, Piece]:
     found = {}
     for name in names:
         if re.search(r"_blocks\.\d+\.attentions", name):
-            raise _unknown(name)
+            raise unknown(name)
         original = re.sub(r"(down|up)_blocks\.(\d+)", level, name)
         original = re.sub(r"mid_block\.resnets\.(\d+)", lambda m: f"mid.block_{int(m[1]) + 1}", original)
         for ours, theirs in _VAE.items():
@@ -98,7 +98,8 @@ def vae(names: Iterable[str]) -> dict[str, Piece]:
     return found
 
 
-def _unknown(name: str) -> CannotRun:
+def unknown(name: str) -> CannotRun:
+    """What is said of a tensor that the original does not know."""
     return CannotRun(f"the original layout has no place for '{name}'", "Give the format diffusers.")
 
 
