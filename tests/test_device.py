@@ -100,8 +100,9 @@ def test_unlearn_and_verify_a_pixel_model(tiny_folder, pictures, passes):
     assert {"sample", "reconstruct", "retention"} <= {c.probe for c in said.checks}
 
 
-def test_editors(sd3_folder, editor_folder):
-    model = families.load(str(sd3_folder), FAR)
+def test_editors(sd3_folder, editor_folder, monkeypatch):
+    model, opened, editor_of = families.load(str(sd3_folder), FAR), [], families.editor
+    monkeypatch.setattr(families, "editor", lambda *given: opened.append(editor_of(*given)) or opened[-1])
     target, mask = torch.rand(3, 16, 16) * 2 - 1, torch.zeros(1, 16, 16)
     mask[:, :8] = 1
     canvas = Canvas(model, target, mask, prompt_id=int(model.prompt_ids([RED])[0]))
@@ -111,6 +112,7 @@ def test_editors(sd3_folder, editor_folder):
     ):  # fmt: skip
         found = editor(canvas)
         assert all(c.image.device.type == "cpu" and torch.equal(c.image[:, 8:], target[:, 8:]) for c in found)
+    assert [pipeline.device.type for pipeline, _ in opened] == [NAME]  # on the CPU it would work, and be slow
 
 
 @pytest.mark.slow

@@ -2,8 +2,8 @@
 
     python examples/benchmark/models.py            # the table of docs/models.md; downloads nothing
 
-For every row the memory of a LoRA run and the network passes of `unlearn` and `verify --level standard` with one
-prompt, at the model's own size, as `--dry-run` says them.
+For every model the memory of a run with the defaults and the network passes of `unlearn` and `verify --level standard`
+at the model's own size, with one prompt where it takes prompts, as `--dry-run` says them.
 """
 
 import json
@@ -54,7 +54,25 @@ FLUX = {
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
 FLUX_VAE = {**WIDE, "shift_factor": 0.1159, "scaling_factor": 0.3611}
 SD3_VAE = {**WIDE, "shift_factor": 0.0609, "scaling_factor": 1.5305}
+PIXELS: dict[str, Any] = {
+    "_class_name": "UNet2DModel", "sample_size": 256, "layers_per_block": 2,
+    "block_out_channels": [128, 128, 256, 256, 512, 512],
+    "down_block_types": [*["DownBlock2D"] * 4, "AttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "AttnUpBlock2D", *["UpBlock2D"] * 4],
+}  # fmt: skip
+LDM: dict[str, Any] = {
+    "_class_name": "UNet2DModel", "sample_size": 64, "layers_per_block": 2, "attention_head_dim": 32,
+    "block_out_channels": [224, 448, 672, 896], "down_block_types": ["DownBlock2D", *["AttnDownBlock2D"] * 3],
+    "up_block_types": [*["AttnUpBlock2D"] * 3, "UpBlock2D"],
+}  # fmt: skip
+VQ = {
+    "_class_name": "VQModel", "block_out_channels": [128, 256, 512], "layers_per_block": 2, "latent_channels": 3,
+    "down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3,
+    "num_vq_embeddings": 8192, "vq_embed_dim": 3,
+}  # fmt: skip
 MODELS: dict[str, tuple[str, Parts]] = {
+    "DDPM CelebA-HQ": ("DDPMPipeline", {"unet": PIXELS, "scheduler": {"_class_name": "DDPMScheduler"}}),
+    "LDM CelebA-HQ": ("LDMPipeline", {"unet": LDM, "vqvae": VQ, "scheduler": BETAS}),
     "Stable Diffusion 1.5": ("StableDiffusionPipeline", {"unet": SD, "vae": VAE, "scheduler": BETAS}),
     "Stable Diffusion 2.1": (
         "StableDiffusionPipeline",
@@ -83,6 +101,10 @@ MODELS: dict[str, tuple[str, Parts]] = {
             "transformer": {**FLUX, "guidance_embeds": False}, "vae": FLUX_VAE, "scheduler": {**FLOW, "shift": 1.0},
         },
     ),
+    "Z-Image": (
+        "ZImagePipeline",
+        {"transformer": {"_class_name": "ZImageTransformer2DModel"}, "vae": FLUX_VAE, "scheduler": FLOW},
+    ),
 }  # fmt: skip
 """Pipelines and the `config.json` of their parts, as their repositories have them."""
 
@@ -105,17 +127,18 @@ def main() -> None:
     for name in MODELS:
         with tempfile.TemporaryDirectory() as scratch:
             folder = str(configured(name, Path(scratch)))
-            asked = {"model": folder, "target": "x.png", "prompt": "a flag"}
+            prompted = families.spec_of(folder).prompted
+            asked = {"model": folder, "target": "x.png", **({"prompt": "a flag"} if prompted else {})}
             found = blueprint(folder, families.Options())
             plans = [
                 api.plan_unlearn(UnlearnConfig(**asked, output="x.patch", gradient_checkpointing=again))
-                for again in (True, False)
+                for again in ((True, False) if prompted else (False,))
             ]
             judged = api.plan_verify(VerifyConfig(**asked, candidate=folder))
         size = sum(p.numel() for p in found.network.parameters()) / 1e9
         peaks = [f"{plan['memory_gib']['peak']:.1f}" for plan in plans]
         counts = [f"{plan['passes']['in all'][0]:,}" for plan in (plans[0], judged)]
-        row(name, str(found.image_shape[-1]), f"{size:.2f}", *peaks, *counts)
+        row(name, str(found.image_shape[-1]), f"{size:.2f}", *(peaks if prompted else ["", *peaks]), *counts)
 
 
 if __name__ == "__main__":
