@@ -3,9 +3,12 @@
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DDIMScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
     PNDMScheduler,
@@ -30,6 +33,7 @@ from transformers import (
     CLIPTokenizer,
     PreTrainedTokenizerFast,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
     T5Config,
     T5EncoderModel,
@@ -64,6 +68,15 @@ def t5(width: int) -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
     tokens = words()
     config = T5Config(vocab_size=len(tokens), d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     return T5EncoderModel(config).eval(), tokens
+
+
+def qwen3(layers: int) -> tuple[PreTrainedTokenizerFast, Qwen3Config]:
+    """A tokenizer with a chat template, and a text encoder of width 16."""
+    tokens = words(chat_template="{% for m in messages %}the {{ m['content'] }} {% endfor %}red")
+    return tokens, Qwen3Config(
+        vocab_size=len(tokens), hidden_size=16, intermediate_size=16, num_hidden_layers=layers, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=512,
+    )  # fmt: skip
 
 
 def vae(latent_channels: int, **more) -> AutoencoderKL:
@@ -158,11 +171,7 @@ def tiny_flux(*, dev: bool = True) -> FluxPipeline:
 def tiny_z_image() -> ZImagePipeline:
     """Prompts in a chat template, of as many tokens as they have."""
     torch.manual_seed(0)
-    tokens = words(chat_template="{% for m in messages %}the {{ m['content'] }} {% endfor %}red")
-    reader = Qwen3Config(
-        vocab_size=len(tokens), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=512,
-    )  # fmt: skip
+    tokens, reader = qwen3(2)
     transformer = ZImageTransformer2DModel(
         in_channels=4, dim=16, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
         axes_dims=[4, 2, 2], axes_lens=[1024, 64, 64],
@@ -172,3 +181,21 @@ def tiny_z_image() -> ZImagePipeline:
     images = vae(4, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1, scaling_factor=0.36)
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     return ZImagePipeline(scheduler, images, Qwen3Model(reader).eval(), tokens, transformer)
+
+
+def tiny_flux2() -> Flux2KleinPipeline:
+    """Layers 9, 18 and 27 of the text encoder are read; the autoencoder has counted means and variances."""
+    torch.manual_seed(0)
+    tokens, reader = qwen3(28)
+    images = AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, sample_size=16,
+        block_out_channels=(4, 4), layers_per_block=1, latent_channels=4, norm_num_groups=2,
+    )  # fmt: skip
+    images.bn.running_mean.normal_(std=0.1)
+    images.bn.running_var.uniform_(0.5, 2)
+    transformer = Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=48, axes_dims_rope=(2, 2, 2, 2), guidance_embeds=False, timestep_guidance_channels=16,
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    return Flux2KleinPipeline(scheduler, images, Qwen3ForCausalLM(reader).eval(), tokens, transformer)

@@ -51,8 +51,13 @@ FLUX = {
     "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 4096, "pooled_projection_dim": 768,
     "guidance_embeds": True,
 }  # fmt: skip
+KLEIN = {
+    "_class_name": "Flux2Transformer2DModel", "num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24,
+    "joint_attention_dim": 7680, "guidance_embeds": False,
+}  # fmt: skip
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
 FLUX_VAE = {**WIDE, "shift_factor": 0.1159, "scaling_factor": 0.3611}
+VAE2 = {**VAE, "latent_channels": 32, "sample_size": 1024}
 SD3_VAE = {**WIDE, "shift_factor": 0.0609, "scaling_factor": 1.5305}
 PIXELS: dict[str, Any] = {
     "_class_name": "UNet2DModel", "sample_size": 256, "layers_per_block": 2,
@@ -100,6 +105,10 @@ MODELS: dict[str, tuple[str, Parts]] = {
         {
             "transformer": {**FLUX, "guidance_embeds": False}, "vae": FLUX_VAE, "scheduler": {**FLOW, "shift": 1.0},
         },
+    ),
+    "FLUX.2 klein 4B": (
+        "Flux2KleinPipeline",
+        {"transformer": KLEIN, "vae": {**VAE2, "_class_name": "AutoencoderKLFlux2"}, "scheduler": FLOW},
     ),
     "Z-Image": (
         "ZImagePipeline",

@@ -160,7 +160,7 @@ def blueprint(ref: str, options: Options) -> Blueprint:
     from diffusers import AutoencoderKL
 
     from unforget.families.loading import opening, where
-    from unforget.families.model import downsampling, shapes
+    from unforget.families.model import pixels_wide, shapes
     from unforget.families.pipelines import dtype_of, network_class, network_config
 
     source, spec = families.examined(ref, options)
@@ -175,7 +175,7 @@ def blueprint(ref: str, options: Options) -> Blueprint:
                 parts = AutoencoderKL.load_config(**where(source), subfolder=spec.autoencoder)
                 vae = getattr(diffusers, parts.get("_class_name", "AutoencoderKL")).from_config(parts)
                 vae = vae.to(getattr(torch, spec.vae_dtype) if spec.vae_dtype else dtype)
-                factor, beside = downsampling(parts), _bytes(vae.parameters())
+                factor, beside = pixels_wide(spec, parts), _bytes(vae.parameters())
         made = shapes(spec, network.config, factor, ref, options.resolution)
         return Blueprint(spec, network, *made, beside, ref, source, options)
 

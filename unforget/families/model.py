@@ -41,7 +41,7 @@ class DiffusionModel:
         self.network = self._placed(getattr(pipeline, spec.network))
         self.vae = getattr(pipeline, spec.autoencoder).to(self.device) if spec.autoencoder else None
         self.guidance, self.retain_prompts = drawing(spec, options, hints)
-        factor = 1 if self.vae is None else downsampling(self.vae.config)
+        factor = 1 if self.vae is None else pixels_wide(spec, self.vae.config)
         self.latent_shape, self.image_shape = shapes(spec, self.network.config, factor, name, options.resolution)
         self.prompts: list[str] = [] if spec.prompted else [""]
         self._conditioning: list[list[Tensor]] = [[] for _ in spec.conditioning]
@@ -131,16 +131,14 @@ class DiffusionModel:
         few = torch.split(pictures, self._in_one_pass)
         answers = (vae.encode(part.to(vae.device, vae.dtype)) for part in few)
         parts = [a.latents if hasattr(a, "latents") else a.latent_dist.mode() for a in answers]
-        latents: Tensor = (torch.cat(parts).float() - self._shift) * vae.config.scaling_factor
-        return latents.cpu()
+        return self.spec.to_x_0(vae, torch.cat(parts).float()).cpu()
 
     @torch.no_grad()
     def decode(self, x_0: Tensor) -> Tensor:
         """Pictures in [-1, 1], (N, C, H, W); those of an autoencoder on the CPU."""
         vae = self.vae
         if vae is not None:
-            x_0 = x_0 / vae.config.scaling_factor + self._shift
-            few = torch.split(x_0, self._in_one_pass)
+            few = torch.split(self.spec.to_latents(vae, x_0), self._in_one_pass)
             parts = [vae.decode(part.to(vae.device, vae.dtype)).sample.float().cpu() for part in few]
             x_0 = torch.cat(parts)
         return x_0.clamp(-1, 1)
@@ -149,10 +147,6 @@ class DiffusionModel:
     def _in_one_pass(self) -> int:
         """How many pictures the autoencoder takes at once: one of 1024 px needs GiB."""
         return min(8, passes.in_one_pass(8 * 256 * 256, self.image_shape))
-
-    @property
-    def _shift(self) -> float:
-        return (self.vae.config.get("shift_factor") if self.vae is not None else None) or 0.0
 
     def predict(self, x_t: Tensor, timestep: Tensor, prompt_ids: Tensor) -> Tensor:
         """The network's answer at (x_t, timestep, prompt_ids), float32, on the device of x_t."""
@@ -301,9 +295,9 @@ def sampler(
     return made
 
 
-def downsampling(autoencoder: Any) -> int:
-    """How many pixels a latent is wide, by an autoencoder's configuration."""
-    return int(2 ** (len(autoencoder["block_out_channels"]) - 1))
+def pixels_wide(spec: FamilySpec, autoencoder: Any) -> int:
+    """How many pixels a place of x_0 is wide, by an autoencoder's configuration."""
+    return int(spec.gathered * 2 ** (len(autoencoder["block_out_channels"]) - 1))
 
 
 Shape = tuple[int, int, int]

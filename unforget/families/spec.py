@@ -55,6 +55,20 @@ class Setting(NamedTuple):
     guidance: float | None
 
 
+def scaled(autoencoder: Any, latents: Tensor) -> Tensor:
+    """What an autoencoder answers, as its configuration wants it to be worked on."""
+    config = autoencoder.config
+    x_0: Tensor = (latents - (config.get("shift_factor") or 0.0)) * config.scaling_factor
+    return x_0
+
+
+def unscaled(autoencoder: Any, x_0: Tensor) -> Tensor:
+    """The inverse of `scaled`."""
+    config = autoencoder.config
+    latents: Tensor = x_0 / config.scaling_factor + (config.get("shift_factor") or 0.0)
+    return latents
+
+
 def _set_timesteps(sampler: Any, steps: int, latent_shape: tuple[int, int, int]) -> None:
     sampler.set_timesteps(steps)
 
@@ -79,6 +93,10 @@ class FamilySpec:
     call: Callable[[Any, Tensor, Tensor, Sequence[Tensor], Setting], Tensor]
     """The network's answer at (network, x_t, timestep, conditioning, setting)."""
     autoencoder: str = ""  # its name in the pipeline; none for models that draw pixels
+    to_x_0: Callable[[Any, Tensor], Tensor] = scaled
+    """What the network works on, of (autoencoder, latents)."""
+    to_latents: Callable[[Any, Tensor], Tensor] = unscaled  # its inverse
+    gathered: int = 1  # latents of a side that x_0 has in one place, in channels
     inpaint_class: str = ""  # the stock pipeline that inpaints with the same parts; none for models that draw pixels
     reference: str = ""  # code that reads its original layout, for ModelSpec
     lora_targets: tuple[str, ...] = ()  # names of the projections that a LoRA is beside
