@@ -5,6 +5,8 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
     DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
@@ -199,3 +201,15 @@ def tiny_flux2() -> Flux2KleinPipeline:
     )  # fmt: skip
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     return Flux2KleinPipeline(scheduler, images, Qwen3ForCausalLM(reader).eval(), tokens, transformer)
+
+
+def tiny_dit() -> DiTPipeline:
+    """A thousand classes and none, learnt variance."""
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, out_channels=8, num_layers=2, sample_size=8, norm_num_groups=2,
+    )  # fmt: skip
+    for p in (*transformer.proj_out_2.parameters(), *transformer.transformer_blocks[0].norm1.parameters()):
+        torch.nn.init.normal_(p, std=0.2)  # a fresh transformer answers next to nothing
+    scheduler = DDIMScheduler(clip_sample=False)
+    return DiTPipeline(transformer, vae(4), scheduler, id2label={7: "cock, rooster", 207: "golden retriever"})

@@ -16,7 +16,7 @@ from unforget.core.schedule import Schedule
 from unforget.core.types import UNCONDITIONAL, Scope
 from unforget.errors import CannotRun, UsageError
 from unforget.families.loading import Hints, Options
-from unforget.families.scopes import check_precision, trainable
+from unforget.families.scopes import check_precision, switch_adapter, trainable
 from unforget.families.spec import FamilySpec, Setting, is_guided, tokenizer
 
 ONE_PASS: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
@@ -46,7 +46,8 @@ class DiffusionModel:
         self.prompts: list[str] = [] if spec.prompted else [""]
         self._conditioning: list[list[Tensor]] = [[] for _ in spec.conditioning]
         self.prompt_ids([""])
-        self.dtype = self._conditioning[0][UNCONDITIONAL].dtype if spec.conditioning else torch.float32
+        told = [table[UNCONDITIONAL].dtype for table in self._conditioning if table[UNCONDITIONAL].is_floating_point()]
+        self.dtype = (told or [torch.float32 if self.vae is None else self.vae.dtype])[0]
 
     def _placed(self, network: Any) -> Any:
         """A network where and as it is to work."""
@@ -98,6 +99,8 @@ class DiffusionModel:
     def _check_prompt(self, prompt: str) -> None:
         if not self.spec.prompted:
             raise UsageError(f"'{self.name}' takes no prompts", "Leave --prompt out.")
+        if not self.spec.text_encoders:
+            return
         if self.pipeline.text_encoder is None:
             raise CannotRun(f"the prompt '{prompt}' came after the text encoders were released", "Name it earlier.")
         names = [name for name in self.spec.text_encoders if name not in self.absent]
@@ -165,11 +168,11 @@ class DiffusionModel:
         if not self.plain or not getattr(self.network, "_hf_peft_config_loaded", False):
             yield
             return
-        self.network.disable_adapters()
+        switch_adapter(self.network, False)
         try:
             yield
         finally:
-            self.network.enable_adapters()
+            switch_adapter(self.network, True)
 
     def _sampler(self, steps: int, name: str | None = None) -> Any:
         return sampler(self.spec, self.scheduler_config, steps, self.latent_shape, name)
@@ -325,7 +328,7 @@ def shapes(spec: FamilySpec, config: Any, factor: int, name: str, resolution: in
 def drawing(spec: FamilySpec, options: Options, hints: Hints) -> tuple[float | None, tuple[str, ...]]:
     """Guidance, where there is such, and the prompts under which a model draws what is to be retained."""
     guidance = spec.guidance and (options.guidance or hints.guidance or spec.guidance)
-    return guidance, (hints.retain_prompts or _everyday_prompts()) if spec.prompted else ("",)
+    return guidance, (hints.retain_prompts or spec.everyday or _everyday_prompts()) if spec.prompted else ("",)
 
 
 def _everyday_prompts() -> tuple[str, ...]:

@@ -35,14 +35,27 @@ def trainable(spec: FamilySpec, network: Any, scope: Scope, *, rank: int, alpha:
     if scope == "bottleneck" and spec.bottleneck is not None:
         return list(spec.bottleneck(network))
     if not getattr(network, "_hf_peft_config_loaded", False):
-        from peft import LoraConfig
+        from peft import LoraConfig, inject_adapter_in_model
 
         targets = list(spec.lora_targets)
         config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            network.add_adapter(config)
+            if hasattr(network, "add_adapter"):
+                network.add_adapter(config)
+            else:  # diffusers has some networks without; PEFT takes any
+                inject_adapter_in_model(config, network)
+                network._hf_peft_config_loaded = True
         for name, part in network.named_modules():
             if name.rsplit(".", 1)[-1].startswith("lora_"):
                 part.float()
     return [p for name, p in network.named_parameters() if ".lora_" in name]
+
+
+def switch_adapter(network: nn.Module, on: bool) -> None:
+    """Let the LoRA beside a network's weights count, or not."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in network.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.enable_adapters(on)

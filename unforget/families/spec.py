@@ -84,6 +84,7 @@ class FamilySpec:
     network: str  # the part that is trained: its name in the pipeline, its subfolder, the prefix of its LoRAs
     network_class: str
     prompted: bool  # whether prompts say what is drawn
+    everyday: tuple[str, ...] = ()  # prompts of what is to be retained, instead of the built-in list
     scopes: tuple[Scope, ...]  # which weights can be trained, the default first
     recipes: Mapping[str, Recipe]  # by name; there is a `default` and a `paper`
     formats: tuple[str, ...]  # of export

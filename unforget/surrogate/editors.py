@@ -57,8 +57,9 @@ class RePaint(Strategy):
     jump_n_sample: int = Field(3, ge=1, description="how often to go back and repaint")
 
     def __call__(self, canvas: Canvas) -> list[Candidate]:
-        if canvas.family.spec.inpaint_class:
-            raise UsageError("repaint is for models that draw pixels", "Give --method inpaint.")
+        if canvas.family.spec.autoencoder:
+            other = "inpaint" if canvas.family.spec.inpaint_class else "sdedit"
+            raise UsageError("repaint is for models that draw pixels", f"Give --method {other}.")
         scheduler = RePaintScheduler.from_config(canvas.family.scheduler_config)
         scheduler.set_timesteps(self.steps, self.jump_length, self.jump_n_sample)
         generator = torch.Generator().manual_seed(canvas.seed)

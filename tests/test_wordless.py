@@ -1,15 +1,18 @@
-"""Unconditional models, on pixels and on latents, in every configuration that people have, or a sentence why not."""
+"""Models without words: unconditional ones on pixels and latents, class-conditional ones; or a sentence why not."""
 
+import json
 import shutil
 
 import pytest
 import torch
 from conftest import rewrite, tiny_pipeline
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, LDMPipeline, VQModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, DiTPipeline, LDMPipeline, VQModel
+from pipelines import tiny_dit
 
 from unforget import ExportConfig, UnlearnConfig, export, families, unlearn
 from unforget.errors import UsageError
 from unforget.files import images
+from unforget.surrogate.editors import Canvas, Inpaint, RePaint
 
 GREY = {"in_channels": 1, "out_channels": 1}
 
@@ -31,7 +34,7 @@ def test_a_ddpm_of_another_configuration_goes_the_whole_way(network, scheduler, 
     assert stock(num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images
 
 
-def patched(folder, tmp_path):
+def patched(folder, tmp_path, **more):
     """Unlearnt for a few steps and exported."""
     shape = families.load(str(folder)).image_shape
     for k, name in enumerate(("target", "surrogate")):
@@ -40,7 +43,7 @@ def patched(folder, tmp_path):
     patch = unlearn(UnlearnConfig(
         model=str(folder), target=(tmp_path / "target.png",), surrogate=(tmp_path / "surrogate.png",), retain_count=8,
         output=tmp_path / "x.patch", max_train_steps=3, train_batch_size=2, retain_batch_size=2, sampler_steps=3,
-        num_validation_images=1, learning_rate=1e-2,
+        num_validation_images=1, learning_rate=1e-2, min_distance=0.01, **more,
     )).output  # fmt: skip
     return export(ExportConfig(model=str(folder), patch=patch, output=tmp_path / "out")).output
 
@@ -84,3 +87,44 @@ def test_a_latent_model_without_prompts_draws_as_stock_and_goes_the_whole_way(la
         theirs = stock(generator=torch.Generator().manual_seed(3), num_inference_steps=4, output_type="np").images
         drawn = model.decode(model.replay(3, steps=4, scheduler=None, prompt_ids=torch.tensor([0])))
         torch.testing.assert_close((drawn[0].permute(1, 2, 0) + 1) / 2, torch.from_numpy(theirs[0]), rtol=0, atol=1e-5)
+
+
+def test_a_class_takes_the_place_of_a_prompt(tmp_path):
+    folder = tmp_path / "model"
+    tiny_dit().save_pretrained(folder)
+    (folder / "unforget.json").write_text(json.dumps({"guidance": 3.0, "retain_prompts": ["class:1", "class:2"]}))
+    rewrite(folder / "model_index.json", id2label={"7": "cock, rooster", "207": "golden retriever"})
+    out = patched(folder, tmp_path, prompt=("rooster",), rank=2)
+    drawn = []
+    for path in (folder, out):
+        model, stock = families.load(str(path)), DiTPipeline.from_pretrained(path)
+        stock.set_progress_bar_config(disable=True)
+        ids = model.prompt_ids(["class:7", "golden retriever"])
+        assert model.guided
+        for guidance in (1.0, 3.0):
+            model.guidance = guidance
+            how = {"guidance_scale": guidance, "num_inference_steps": 4, "output_type": "pt"}
+            theirs = stock([7, 207], generator=torch.Generator().manual_seed(3), **how).images
+            noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3))
+            with torch.no_grad():
+                ours = model.decode(model.denoise(noise, steps=4, prompt_ids=ids))
+            torch.testing.assert_close((ours + 1) / 2, theirs, rtol=0, atol=1e-4)
+        drawn.append(theirs)
+    assert not torch.allclose(*drawn, atol=1e-3)
+    assert families.load(str(folder)).retain_prompts == ("class:1", "class:2")
+    export(ExportConfig(model=str(folder), patch=tmp_path / "x.patch", output=tmp_path / "peft", format="peft"))
+
+
+@pytest.mark.parametrize("prompt", ["class:1000", "a rooster on a barn", "class:-1"])
+def test_a_class_that_is_none(prompt, tmp_path):
+    tiny_dit().save_pretrained(tmp_path / "model")
+    with pytest.raises(UsageError, match="there is no class"):
+        families.load(str(tmp_path / "model")).prompt_ids([prompt])
+
+
+@pytest.mark.parametrize("editor", [RePaint(), Inpaint()])
+def test_a_latent_model_without_an_inpainting_pipeline_says_what_to_do(editor, latent_folder):
+    canvas = Canvas(families.load(str(latent_folder)), torch.zeros(3, 16, 16), torch.ones(1, 16, 16))
+    with pytest.raises(UsageError, match="models that draw pixels") as refused:
+        editor(canvas)
+    assert "sdedit" in refused.value.hint

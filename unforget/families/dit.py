@@ -1,0 +1,57 @@
+"""Class-conditional models on latents: diffusers' `DiTPipeline`. A class takes the place of a prompt."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from unforget.errors import UsageError
+from unforget.families.spec import FamilySpec, Setting, latent_recipes
+
+CLASSES = 1000
+"""Of ImageNet, which the stock pipeline counts on: the next number is no class."""
+
+
+def embed(pipeline: Any, prompt: str, device: torch.device) -> tuple[Tensor]:
+    """The number of a class, (1,), by `class:207` or one of its names; UsageError if there is no such class."""
+    name = prompt.removeprefix("class:")
+    number = CLASSES if not prompt else int(name) if name.isdecimal() else pipeline.labels.get(name, -1)
+    if not 0 <= number < CLASSES + (not prompt):
+        hint = f"Give class:0 to class:{CLASSES - 1}, or a name that the model knows."
+        raise UsageError(f"there is no class '{prompt}'", hint)
+    return (torch.tensor([number]),)
+
+
+def call(network: Any, x_t: Tensor, timestep: Tensor, conditioning: Sequence[Tensor], setting: Setting) -> Tensor:
+    """The noise; a learnt variance, the other half of the channels, is not used."""
+    answer: Tensor = network(x_t, timestep, class_labels=conditioning[0].long(), return_dict=False)[0]
+    return answer[:, : x_t.shape[1]]
+
+
+SPEC = FamilySpec(
+    name="dit",
+    title="DiT",
+    pipeline_class="DiTPipeline",
+    network="transformer",
+    network_class="DiTTransformer2DModel",
+    prompted=True,
+    autoencoder="vae",
+    everyday=tuple(f"class:{n}" for n in range(0, CLASSES, 8)),
+    scopes=("lora", "full"),
+    recipes=latent_recipes(taper=(620, 730), forget_range=(13, 1000)),  # as Stable Diffusion 1.x: it learns noise
+    formats=("diffusers", "peft", "transformer"),
+    task="unconditional-image-generation",
+    architecture=lambda config: "dit-xl-2",
+    reference="https://github.com/facebookresearch/DiT",
+    lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
+    aliases={"dit": "facebook/DiT-XL-2-256"},
+    sampler="DDIMScheduler",
+    sampler_options={"clip_sample": False},
+    call=call,
+    embed=embed,
+    conditioning=("class_labels",),
+    conditioning_shapes=lambda config: ((),),
+    guidance=4.0,
+    blocks=lambda config: config["num_layers"],
+)
