@@ -2,7 +2,13 @@
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+)
 
 from unforget.core.schedule import Schedule
 
@@ -106,4 +112,22 @@ def test_an_unknown_prediction_type_names_the_known_ones():
     scheduler = DDPMScheduler()
     scheduler.register_to_config(prediction_type="dreams")
     with pytest.raises(ValueError, match=r"dreams.*epsilon, v_prediction, sample"):
+        Schedule.from_diffusers(scheduler)
+
+
+def test_a_solver_of_flows_is_a_flow():
+    """It has `alphas_cumprod` too, which its sampling does not use (Sana's)."""
+    solver = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
+    ours = Schedule.from_diffusers(solver)
+    euler = Schedule.from_diffusers(FlowMatchEulerDiscreteScheduler(shift=1.0))
+    for name, column in vars(euler).items():
+        torch.testing.assert_close(getattr(ours, name), column, rtol=1e-6, atol=1e-6)
+    assert vars(Schedule.from_diffusers(FlowMatchHeunDiscreteScheduler(shift=3.0)))
+
+
+@pytest.mark.parametrize("scheduler", [
+    EDMEulerScheduler(), DPMSolverMultistepScheduler(prediction_type="flow_prediction"),
+])  # fmt: skip
+def test_a_schedule_of_another_kind_is_not_taken_for_a_flow(scheduler):
+    with pytest.raises(ValueError, match=f"Unknown noise schedule '{type(scheduler).__name__}'"):
         Schedule.from_diffusers(scheduler)

@@ -80,22 +80,39 @@ class Schedule:
 
     @classmethod
     def from_diffusers(cls, scheduler: Any) -> Schedule:
-        """The table of a diffusers scheduler: any with `alphas_cumprod`, or a flow-matching one with `sigmas`."""
-        if hasattr(scheduler, "alphas_cumprod"):
+        """The table of a diffusers scheduler: any with `alphas_cumprod`, or one of a flow, whatever it has."""
+        kind = scheduler.config.get("prediction_type", "flow_prediction")
+        if kind == "flow_prediction":
+            sigmas = _flow_sigmas(scheduler)
+            alphas, timesteps = 1 - sigmas, sigmas * scheduler.config.num_train_timesteps
+        elif hasattr(scheduler, "alphas_cumprod"):
             cumprod = scheduler.alphas_cumprod.double()
             alphas, sigmas = cumprod.sqrt(), (1 - cumprod).sqrt()
             timesteps = torch.arange(len(cumprod), dtype=torch.float64)
-            kind = scheduler.config.prediction_type
         else:
-            # diffusers stores flow sigmas from noisy to clean, with a closing 0 once set_timesteps was called.
-            sigmas = scheduler.sigmas.double().flip(0)
-            sigmas = sigmas[sigmas > 0]
-            alphas, timesteps = 1 - sigmas, sigmas * scheduler.config.num_train_timesteps
-            kind = "flow"
+            raise _unknown(scheduler)
         zeros, ones = torch.zeros_like(alphas), torch.ones_like(alphas)
         columns = {
-            "epsilon": (zeros, ones), "v_prediction": (-sigmas, alphas), "sample": (ones, zeros), "flow": (-ones, ones)
+            "epsilon": (zeros, ones), "v_prediction": (-sigmas, alphas), "sample": (ones, zeros),
+            "flow_prediction": (-ones, ones),
         }  # fmt: skip
         if kind not in columns:
             raise ValueError(f"Unknown prediction type '{kind}'; known: {', '.join(columns)}.")
         return cls(timesteps, alphas, sigmas, *columns[kind])
+
+
+def _flow_sigmas(scheduler: Any) -> Tensor:
+    """Of a flow, from clean to noisy, (T,), float64."""
+    if "FlowMatch" in type(scheduler).__name__:
+        # diffusers stores them from noisy to clean, with a closing 0 once set_timesteps was called.
+        sigmas: Tensor = scheduler.sigmas.double().flip(0)
+        return sigmas[sigmas > 0]
+    if not scheduler.config.get("use_flow_sigmas"):
+        raise _unknown(scheduler)
+    # A solver, which shifts them when it is given its steps.
+    count = scheduler.config.num_train_timesteps
+    return torch.arange(1, count + 1, dtype=torch.float64) / count
+
+
+def _unknown(scheduler: Any) -> ValueError:
+    return ValueError(f"Unknown noise schedule '{type(scheduler).__name__}'.")
