@@ -105,7 +105,8 @@ def _flow_sigmas(scheduler: Any) -> Tensor:
     """Of a flow, from clean to noisy, (T,), float64."""
     if "FlowMatch" in type(scheduler).__name__:
         # diffusers stores them from noisy to clean, with a closing 0 once set_timesteps was called.
-        sigmas: Tensor = scheduler.sigmas.double().flip(0)
+        stored: Tensor = scheduler.sigmas
+        sigmas = stored.double().flip(0)
         return sigmas[sigmas > 0]
     if not scheduler.config.get("use_flow_sigmas"):
         raise _unknown(scheduler)
