@@ -105,13 +105,12 @@ def _flow_sigmas(scheduler: Any) -> Tensor:
     """Of a flow, from clean to noisy, (T,), float64."""
     if "FlowMatch" in type(scheduler).__name__:
         # diffusers stores them from noisy to clean, with a closing 0 once set_timesteps was called.
-        sigmas = scheduler.sigmas.double().flip(0)
-        positive: Tensor = sigmas[sigmas > 0]
-        return positive
+        sigmas: Tensor = scheduler.sigmas.double().flip(0)
+        return sigmas[sigmas > 0]
     if not scheduler.config.get("use_flow_sigmas"):
         raise _unknown(scheduler)
     # A solver, which shifts them when it is given its steps.
-    count = scheduler.config.num_train_timesteps
+    count = int(scheduler.config.num_train_timesteps)
     return torch.arange(1, count + 1, dtype=torch.float64) / count
 
 
