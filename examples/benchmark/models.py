@@ -1,12 +1,13 @@
 """What each model that people have would cost: counted from its own configuration on torch's meta device.
 
-    python examples/benchmark/models.py            # the table of docs/models.md; downloads nothing
+    python examples/benchmark/models.py [WORD ...]   # the table of docs/models.md, or models with a word in their name
 
 For every model the memory of a run with the defaults and the network passes of `unlearn` and `verify --level standard`
 at the model's own size, with one prompt where it takes prompts, as `--dry-run` says them.
 """
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,7 @@ def main() -> None:
     table(
         "model", "pixels", "weights, B", "memory, GiB", "all activations kept", "`unlearn`, passes", "`verify`, passes"
     )
-    for name in MODELS:
+    for name in (n for n in MODELS if not sys.argv[1:] or any(word in n for word in sys.argv[1:])):
         with tempfile.TemporaryDirectory() as scratch:
             folder = str(configured(name, Path(scratch)))
             prompted = families.spec_of(folder).prompted
