@@ -420,6 +420,22 @@ def test_a_surrogate_may_be_drawn_as_the_autoencoder_returns_it():
     assert shares(base, faded)["target"] == 1
 
 
+def test_what_lies_as_far_from_the_surrogate_as_the_target_does_shows_neither():
+    """Where the base draws its own target in very different ways every limit is wide; a blur must not fit in it."""
+    target, surrogate = placed((RED, BLUE), 1)[0], placed((RED, GREEN), 1)[0]
+    unrelated = torch.ones(10, *target.shape) * torch.linspace(-1, 1, 10)[:, None, None, None]
+    noise = torch.randn(20, *target.shape, generator=torch.Generator().manual_seed(0))
+    base, blurred = target + 0.6 * noise, surrogate + 0.95 * noise
+    found = what_is_shown(base, blurred, unrelated, Instance(target, surrogate, "t"), surrogate)[1]
+    assert found["surrogate"] == 0
+    assert (
+        what_is_shown(base, surrogate + 0.4 * noise, unrelated, Instance(target, surrogate, "t"), surrogate)[1][
+            "surrogate"
+        ]
+        == 1
+    )
+
+
 def test_forgotten_but_replaced_by_something_else_is_no_pass():
     policy = Policy()
 

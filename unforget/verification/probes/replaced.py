@@ -1,3 +1,4 @@
+import math
 from collections.abc import Iterator
 from typing import ClassVar
 
@@ -69,19 +70,20 @@ def what_is_shown(
 
     What the base draws nearer to the target than most images of other prompts shows it, and how these vary says how far
     an image of it may be. One of the surrogate, or of what is `drawable` of it, may be farther by what the two differ:
-    a picture made by hand is sharper than anything that an autoencoder returns.
+    a picture made by hand is sharper than anything that an autoencoder returns. Independent errors add in squares. What
+    lies as far from the surrogate as the target does is not it.
     """
     target, surrogate = instance.target, instance.surrogate
     own = misfit(base, target)
     if len(unrelated):
         own = own[own <= misfit(unrelated, target).quantile(UNRELATED)]
     limit = SLACK * float(own.quantile(0.9)) if len(own) else 0.0
-    lost = float(misfit(drawable[None], surrogate))
+    lost, edit = misfit(torch.stack([drawable, target]), surrogate).tolist()
 
     def shares(images: Tensor) -> dict[str, float]:
         to_target, to_surrogate = misfit(images, target), misfit(images, surrogate)
         nearer = to_surrogate < to_target
-        near = torch.minimum(to_surrogate, misfit(images, drawable)) <= limit + lost
+        near = torch.minimum(to_surrogate, misfit(images, drawable)) <= min(math.hypot(limit, lost), edit)
         near = near.where(nearer, to_target <= limit)
         found = {"target": near & ~nearer, "surrogate": near & nearer, "something_else": ~near}
         return {name: float(which.float().mean()) for name, which in found.items()}
