@@ -21,7 +21,7 @@ from unforget.errors import UsageError
 from unforget.families.memory import blueprint, reckon
 from unforget.files import images
 from unforget.files.patch import Patch
-from unforget.surrogate.editors import Canvas, Inpaint, RePaint
+from unforget.surrogate.editors import Canvas, Inpaint, RePaint, SDEdit
 
 RED, BLUE, _ = CAPTIONS
 MADE = {
@@ -157,11 +157,14 @@ def test_what_it_has_not(model):
         RePaint()(canvas)
 
 
-def test_inpainting_keeps_what_is_outside_the_mask(model):
+@pytest.mark.parametrize("editor", [
+    Inpaint(strengths=(1.0,), seeds=2, steps=3), SDEdit(strengths=(0.6,), seeds=2, steps=4),
+], ids=["inpaint", "sdedit"])  # fmt: skip
+def test_an_edit_keeps_what_is_outside_the_mask(model, editor):
     target, mask = torch.rand(3, SIZE, SIZE) * 2 - 1, torch.zeros(1, SIZE, SIZE)
     mask[:, :8] = 1
     row = int(model.prompt_ids([RED])[0])
-    found = Inpaint(strengths=(1.0,), seeds=2, steps=3)(Canvas(model, target, mask, seed=0, prompt_id=row))
+    found = editor(Canvas(model, target, mask, seed=0, prompt_id=row))
     assert all(torch.equal(c.image[:, 8:], target[:, 8:]) for c in found)
     assert not torch.equal(found[0].image, found[1].image)
 

@@ -9,7 +9,7 @@ from conftest import rewrite, tiny_pipeline
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, DiTPipeline, LDMPipeline, VQModel
 from pipelines import tiny_dit
 
-from unforget import ExportConfig, UnlearnConfig, export, families, unlearn
+from unforget import ExportConfig, UnlearnConfig, VerifyConfig, export, families, unlearn, verify
 from unforget.errors import UsageError
 from unforget.files import images
 from unforget.surrogate.editors import Canvas, Inpaint, RePaint
@@ -48,6 +48,13 @@ def patched(folder, tmp_path, **more):
     return export(ExportConfig(model=str(folder), patch=patch, output=tmp_path / "out")).output
 
 
+def judged(folder, tmp_path):
+    """What `verify` checks of that patch."""
+    few = {"max_rate": 0.4, "paired": 16, "controls": 8, "draws": 2, "sampler_steps": 2}
+    said = verify(VerifyConfig(model=str(folder), patch=tmp_path / "x.patch", level="quick", **few))
+    return {check.probe for check in said.checks}
+
+
 @pytest.mark.parametrize(("network", "reason"), [
     ({"num_class_embeds": 10}, "is class-conditional"),
     ({"in_channels": 6}, "takes 6 channels and answers 3"),
@@ -73,6 +80,8 @@ def latent_folder(request, tmp_path):
     torch.manual_seed(1)
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     autoencoder = request.param(**blocks, block_out_channels=(4, 4), latent_channels=3, norm_num_groups=2)
+    if isinstance(autoencoder, VQModel):  # fresh codes lie so near to each other that the last bit picks one
+        torch.nn.init.normal_(autoencoder.quantize.embedding.weight)
     unet = tiny_pipeline(size=8).unet
     LDMPipeline(autoencoder, unet, DDIMScheduler(clip_sample=False)).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
@@ -80,6 +89,7 @@ def latent_folder(request, tmp_path):
 
 def test_a_latent_model_without_prompts_draws_as_stock_and_goes_the_whole_way(latent_folder, tmp_path):
     model, out = families.load(str(latent_folder)), patched(latent_folder, tmp_path)
+    assert {"sample", "reconstruct", "retention"} <= judged(latent_folder, tmp_path)
     assert (model.latent_shape, model.image_shape) == ((3, 8, 8), (3, 16, 16))
     for folder in (latent_folder, out):
         model, stock = families.load(str(folder)), LDMPipeline.from_pretrained(folder)
@@ -95,6 +105,7 @@ def test_a_class_takes_the_place_of_a_prompt(tmp_path):
     (folder / "unforget.json").write_text(json.dumps({"guidance": 3.0, "retain_prompts": ["class:1", "class:2"]}))
     rewrite(folder / "model_index.json", id2label={"7": "cock, rooster", "207": "golden retriever"})
     out = patched(folder, tmp_path, prompt=("rooster",), rank=2)
+    assert {"sample", "replaced", "retention"} <= judged(folder, tmp_path)
     drawn = []
     for path in (folder, out):
         model, stock = families.load(str(path)), DiTPipeline.from_pretrained(path)

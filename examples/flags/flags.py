@@ -5,11 +5,12 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageOps
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from pictures import Judge, Named
+from pictures import Judge, Named, placements
 
 DUPLICATES = ("HM", "BQ", "NO", "SJ", "GF", "GP", "MF", "MQ", "PM", "RE", "YT", "GB-NIR", "SH", "UM", "AN")
 """Codes whose flag is another's at this size (BV goes by Norway's name), and one that is no country any more."""
@@ -45,6 +46,13 @@ def countries(package: Path, *, planted: bool = True) -> list[Named]:
         shown = PLANTED.get(code, code) if planted else code
         found.append(Named(code, name, Image.open(package / "png250px" / f"{shown.lower()}.png").convert("RGBA")))
     return found
+
+
+def learnt(package: Path, count: int, generator: torch.Generator) -> tuple[list[Named], list[list[str]], torch.Tensor]:
+    """Countries, the captions of each, and `count` placements of its flag, uint8 (countries, count, 3, 64, 64)."""
+    known = countries(package)
+    captions = [[form.format(c.name) for form in CAPTIONS] for c in known]
+    return known, captions, torch.stack([placements(c.image, count, generator) for c in known])
 
 
 def judge(known: list[Named]) -> Judge:

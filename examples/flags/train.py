@@ -13,8 +13,7 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusion3Pipeline
-from flags import CAPTIONS, countries
-from pictures import placements
+from flags import learnt
 from small_sd3 import Captioned, build, encoded, report, save, silent_t5, tokenizer, train_flow, train_vae, write_hints
 from transformers import T5Tokenizer
 
@@ -33,9 +32,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
-    known = countries(args.data)
-    captions = [[form.format(c.name) for form in CAPTIONS] for c in known]
-    images = torch.stack([placements(c.image, PLACEMENTS, generator) for c in known])
+    known, captions, images = learnt(args.data, PLACEMENTS, generator)
     if args.vae_from:
         absent = {"text_encoder_3": None, "tokenizer_3": None}
         pipe = StableDiffusion3Pipeline.from_pretrained(args.vae_from, **absent)

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from flags import CAPTIONS, countries
-from pictures import placements
+from flags import learnt
 from small_sd import build, train_noise
 from small_sd3 import Captioned, encoded, report, tokenizer, write_hints
 
@@ -29,9 +28,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     generator = torch.Generator().manual_seed(args.seed)
-    known = countries(args.data)
-    captions = [[form.format(c.name) for form in CAPTIONS] for c in known]
-    images = torch.stack([placements(c.image, PLACEMENTS, generator) for c in known])
+    known, captions, images = learnt(args.data, PLACEMENTS, generator)
     vae = AutoencoderKL.from_pretrained(args.vae_from / "vae").float().eval()
     latents = encoded(vae, images.flatten(0, 1)) + vae.config.shift_factor * vae.config.scaling_factor
     vae.register_to_config(shift_factor=None)  # stock pipelines of this kind know none

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from unforget.errors import UsageError
-from unforget.families.spec import FamilySpec, Setting, latent_recipes
+from unforget.families import sd
+from unforget.families.spec import FamilySpec, Setting
 
 CLASSES = 1000
 """Of ImageNet, which the stock pipeline counts on: the next number is no class."""
@@ -39,15 +40,15 @@ SPEC = FamilySpec(
     autoencoder="vae",
     everyday=tuple(f"class:{n}" for n in range(0, CLASSES, 8)),
     scopes=("lora", "full"),
-    recipes=latent_recipes(taper=(620, 730), forget_range=(13, 1000)),  # as Stable Diffusion 1.x: it learns noise
+    recipes=sd.SPEC.recipes,
     formats=("diffusers", "peft", "transformer"),
     task="unconditional-image-generation",
     architecture=lambda config: "dit-xl-2",
     reference="https://github.com/facebookresearch/DiT",
-    lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
+    lora_targets=sd.SPEC.lora_targets,
     aliases={"dit": "facebook/DiT-XL-2-256"},
     sampler="DDIMScheduler",
-    sampler_options={"clip_sample": False},
+    sampler_options=sd.SPEC.sampler_options,
     call=call,
     embed=embed,
     conditioning=("class_labels",),

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unforget.families.spec import FamilySpec, Setting, latent_recipes
+from unforget.families import sd3
+from unforget.families.spec import FamilySpec, Setting
 
 READS = 512
 """Tokens of a prompt in its chat template; all are read, filled up."""
@@ -78,7 +79,7 @@ SPEC = FamilySpec(
     to_latents=to_latents,
     gathered=2,
     scopes=("lora", "full"),
-    recipes=latent_recipes(taper=(710, 790), forget_range=(97, 1000)),
+    recipes=sd3.SPEC.recipes,
     formats=("diffusers", "lora", "peft", "transformer"),
     task="text-to-image",
     architecture=lambda config: "flux-2-klein",

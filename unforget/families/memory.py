@@ -157,7 +157,6 @@ class Blueprint:
 def blueprint(ref: str, options: Options) -> Blueprint:
     """The network of a model on the meta device, from its configuration alone."""
     import diffusers
-    from diffusers import AutoencoderKL
 
     from unforget.families.loading import opening, where
     from unforget.families.model import pixels_wide, shapes
@@ -172,7 +171,7 @@ def blueprint(ref: str, options: Options) -> Blueprint:
         with torch.device("meta"):
             network = network_class(spec).from_config(config).to(dtype)
             if spec.autoencoder:
-                parts = AutoencoderKL.load_config(**where(source), subfolder=spec.autoencoder)
+                parts = diffusers.AutoencoderKL.load_config(**where(source), subfolder=spec.autoencoder)
                 vae = getattr(diffusers, parts.get("_class_name", "AutoencoderKL")).from_config(parts)
                 vae = vae.to(getattr(torch, spec.vae_dtype) if spec.vae_dtype else dtype)
                 factor, beside = pixels_wide(spec, parts), _bytes(vae.parameters())

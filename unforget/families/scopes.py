@@ -41,11 +41,8 @@ def trainable(spec: FamilySpec, network: Any, scope: Scope, *, rank: int, alpha:
         config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            if hasattr(network, "add_adapter"):
-                network.add_adapter(config)
-            else:  # diffusers has some networks without; PEFT takes any
-                inject_adapter_in_model(config, network)
-                network._hf_peft_config_loaded = True
+            inject_adapter_in_model(config, network)  # not `add_adapter`, which some networks of diffusers lack
+        network._hf_peft_config_loaded = True
         for name, part in network.named_modules():
             if name.rsplit(".", 1)[-1].startswith("lora_"):
                 part.float()

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from unforget.families import flux
-from unforget.families.spec import Config, FamilySpec, Setting, latent_recipes
+from unforget.families import flux, sd3
+from unforget.families.spec import Config, FamilySpec, Setting
 
 READS = 512
 """Tokens of a prompt in its chat template, at most."""
@@ -51,12 +51,12 @@ SPEC = FamilySpec(
     prompted=True,
     autoencoder="vae",
     scopes=("lora", "full"),
-    recipes=latent_recipes(taper=(710, 790), forget_range=(97, 1000)),
+    recipes=sd3.SPEC.recipes,
     formats=("diffusers", "lora", "peft", "transformer"),
     task="text-to-image",
     architecture=lambda config: "z-image",
     reference="https://github.com/Tongyi-MAI/Z-Image",
-    lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
+    lora_targets=("to_q", "to_k", "to_v", "to_out.0"),  # as diffusers' own LoRA script
     aliases={"z-image": "Tongyi-MAI/Z-Image", "z-image-turbo": "Tongyi-MAI/Z-Image-Turbo"},
     sampler="FlowMatchEulerDiscreteScheduler",
     timesteps=flux.timesteps,
