@@ -8,12 +8,16 @@ import torch
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     FluxPipeline,
+    SanaPipeline,
+    StableDiffusionInpaintPipeline,
+    ZImagePipeline,
 )
 from peft import PeftModel
-from pipelines import CAPTIONS, tiny_flux, tiny_flux2, tiny_sd, tiny_sd2, tiny_sdxl, tiny_z_image
+from pipelines import CAPTIONS, tiny_flux, tiny_flux2, tiny_sana, tiny_sd, tiny_sd2, tiny_sdxl, tiny_z_image
 
 from unforget import ExportConfig, UnlearnConfig, VerifyConfig, api, export, families, unlearn, verify
 from unforget.core import sampling
@@ -33,9 +37,17 @@ MADE = {
     "flux-schnell": lambda: tiny_flux(dev=False),
     "flux2-klein": tiny_flux2,
     "z-image": tiny_z_image,
+    "sana": tiny_sana,
 }
-SIZE = 16
-OPTIONS = families.Options(resolution=SIZE)
+
+
+def size(folder) -> int:
+    """Of its pictures, in pixels."""
+    return 32 if families.spec_of(str(folder)).name == "sana" else 16
+
+
+def options(folder, **more):
+    return families.Options(resolution=size(folder), **more)
 
 
 @pytest.fixture(scope="module", params=MADE)
@@ -48,7 +60,7 @@ def folder(request, tmp_path_factory):
 
 @pytest.fixture
 def model(folder):
-    return families.load(str(folder), OPTIONS)
+    return families.load(str(folder), options(folder))
 
 
 class Stock:
@@ -60,27 +72,32 @@ class Stock:
         self.spec = families.spec_of(str(folder))
         self.flux = isinstance(self.pipeline, FluxPipeline)
         self.schnell = self.flux and not self.pipeline.transformer.config.guidance_embeds
-        if not isinstance(self.pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
-            self.pipeline.scheduler = DDIMScheduler.from_config(self.pipeline.scheduler.config, clip_sample=False)
+        self.size, self.sana = size(folder), isinstance(self.pipeline, SanaPipeline)
+        config = self.pipeline.scheduler.config
+        if self.sana:
+            self.pipeline.scheduler = DPMSolverMultistepScheduler.from_config(config, solver_order=1)
+        elif not isinstance(self.pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
+            self.pipeline.scheduler = DDIMScheduler.from_config(config, clip_sample=False)
 
     def __call__(self, prompts, steps, guidance, *, noise=None, seed=None):
         if noise is not None and self.flux:
             noise = self.pipeline._pack_latents(noise, *noise.shape)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         more = {"max_sequence_length": 256} if self.schnell else {}  # as its card says
-        guidance = self.spec.stock_guidance(guidance)
+        more |= {"use_resolution_binning": False} if self.sana else {}  # its sizes have thousands of pixels
+        guidance -= isinstance(self.pipeline, ZImagePipeline)  # which counts from 0
         drawn = self.pipeline(
             prompt=prompts, latents=noise, generator=generator, num_inference_steps=steps, guidance_scale=guidance,
-            height=SIZE, width=SIZE, output_type="latent", **more,
+            height=self.size, width=self.size, output_type="latent", **more,
         ).images  # fmt: skip
         if isinstance(self.pipeline, Flux2KleinPipeline):
             return self.spec.to_x_0(self.pipeline.vae, drawn)
-        return self.pipeline._unpack_latents(drawn, SIZE, SIZE, 2) if self.flux else drawn
+        return self.pipeline._unpack_latents(drawn, self.size, self.size, 2) if self.flux else drawn
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_denoise_is_the_stock_pipeline_s(folder, guidance):
-    model = families.load(str(folder), families.Options(resolution=SIZE, guidance=guidance))
+    model = families.load(str(folder), options(folder, guidance=guidance))
     noise = sampling.random_noise(2, model.latent_shape, 0, "test")
     theirs = Stock(folder)([RED, BLUE], 5, guidance, noise=noise)
     with torch.no_grad():
@@ -91,11 +108,12 @@ def test_denoise_is_the_stock_pipeline_s(folder, guidance):
 
 def test_without_a_prompt_it_is_the_empty_one_s(folder, model):
     noise = sampling.random_noise(1, model.latent_shape, 0, "test")
-    if folder.name == "sdxl":  # there "no prompt" is zeros, which the stock pipeline only sets against a prompt
+    against = {"sdxl": (1, 3), "sana": (2, 3)}.get(folder.name)
+    if against:  # "no prompt" is zeros, or lacks an instruction: what the stock pipeline only sets against a prompt
         embeds = model.pipeline.encode_prompt(RED, do_classifier_free_guidance=True)
-        assert not embeds[1].any()
-        torch.testing.assert_close(model._conditioning[0][0], embeds[1][0])
-        torch.testing.assert_close(model._conditioning[1][0], embeds[3][0])
+        assert embeds[1].any() == (folder.name == "sana")
+        for tensor, i in zip(model._conditioning[0], against, strict=True):
+            torch.testing.assert_close(tensor, embeds[i][0])
         return
     with torch.no_grad():
         ours = model.denoise(noise, steps=3)
@@ -110,12 +128,13 @@ def test_a_replay_is_the_stock_pipeline_s_with_a_seed(folder, model):
 
 
 def test_pictures_go_in_and_out_as_stock_scales_them(model):
-    vae, picture = model.pipeline.vae, torch.rand(1, 3, SIZE, SIZE) * 2 - 1
+    vae, picture = model.pipeline.vae, torch.rand(1, *model.image_shape) * 2 - 1
     with torch.no_grad():
-        mean = vae.encode(picture).latent_dist.mean
+        encoded = vae.encode(picture)
+        mean = encoded.latent_dist.mean if hasattr(encoded, "latent_dist") else encoded.latent
         shown = vae.decode(mean).sample.clamp(-1, 1)
     if model.spec.gathered == 1:
-        x_0 = (mean - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+        x_0 = (mean - (vae.config.get("shift_factor") or 0)) * vae.config.scaling_factor
         torch.testing.assert_close(model.encode(picture), x_0)
     else:
         torch.testing.assert_close(model.encode(picture), model.pipeline._encode_vae_image(picture, None))
@@ -125,8 +144,8 @@ def test_pictures_go_in_and_out_as_stock_scales_them(model):
 def test_the_target_is_the_training_script_s(model):
     """The formulas of diffusers' scripts, with its own schedulers."""
     x_0, noise = torch.randn(2, 3, *model.latent_shape)
-    theirs = type(model.pipeline.scheduler).from_config(model.scheduler_config)
-    if isinstance(theirs, FlowMatchEulerDiscreteScheduler):
+    if model.scheduler_config.get("prediction_type", "flow_prediction") == "flow_prediction":
+        theirs = FlowMatchEulerDiscreteScheduler.from_config(model.scheduler_config)
         rows = torch.tensor([3, 500, 990])
         sigmas, t = theirs.sigmas[rows].reshape(-1, 1, 1, 1), theirs.timesteps[rows]
         x_t, target = (1 - sigmas) * x_0 + sigmas * noise, noise - x_0
@@ -152,7 +171,7 @@ def test_another_pipeline_is_refused_with_what_there_is(name, hint, tmp_path):
 def test_what_it_has_not(model):
     with pytest.raises(UsageError, match="has no --train bottleneck"):
         model.trainable("bottleneck")
-    canvas = Canvas(model, torch.zeros(3, SIZE, SIZE), torch.ones(1, SIZE, SIZE))
+    canvas = Canvas(model, torch.zeros(model.image_shape), torch.ones(1, *model.image_shape[1:]))
     with pytest.raises(UsageError, match="models that draw pixels"):
         RePaint()(canvas)
 
@@ -161,20 +180,36 @@ def test_what_it_has_not(model):
     Inpaint(strengths=(1.0,), seeds=2, steps=3), SDEdit(strengths=(0.6,), seeds=2, steps=4),
 ], ids=["inpaint", "sdedit"])  # fmt: skip
 def test_an_edit_keeps_what_is_outside_the_mask(model, editor):
-    target, mask = torch.rand(3, SIZE, SIZE) * 2 - 1, torch.zeros(1, SIZE, SIZE)
+    target, mask = torch.rand(model.image_shape) * 2 - 1, torch.zeros(1, *model.image_shape[1:])
     mask[:, :8] = 1
     row = int(model.prompt_ids([RED])[0])
     found = editor(Canvas(model, target, mask, seed=0, prompt_id=row))
+    assert not any(torch.allclose(c.image[:, :8], target[:, :8], atol=0.05) for c in found)
     assert all(torch.equal(c.image[:, 8:], target[:, 8:]) for c in found)
     assert not torch.equal(found[0].image, found[1].image)
 
 
+@pytest.mark.parametrize("folder", ["sd"], indirect=True)
+def test_a_fill_is_the_stock_inpainting_pipeline_s(folder, model):
+    """Which takes latents for the picture here, and draws them from the encoder's distribution elsewhere."""
+    target, mask = torch.rand(model.image_shape) * 2 - 1, torch.zeros(1, *model.image_shape[1:])
+    mask[:, :8] = 1
+    noise, row = sampling.random_noise(1, model.latent_shape, 0, "test"), int(model.prompt_ids([RED])[0])
+    x_0, stock = model.encode(target[None]), StableDiffusionInpaintPipeline(**Stock(folder).pipeline.components)
+    theirs = stock(
+        RED, x_0, mask, masked_image_latents=x_0, latents=noise, strength=1.0, num_inference_steps=5,
+        guidance_scale=2.0, height=16, width=16, output_type="pt",
+    ).images  # fmt: skip
+    ours = Canvas(model, target, mask, prompt_id=row).fill(noise, model.schedule.share(1.0), steps=5)
+    torch.testing.assert_close(ours, theirs * 2 - 1, rtol=1e-4, atol=1e-4)
+
+
 def test_a_model_that_is_not_loaded_costs_the_same(folder, model):
-    found = blueprint(str(folder), OPTIONS)
+    found = blueprint(str(folder), options(folder))
     assert (found.image_shape, found.latent_shape) == (model.image_shape, model.latent_shape)
-    assert (found.guided, found.setting, found.retain_prompts) == (model.guided, ((SIZE, SIZE), 2.0), CAPTIONS)
+    assert (found.guided, found.setting, found.retain_prompts) == (model.guided, (model.image_shape[1:], 2.0), CAPTIONS)
     assert found.sampling_timesteps(4) == model.sampling_timesteps(4)
-    embedded = [tuple(table[0].shape)[-1] for table in model._conditioning]
+    embedded = [tensor.shape[-1] for tensor in model._conditioning[0]]
     assert [shape[-1] for shape in model.spec.conditioning_shapes(model.network.config)] == embedded
     plain, less = (
         reckon(found, "lora", 2, micro_batch=2, checkpointing=on, half=False).activations for on in (False, True)
@@ -185,8 +220,8 @@ def test_a_model_that_is_not_loaded_costs_the_same(folder, model):
 def test_unlearn_verify_export(folder, tmp_path):
     g = torch.Generator().manual_seed(3)
     for name in ("target", "surrogate"):
-        images.write_image(torch.rand(3, SIZE, SIZE, generator=g) * 2 - 1, tmp_path / f"{name}.png")
-    asked = {"model": str(folder), "resolution": SIZE}
+        images.write_image(torch.rand(3, size(folder), size(folder), generator=g) * 2 - 1, tmp_path / f"{name}.png")
+    asked = {"model": str(folder), "resolution": size(folder)}
     config = UnlearnConfig(
         **asked, target=(tmp_path / "target.png",), surrogate=(tmp_path / "surrogate.png",), prompt=(RED,),
         output=tmp_path / "x.patch", max_train_steps=3, train_batch_size=2, retain_batch_size=2, learning_rate=1e-2,
@@ -205,15 +240,15 @@ def test_unlearn_verify_export(folder, tmp_path):
         kind: export(ExportConfig(**asked, patch=patch, output=tmp_path / kind, format=kind)).output
         for kind in ("diffusers", "peft", *loras)
     }
-    noise = sampling.random_noise(1, families.load(str(folder), OPTIONS).latent_shape, 0, "test")
+    noise = sampling.random_noise(1, families.load(str(folder), options(folder)).latent_shape, 0, "test")
     base, merged = (Stock(f)([BLUE], 4, 2.0, noise=noise) for f in (folder, out["diffusers"]))
     assert not torch.allclose(merged, base, atol=1e-3)
     if "single-file" in spec.formats:
         file = export(ExportConfig(
             **asked, patch=patch, output=tmp_path / "x.safetensors", format="single-file"
         )).output  # fmt: skip
-        how = families.Options(resolution=SIZE, pipeline_config=folder)
-        one, all_parts = families.load(str(file), how), families.load(str(out["diffusers"]), OPTIONS)
+        how = options(folder, pipeline_config=folder)
+        one, all_parts = families.load(str(file), how), families.load(str(out["diffusers"]), options(folder))
         assert one.spec is spec
         for name in (spec.network, "vae", *spec.text_encoders):
             theirs = getattr(all_parts.pipeline, name).state_dict()

@@ -133,9 +133,12 @@ def test_a_class_that_is_none(prompt, tmp_path):
         families.load(str(tmp_path / "model")).prompt_ids([prompt])
 
 
-@pytest.mark.parametrize("editor", [RePaint(), Inpaint()])
-def test_a_latent_model_without_an_inpainting_pipeline_says_what_to_do(editor, latent_folder):
-    canvas = Canvas(families.load(str(latent_folder)), torch.zeros(3, 16, 16), torch.ones(1, 16, 16))
+def test_a_latent_model_without_prompts_fills_a_mask(latent_folder):
+    mask = torch.zeros(1, 16, 16)
+    mask[:, :8] = 1
+    canvas = Canvas(families.load(str(latent_folder)), torch.zeros(3, 16, 16), mask)
+    (found,) = Inpaint(strengths=(0.8,), seeds=1, steps=3)(canvas)
+    assert found.image[:, :8].any() and not found.image[:, 8:].any()
     with pytest.raises(UsageError, match="models that draw pixels") as refused:
-        editor(canvas)
-    assert "sdedit" in refused.value.hint
+        RePaint()(canvas)
+    assert "inpaint" in refused.value.hint

@@ -60,6 +60,16 @@ FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
 FLUX_VAE = {**WIDE, "shift_factor": 0.1159, "scaling_factor": 0.3611}
 VAE2 = {**VAE, "latent_channels": 32, "sample_size": 1024}
 SD3_VAE = {**WIDE, "shift_factor": 0.0609, "scaling_factor": 1.5305}
+SANA: dict[str, Any] = {"_class_name": "SanaTransformer2DModel"}
+DC: dict[str, Any] = {
+    "_class_name": "AutoencoderDC", "scaling_factor": 0.41407, "downsample_block_type": "Conv",
+    "upsample_block_type": "interpolate", "encoder_block_types": [*["ResBlock"] * 3, *["EfficientViTBlock"] * 3],
+    "decoder_block_types": [*["ResBlock"] * 3, *["EfficientViTBlock"] * 3],
+}  # fmt: skip
+SOLVER = {
+    "_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True,
+    "flow_shift": 3.0,
+}  # fmt: skip
 PIXELS: dict[str, Any] = {
     "_class_name": "UNet2DModel", "sample_size": 256, "layers_per_block": 2,
     "block_out_channels": [128, 128, 256, 256, 512, 512],
@@ -115,6 +125,7 @@ MODELS: dict[str, tuple[str, Parts]] = {
         "ZImagePipeline",
         {"transformer": {"_class_name": "ZImageTransformer2DModel"}, "vae": FLUX_VAE, "scheduler": FLOW},
     ),
+    "Sana 1.6B": ("SanaPipeline", {"transformer": SANA, "vae": DC, "scheduler": SOLVER}),
 }  # fmt: skip
 """Pipelines and the `config.json` of their parts, as their repositories have them."""
 

@@ -51,7 +51,6 @@ SPEC = FamilySpec(
     sampler_options=sd.SPEC.sampler_options,
     call=call,
     embed=embed,
-    conditioning=("class_labels",),
     conditioning_shapes=lambda config: ((),),
     guidance=4.0,
     blocks=lambda config: config["num_layers"],

@@ -58,7 +58,6 @@ SPEC = FamilySpec(
     name="flux",
     title="FLUX.1",
     pipeline_class="FluxPipeline",
-    inpaint_class="FluxInpaintPipeline",
     network="transformer",
     network_class="FluxTransformer2DModel",
     prompted=True,
@@ -77,7 +76,6 @@ SPEC = FamilySpec(
     text_encoders={"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"},
     reads={"text_encoder_2": READS},
     embed=embed,
-    conditioning=("prompt_embeds", "pooled_prompt_embeds"),
     conditioning_shapes=lambda config: (
         (READS if config["guidance_embeds"] else READS // 2, config["joint_attention_dim"]),
         (config["pooled_projection_dim"],),

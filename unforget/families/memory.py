@@ -174,7 +174,7 @@ def blueprint(ref: str, options: Options) -> Blueprint:
                 parts = diffusers.AutoencoderKL.load_config(**where(source), subfolder=spec.autoencoder)
                 vae = getattr(diffusers, parts.get("_class_name", "AutoencoderKL")).from_config(parts)
                 vae = vae.to(getattr(torch, spec.vae_dtype) if spec.vae_dtype else dtype)
-                factor, beside = pixels_wide(spec, parts), _bytes(vae.parameters())
+                factor, beside = pixels_wide(spec, vae.config), _bytes(vae.parameters())
         made = shapes(spec, network.config, factor, ref, options.resolution)
         return Blueprint(spec, network, *made, beside, ref, source, options)
 

@@ -44,9 +44,9 @@ class DiffusionModel:
         factor = 1 if self.vae is None else pixels_wide(spec, self.vae.config)
         self.latent_shape, self.image_shape = shapes(spec, self.network.config, factor, name, options.resolution)
         self.prompts: list[str] = [] if spec.prompted else [""]
-        self._conditioning: list[list[Tensor]] = [[] for _ in spec.conditioning]
+        self._conditioning: list[list[Tensor]] = [[] for _ in self.prompts]
         self.prompt_ids([""])
-        told = [table[UNCONDITIONAL].dtype for table in self._conditioning if table[UNCONDITIONAL].is_floating_point()]
+        told = [t.dtype for t in self._conditioning[UNCONDITIONAL] if t.is_floating_point()]
         self.dtype = (told or [torch.float32 if self.vae is None else self.vae.dtype])[0]
 
     def _placed(self, network: Any) -> Any:
@@ -91,8 +91,7 @@ class DiffusionModel:
         for prompt in prompts:
             embedded = self.spec.embed(self.pipeline, prompt, self.device)
             self.prompts.append(prompt)
-            for table, tensor in zip(self._conditioning, embedded, strict=True):
-                table.append(tensor[0].cpu())
+            self._conditioning.append([tensor[0].cpu() for tensor in embedded])
         for encoder in encoders:
             encoder.to("cpu")
 
@@ -133,7 +132,7 @@ class DiffusionModel:
             return torch.empty(0, *self.latent_shape)
         few = torch.split(pictures, self._in_one_pass)
         answers = (vae.encode(part.to(vae.device, vae.dtype)) for part in few)
-        parts = [a.latents if hasattr(a, "latents") else a.latent_dist.mode() for a in answers]
+        parts = [a.latent_dist.mode() if hasattr(a, "latent_dist") else next(iter(a.values())) for a in answers]
         return self.spec.to_x_0(vae, torch.cat(parts).float()).cpu()
 
     @torch.no_grad()
@@ -153,8 +152,9 @@ class DiffusionModel:
 
     def predict(self, x_t: Tensor, timestep: Tensor, prompt_ids: Tensor) -> Tensor:
         """The network's answer at (x_t, timestep, prompt_ids), float32, on the device of x_t."""
-        device, rows = next(self.network.parameters()).device, prompt_ids.tolist()
-        conditioning = [torch.stack([table[i] for i in rows]).to(device) for table in self._conditioning]
+        device = next(self.network.parameters()).device
+        told = zip(*(self._conditioning[i] for i in prompt_ids.tolist()), strict=True)
+        conditioning = [torch.stack(tensors).to(device) for tensors in told]
         with self._adapter():
             answer = self.spec.call(
                 self.network, x_t.to(device, self.dtype), timestep.to(device, torch.float32), conditioning,
@@ -222,36 +222,6 @@ class DiffusionModel:
         plain, asked = self.predict(torch.cat([x_t, x_t]), timestep.repeat(2), both).chunk(2)
         return plain + self.guidance * (asked - plain)
 
-    @torch.no_grad()
-    def inpaint(
-        self, picture: Tensor, mask: Tensor, *, prompt_id: int, strength: float, count: int, steps: int, seed: int
-    ) -> Tensor:
-        """`count` fills (count, 3, H, W) of a picture (3, H, W) in [-1, 1] where the mask (1, H, W) is 1.
-
-        By the same weights in diffusers' inpainting pipeline, from the share `strength` of the schedule; `seed` is the
-        first one's, and the others follow.
-        """
-        import diffusers
-
-        embedded: dict[str, Any] = {}
-        for against, row in (("", prompt_id), ("negative_", UNCONDITIONAL)):
-            rows = [table[row].to(self.device).expand(count, *table[row].shape) for table in self._conditioning]
-            stock = zip(self.spec.conditioning, self.spec.stock_form(rows), strict=False)
-            embedded |= {f"{against}{name}": value for name, value in stock}
-        # What is passed when loading is passed here, too: another class has other parts that may be left out. Without
-        # text encoders, for they are on the CPU, and a pipeline works wherever one of its parts is.
-        kind = getattr(diffusers, self.spec.inpaint_class)
-        parts = {**self.pipeline.components, **self.spec.passed, **dict.fromkeys(self.spec.text_encoders)}
-        pipeline = kind(**parts)
-        pipeline.set_progress_bar_config(disable=True)
-        images: Tensor = pipeline(
-            image=(picture.expand(count, -1, -1, -1) + 1) / 2, mask_image=mask.expand(count, -1, -1, -1),
-            strength=strength, num_inference_steps=steps,
-            height=picture.shape[1], width=picture.shape[2], guidance_scale=self.spec.stock_guidance(self.guidance),
-            generator=[torch.Generator().manual_seed(seed + i) for i in range(count)], output_type="pt", **embedded,
-        ).images  # fmt: skip
-        return images.float().cpu() * 2 - 1
-
     def copy(self) -> Self:
         """An independent model with equal, frozen weights; all but the network is shared."""
         twin = copy.copy(self)
@@ -300,7 +270,8 @@ def sampler(
 
 def pixels_wide(spec: FamilySpec, autoencoder: Any) -> int:
     """How many pixels a place of x_0 is wide, by an autoencoder's configuration."""
-    return int(spec.gathered * 2 ** (len(autoencoder["block_out_channels"]) - 1))
+    widths = autoencoder.get("encoder_block_out_channels") or autoencoder["block_out_channels"]
+    return int(spec.gathered * 2 ** (len(widths) - 1))
 
 
 Shape = tuple[int, int, int]

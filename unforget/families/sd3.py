@@ -85,7 +85,6 @@ SPEC = FamilySpec(
     name="sd3",
     title="Stable Diffusion 3",
     pipeline_class="StableDiffusion3Pipeline",
-    inpaint_class="StableDiffusion3InpaintPipeline",
     network="transformer",
     network_class="SD3Transformer2DModel",
     prompted=True,
@@ -115,7 +114,6 @@ SPEC = FamilySpec(
     silent=lambda t5: not bool(t5.encoder.final_layer_norm.weight.any()),
     reads={"text_encoder_3": ABSENT},
     embed=embed,
-    conditioning=("prompt_embeds", "pooled_prompt_embeds"),
     conditioning_shapes=lambda config: (
         (77 + ABSENT, config["joint_attention_dim"]), (config["pooled_projection_dim"],)
     ),

@@ -35,7 +35,6 @@ SPEC = FamilySpec(
     name="sdxl",
     title="Stable Diffusion XL",
     pipeline_class="StableDiffusionXLPipeline",
-    inpaint_class="StableDiffusionXLInpaintPipeline",
     network="unet",
     network_class="UNet2DConditionModel",
     prompted=True,
@@ -53,7 +52,6 @@ SPEC = FamilySpec(
     call=call,
     text_encoders={"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"},
     embed=embed,
-    conditioning=("prompt_embeds", "pooled_prompt_embeds"),
     # The pooled ones are beside six embedded numbers of the size.
     conditioning_shapes=lambda config: (
         (77, config["cross_attention_dim"]),

@@ -98,7 +98,6 @@ class FamilySpec:
     """What the network works on, of (autoencoder, latents)."""
     to_latents: Callable[[Any, Tensor], Tensor] = unscaled  # its inverse
     gathered: int = 1  # latents of a side that x_0 has in one place, in channels
-    inpaint_class: str = ""  # the stock pipeline that inpaints with the same parts; none for models that draw pixels
     reference: str = ""  # code that reads its original layout, for ModelSpec
     lora_targets: tuple[str, ...] = ()  # names of the projections that a LoRA is beside
     aliases: Mapping[str, str] = field(default_factory=dict)  # hub ids by a short name
@@ -112,16 +111,10 @@ class FamilySpec:
     """Whether an optional text encoder answers what stands in its place where it is left out."""
     reads: Mapping[str, int] = field(default_factory=dict)  # tokens that they read, where the tokenizer says otherwise
     embed: Callable[[Any, str, Any], tuple[Tensor, ...]] = lambda pipeline, prompt, device: ()
-    """What (pipeline, prompt, device) comes to, a tensor (1, ...) for each name in `conditioning`.
+    """The conditioning that (pipeline, prompt, device) comes to, tensors (1, ...).
 
     The empty prompt is the unconditional one; whatever stands for it is embedded here.
     """
-    conditioning: tuple[str, ...] = ()
-    """The tensors' names as arguments of the stock pipelines; `negative_` before them is against it."""
-    stock_form: Callable[[Sequence[Tensor]], Sequence[Any]] = lambda tensors: tensors
-    """Those tensors, (N, ...) each, as the stock pipelines take them; what they do not take is left out at the end."""
-    stock_guidance: Callable[[float | None], float | None] = lambda guidance: guidance
-    """What the stock pipelines call a guidance of which 1 is none."""
     conditioning_shapes: Callable[[Config], tuple[tuple[int, ...], ...]] = lambda config: ()  # for the memory plan
     guidance: float | None = None  # of its draws, where there is such
     distilled: bool = False  # whether guidance is told to the network; else it is classifier-free, two passes a step

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_max_pool2d
 
 from unforget.core import passes
 from unforget.core.sampling import add_noise, draw, visited
@@ -36,6 +38,27 @@ class Canvas:
         x_t = add_noise(self.family, images, noise, start)
         id = torch.tensor([self.prompt_id])
         return draw(self.family, x_t, steps=steps, start=start, prompt_ids=id, advance=self.advance)
+
+    @torch.no_grad()
+    def fill(self, noise: Tensor, timestep: float, *, steps: int) -> Tensor:
+        """What the base draws into the mask, (N, C, H, W), from about a timestep on, under the prompt.
+
+        After each step the target stands outside the mask, noised as far, as in diffusers' inpainting pipelines.
+        """
+        family, visits = self.family, self.family.sampling_timesteps(steps)
+        start = visited(family, timestep, steps=steps)
+        x_s = family.encode(self.target[None])
+        mask, out = adaptive_max_pool2d(self.mask, x_s.shape[2:]), []
+        for part in torch.split(noise, passes.drawn_in_one_pass(family)):
+            ids = torch.full((len(part),), self.prompt_id)
+            x_t = part if start == visits[0] else add_noise(family, x_s, part, start, encoded=True)
+            for t, after in pairwise([*(t for t in visits if t <= start), None]):
+                x_t = family.denoise(x_t, steps=steps, start=t, stop=-1 if after is None else after, prompt_ids=ids)
+                known = x_s if after is None else add_noise(family, x_s, part, after, encoded=True)
+                x_t = mask * x_t + (1 - mask) * known
+            self.advance(passes.drawn(family, ids.tolist(), passes.calls(family, steps, start)))
+            out.append(family.decode(x_t))
+        return torch.cat(out)
 
 
 def redrawn_passes(model: Any, prompt_ids: Sequence[int], timestep: float, steps: int) -> int:

@@ -41,10 +41,13 @@ class SDEdit(Strategy):
     def __call__(self, canvas: Canvas) -> list[Candidate]:
         family, out = canvas.family, []
         for strength in self.strengths:
-            noise = random_noise(self.seeds, family.latent_shape, canvas.seed, f"sdedit {strength}")
-            images = canvas.redraw(canvas.target[None], noise, family.schedule.share(strength), steps=self.steps)
-            out += _edits(canvas, images, f"sdedit {strength:.2f}")
+            noise = random_noise(self.seeds, family.latent_shape, canvas.seed, f"{self.kind} {strength}")
+            images = self._draw(canvas, noise, family.schedule.share(strength))
+            out += _edits(canvas, images, f"{self.kind} {strength:.2f}")
         return out
+
+    def _draw(self, canvas: Canvas, noise: Tensor, timestep: float) -> Tensor:
+        return canvas.redraw(canvas.target[None], noise, timestep, steps=self.steps)
 
 
 class RePaint(Strategy):
@@ -58,8 +61,7 @@ class RePaint(Strategy):
 
     def __call__(self, canvas: Canvas) -> list[Candidate]:
         if canvas.family.spec.autoencoder:
-            other = "inpaint" if canvas.family.spec.inpaint_class else "sdedit"
-            raise UsageError("repaint is for models that draw pixels", f"Give --method {other}.")
+            raise UsageError("repaint is for models that draw pixels", "Give --method inpaint.")
         scheduler = RePaintScheduler.from_config(canvas.family.scheduler_config)
         scheduler.set_timesteps(self.steps, self.jump_length, self.jump_n_sample)
         generator = torch.Generator().manual_seed(canvas.seed)
@@ -78,26 +80,22 @@ class RePaint(Strategy):
         return _edits(canvas, x_t.clamp(-1, 1), "repaint")
 
 
-class Inpaint(Strategy):
-    """Let the model fill the mask and keep the rest: `repaint` for pixels, else the family's inpainting pipeline."""
+class Inpaint(SDEdit):
+    """Let the model fill the mask and keep the rest: `repaint` for pixels, in latents step by step."""
 
-    kind: Literal["inpaint"] = "inpaint"
+    kind: Literal["inpaint"] = "inpaint"  # type: ignore[assignment]
     strengths: tuple[float, ...] = Field((0.7, 0.85, 1.0), description="noise levels, as shares of the schedule")
     seeds: int = Field(8, ge=1, le=256, description="candidates a strength")
-    steps: int = Field(20, ge=2, le=1000, description="steps of a whole sampling run")
+
+    def passes(self, model: Any, prompt_id: int) -> int:
+        """As of `SDEdit`; 0 for `repaint`, which is not counted."""
+        return super().passes(model, prompt_id) if model.spec.autoencoder else 0
 
     def __call__(self, canvas: Canvas) -> list[Candidate]:
-        family: Any = canvas.family
-        if not family.spec.inpaint_class:
-            return RePaint(seeds=self.seeds)(canvas)
-        out = []
-        for strength in self.strengths:
-            images = family.inpaint(
-                canvas.target, canvas.mask, prompt_id=canvas.prompt_id, strength=strength, count=self.seeds,
-                steps=self.steps, seed=canvas.seed,
-            )  # fmt: skip
-            out += _edits(canvas, images, f"inpaint {strength:.2f}")
-        return out
+        return super().__call__(canvas) if canvas.family.spec.autoencoder else RePaint(seeds=self.seeds)(canvas)
+
+    def _draw(self, canvas: Canvas, noise: Tensor, timestep: float) -> Tensor:
+        return canvas.fill(noise, timestep, steps=self.steps)
 
 
 class Instruct(Strategy):
