@@ -15,6 +15,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     PNDMScheduler,
     SanaPipeline,
     SanaTransformer2DModel,
@@ -30,6 +32,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
@@ -72,8 +75,10 @@ def words(**more) -> PreTrainedTokenizerFast:
 
 
 def t5(width: int) -> tuple[T5EncoderModel, PreTrainedTokenizerFast]:
-    """A text encoder that reads long prompts, and its tokenizer."""
+    """A text encoder that reads long prompts, and its tokenizer, by which an empty prompt has a token, too."""
     tokens = words()
+    end = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", tokens.eos_token_id)])
+    tokens.backend_tokenizer.post_processor = end
     config = T5Config(vocab_size=len(tokens), d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     return T5EncoderModel(config).eval(), tokens
 
@@ -229,6 +234,18 @@ def tiny_sana() -> SanaPipeline:
     )  # fmt: skip
     scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     return SanaPipeline(tokens, Gemma2Model(reader).eval(), images, transformer, scheduler)
+
+
+def tiny_pixart() -> PixArtSigmaPipeline:
+    """Learnt variance, and a mask over the 300 tokens of a prompt."""
+    torch.manual_seed(0)
+    reader, tokens = t5(24)
+    transformer = PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2,
+        cross_attention_dim=16, caption_channels=24, sample_size=8, norm_num_groups=2,
+    )  # fmt: skip
+    scheduler = DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02)
+    return PixArtSigmaPipeline(tokens, reader, vae(4, scaling_factor=0.13025), transformer, scheduler)
 
 
 def tiny_dit() -> DiTPipeline:

@@ -1,6 +1,7 @@
 import ast
 import inspect
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from diffusers import DDIMScheduler
 from safetensors.torch import save_file
 
 from unforget import families
+from unforget.config.base import ModelConfig
 from unforget.core import sampling
 from unforget.errors import CannotRun, UsageError
 from unforget.families.spec import tokenizer
@@ -36,7 +38,10 @@ def test_predict_is_the_network_at_the_schedule_s_timestep(tiny):
     index = torch.tensor([3, 700])
     with torch.no_grad():
         torch.testing.assert_close(
-            tiny.predict(x, index, index), tiny.pipeline.unet(x, index).sample, rtol=1e-4, atol=1e-5
+            tiny.predict(x, index, torch.zeros(2, dtype=torch.long)),
+            tiny.pipeline.unet(x, index).sample,
+            rtol=1e-4,
+            atol=1e-5,
         )
 
 
@@ -104,6 +109,8 @@ def test_a_row_is_whole(spec):
     assert all(hasattr(transformers, name) for name in spec.text_encoders.values())
     refs = [ref for ref in families.EMBEDDED if families.spec_of(ref) is spec]
     assert refs or spec.aliases
+    asked = ModelConfig.model_fields["model"].description
+    assert all(re.search(rf"\b{alias}[,)]", asked) for alias in (*refs, *spec.aliases))
 
 
 @pytest.mark.parametrize("spec", families.FAMILIES, ids=lambda spec: spec.name)

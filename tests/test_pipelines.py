@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from conftest import rewrite
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
@@ -12,15 +13,27 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     FluxPipeline,
+    PixArtSigmaPipeline,
     SanaPipeline,
     StableDiffusionInpaintPipeline,
     ZImagePipeline,
 )
 from peft import PeftModel
-from pipelines import CAPTIONS, tiny_flux, tiny_flux2, tiny_sana, tiny_sd, tiny_sd2, tiny_sdxl, tiny_z_image
+from pipelines import (
+    CAPTIONS,
+    tiny_flux,
+    tiny_flux2,
+    tiny_pixart,
+    tiny_sana,
+    tiny_sd,
+    tiny_sd2,
+    tiny_sdxl,
+    tiny_z_image,
+)
 
 from unforget import ExportConfig, UnlearnConfig, VerifyConfig, api, export, families, unlearn, verify
 from unforget.core import sampling
+from unforget.core.schedule import Schedule
 from unforget.errors import UsageError
 from unforget.families.memory import blueprint, reckon
 from unforget.files import images
@@ -38,6 +51,7 @@ MADE = {
     "flux2-klein": tiny_flux2,
     "z-image": tiny_z_image,
     "sana": tiny_sana,
+    "pixart": tiny_pixart,
 }
 
 
@@ -72,9 +86,9 @@ class Stock:
         self.spec = families.spec_of(str(folder))
         self.flux = isinstance(self.pipeline, FluxPipeline)
         self.schnell = self.flux and not self.pipeline.transformer.config.guidance_embeds
-        self.size, self.sana = size(folder), isinstance(self.pipeline, SanaPipeline)
+        self.size = size(folder)
         config = self.pipeline.scheduler.config
-        if self.sana:
+        if isinstance(self.pipeline, SanaPipeline):
             self.pipeline.scheduler = DPMSolverMultistepScheduler.from_config(config, solver_order=1)
         elif not isinstance(self.pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
             self.pipeline.scheduler = DDIMScheduler.from_config(config, clip_sample=False)
@@ -84,7 +98,8 @@ class Stock:
             noise = self.pipeline._pack_latents(noise, *noise.shape)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         more = {"max_sequence_length": 256} if self.schnell else {}  # as its card says
-        more |= {"use_resolution_binning": False} if self.sana else {}  # its sizes have thousands of pixels
+        if isinstance(self.pipeline, (SanaPipeline, PixArtSigmaPipeline)):
+            more = {"use_resolution_binning": False}  # else it draws at a released size, and scales
         guidance -= isinstance(self.pipeline, ZImagePipeline)  # which counts from 0
         drawn = self.pipeline(
             prompt=prompts, latents=noise, generator=generator, num_inference_steps=steps, guidance_scale=guidance,
@@ -156,6 +171,23 @@ def test_the_target_is_the_training_script_s(model):
         target = theirs.get_velocity(x_0, noise, t) if velocity else noise
     torch.testing.assert_close(model.schedule.add_noise(x_0, noise, t), x_t, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model.schedule.target(x_0, noise, t), target, rtol=1e-5, atol=1e-5)
+
+
+def test_a_network_by_the_name_that_it_was_released_under(tmp_path):
+    tiny_pixart().save_pretrained(tmp_path)
+    rewrite(tmp_path / "model_index.json", transformer=["diffusers", "Transformer2DModel"])
+    rewrite(tmp_path / "transformer" / "config.json", _class_name="Transformer2DModel", num_vector_embeds=None)
+    model = families.load(str(tmp_path), families.Options(resolution=16))
+    assert type(model.network).__name__ == model.spec.network_class
+
+
+def test_the_recipe_works_at_the_same_noise_as_every_other(model):
+    """Timesteps of a row's own schedule; of noise to image, where they are put in `latent_recipes`."""
+    own = {**model.scheduler_config, "rescale_betas_zero_snr": False}  # as released
+    recipe, s = model.spec.recipes["default"], Schedule.from_diffusers(type(model.pipeline.scheduler).from_config(own))
+    levels = torch.tensor([*recipe.objective.taper, recipe.forget_range[0]])
+    ratio = s.sigmas[s._rows(levels)] / s.alphas[s._rows(levels)]
+    torch.testing.assert_close(ratio, torch.tensor([2.45, 3.76, 0.107]).double(), rtol=0.06, atol=0)
 
 
 @pytest.mark.parametrize(("name", "hint"), [

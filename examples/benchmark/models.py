@@ -56,6 +56,14 @@ KLEIN = {
     "_class_name": "Flux2Transformer2DModel", "num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24,
     "joint_attention_dim": 7680, "guidance_embeds": False,
 }  # fmt: skip
+PIXART = {
+    "_class_name": "Transformer2DModel", "norm_type": "ada_norm_single", "attention_bias": True, "num_layers": 28,
+    "num_attention_heads": 16, "attention_head_dim": 72, "cross_attention_dim": 1152, "caption_channels": 4096,
+    "in_channels": 4, "out_channels": 8, "patch_size": 2, "sample_size": 128, "interpolation_scale": 2,
+    "num_embeds_ada_norm": 1000, "activation_fn": "gelu-approximate", "norm_elementwise_affine": False,
+    "norm_eps": 1e-6, "use_additional_conditions": False,
+}  # fmt: skip
+DPM = {"_class_name": "DPMSolverMultistepScheduler", "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}
 FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}
 FLUX_VAE = {**WIDE, "shift_factor": 0.1159, "scaling_factor": 0.3611}
 VAE2 = {**VAE, "latent_channels": 32, "sample_size": 1024}
@@ -126,6 +134,10 @@ MODELS: dict[str, tuple[str, Parts]] = {
         {"transformer": {"_class_name": "ZImageTransformer2DModel"}, "vae": FLUX_VAE, "scheduler": FLOW},
     ),
     "Sana 1.6B": ("SanaPipeline", {"transformer": SANA, "vae": DC, "scheduler": SOLVER}),
+    "PixArt-Sigma": (
+        "PixArtSigmaPipeline",
+        {"transformer": PIXART, "vae": {**VAE, "scaling_factor": 0.13025}, "scheduler": DPM},
+    ),
 }  # fmt: skip
 """Pipelines and the `config.json` of their parts, as their repositories have them."""
 

@@ -122,8 +122,8 @@ class ModelConfig(Config):
 
     model: str = option(
         "Model: an alias (faces, flags, ddpm-celebahq, sd1.5, sdxl, sd3, sd3.5-medium, sd3.5-large, flux-dev, "
-        "flux-schnell, flux2-klein, z-image, z-image-turbo, dit, ldm-celebahq), a diffusers folder, a "
-        ".safetensors file, or a hub id owner/name[@revision].",
+        "flux-schnell, flux2-klein, z-image, z-image-turbo, sana, pixart-sigma, dit, ldm-celebahq), a diffusers "
+        "folder, a .safetensors file, or a hub id owner/name[@revision].",
         names=("-m", "--pretrained-model-name-or-path"),
     )
     pipeline_config: Path | None = option(

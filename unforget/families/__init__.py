@@ -9,7 +9,7 @@ from unforget.families.loading import Hints, Options, editor, examined, hints, h
 from unforget.families.memory import trim_memory
 from unforget.families.spec import FamilySpec, check_scope, is_guided
 
-ROWS = ("ddpm", "ldm", "sd", "sdxl", "sd3", "flux", "flux2", "z_image", "sana", "dit")
+ROWS = ("ddpm", "ldm", "sd", "sdxl", "sd3", "flux", "flux2", "z_image", "sana", "dit", "pixart")
 FAMILIES: tuple[FamilySpec, ...] = tuple(import_module(f"{__name__}.{name}").SPEC for name in ROWS)
 EMBEDDED = ("faces", "flags")
 """Models inside the package: no download."""

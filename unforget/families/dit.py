@@ -8,7 +8,7 @@ from torch import Tensor
 
 from unforget.errors import UsageError
 from unforget.families import sd
-from unforget.families.spec import FamilySpec, Setting
+from unforget.families.spec import FamilySpec, Setting, latent_recipes
 
 CLASSES = 1000
 """Of ImageNet, which the stock pipeline counts on: the next number is no class."""
@@ -40,7 +40,8 @@ SPEC = FamilySpec(
     autoencoder="vae",
     everyday=tuple(f"class:{n}" for n in range(0, CLASSES, 8)),
     scopes=("lora", "full"),
-    recipes=sd.SPEC.recipes,
+    # Stable Diffusion's, at the same ratios of noise to image: its betas are linear.
+    recipes=latent_recipes(taper=(436, 516), forget_range=(29, 1000)),
     formats=("diffusers", "peft", "transformer"),
     task="unconditional-image-generation",
     architecture=lambda config: "dit-xl-2",
