@@ -21,6 +21,7 @@ from diffusers import (
 from peft import PeftModel
 from pipelines import (
     CAPTIONS,
+    narrow_flux,
     tiny_flux,
     tiny_flux2,
     tiny_pixart,
@@ -70,6 +71,11 @@ def folder(request, tmp_path_factory):
     MADE[request.param]().save_pretrained(home)
     (home / "unforget.json").write_text(json.dumps({"guidance": 2.0, "retain_prompts": list(CAPTIONS)}))
     return home
+
+
+@pytest.fixture(autouse=True)
+def _narrow(monkeypatch):
+    narrow_flux(monkeypatch)
 
 
 @pytest.fixture
