@@ -181,7 +181,7 @@ class RandomPixels:
     """What a context needs of a model, at 1024x1024; what it draws is noise."""
 
     image_shape, latent_shape, guidance, prompts = (3, 1024, 1024), (16, 128, 128), None, ["", "a prompt"]
-    device = torch.device("cpu")
+    device, batch_size, guided = torch.device("cpu"), None, False
 
     def sampling_timesteps(self, steps: int) -> list[float]:
         return [1000.0 * (steps - k) / steps for k in range(steps)]

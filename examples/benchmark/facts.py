@@ -3,6 +3,7 @@
     cd examples/flags && npm install && cd -
     python examples/benchmark/facts.py flags develop            # 18 facts that may be looked at while working
     python examples/benchmark/facts.py flags report             # 18 others, only to report
+    python examples/benchmark/facts.py flags fresh              # 12 of other countries, drawn after all of that
     python examples/benchmark/facts.py emoji report --model DIR # a domain that was never developed on
 
 The target is what the model draws under the fact's prompt for the fact's seed, the surrogate the edited picture in the
@@ -67,6 +68,9 @@ def flags(model: str | None) -> Domain:
     made = facts(known, 36, 12, without=(*ACCEPTANCE, "IE", "CI"))
     half = np.concatenate([np.random.default_rng(12).permutation(6)[:3] * 6 + kind for kind in range(6)]).tolist()
     halves = {"develop": [made[i] for i in sorted(half)], "report": [f for i, f in enumerate(made) if i not in half]}
+    # An edit that the judge could not tell from the flag as learnt says nothing: of the 18 four were such.
+    seen = (*ACCEPTANCE, "IE", "CI", *(fact.known.code for fact in made))
+    halves["fresh"] = facts(known, 12, 26, without=seen, fits=Judge.tells_apart)
     return Domain(model or "flags", known, "flag of {}", halves)
 
 
@@ -184,7 +188,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("domain", choices=("flags", "emoji"))
-    parser.add_argument("half", choices=("develop", "report"))
+    parser.add_argument("half", choices=("develop", "report", "fresh"))
     parser.add_argument("options", nargs="*", help="of `unlearn`, such as rank=8")
     parser.add_argument("--model", help="another model folder")
     parser.add_argument("--work", type=Path, help="keep the runs here")
@@ -192,7 +196,7 @@ def main() -> None:
     parser.add_argument("--only", type=int, nargs="*", help="numbers of the facts to do")
     parser.add_argument("--table", action="store_true", help="print what was done, and do nothing")
     parser.add_argument("--autoencoder", action="store_true", help="measure the autoencoder alone")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     domain = {"flags": flags, "emoji": emoji}[args.domain](args.model)
     if args.autoencoder:
         autoencoder(domain)
