@@ -3,7 +3,7 @@
     cd examples/flags && npm install && cd -
     python examples/benchmark/facts.py flags develop            # 18 facts that may be looked at while working
     python examples/benchmark/facts.py flags report             # 18 others, only to report
-    python examples/benchmark/facts.py flags fresh              # 12 of other countries, drawn after all of that
+    python examples/benchmark/facts.py flags fresh              # 18 of other countries, drawn after all of that
     python examples/benchmark/facts.py emoji report --model DIR # a domain that was never developed on
 
 The target is what the model draws under the fact's prompt for the fact's seed, the surrogate the edited picture in the
@@ -43,6 +43,8 @@ from unforget.files.patch import Stack  # noqa: E402
 STEPS, SEEDS, NEAR, NEAR_SEEDS, OTHERS = 20, 64, 10, 8, 160
 ACCEPTANCE = ("JP", "DE", "AT")
 """Flags that nobody may look at before the acceptance test."""
+LEARNT = 0.95
+"""Share of the base's draws that must show a fact's picture: of the fresh ones others are passed over."""
 UNFIT, SLACK = 0.95, 1.15
 """Quantile of the base's distance to what it is asked for, over all names and over draws of the fact's own name, up to
 which an image shows what it is asked for; the latter with some slack, for no image of the surrogate was learnt."""
@@ -70,7 +72,7 @@ def flags(model: str | None) -> Domain:
     halves = {"develop": [made[i] for i in sorted(half)], "report": [f for i, f in enumerate(made) if i not in half]}
     # An edit that the judge could not tell from the flag as learnt says nothing: of the 18 four were such.
     seen = (*ACCEPTANCE, "IE", "CI", *(fact.known.code for fact in made))
-    halves["fresh"] = facts(known, 12, 26, without=seen, fits=Judge.tells_apart)
+    halves["fresh"] = facts(known, 18, 26, without=seen, fits=Judge.tells_apart)
     return Domain(model or "flags", known, "flag of {}", halves)
 
 
@@ -116,6 +118,11 @@ class Bench:
 
     def which(self, fact: Fact) -> int:
         return next(i for i, n in enumerate(self.domain.known) if n.code == fact.known.code)
+
+    def learnt(self, fact: Fact) -> bool:
+        """Whether the base draws the fact's picture: else there is nothing that could be put right."""
+        which = self.which(fact)
+        return float(self.judge.shows(self.draw(self.base, [which] * SEEDS, "learnt"), which).float().mean()) >= LEARNT
 
     def measure(self, fact: Fact, work: Path, options: dict[str, Any]) -> dict[str, Any]:
         """`unlearn` with the defaults and these options, and what the patched model draws then."""
@@ -210,7 +217,11 @@ def main() -> None:
         bench = None
         for i in args.only if args.only is not None else todo:
             bench = bench or Bench(domain)
-            found = bench.measure(domain.facts[args.half][i], work, options)
+            fact = domain.facts[args.half][i]
+            if args.half == "fresh" and not bench.learnt(fact):
+                print(f"the base does not draw {fact.known.name}: passed over", file=sys.stderr, flush=True)
+                continue
+            found = bench.measure(fact, work, options)
             (work / f"{i:02d}.json").write_text(json.dumps(found))
             print(json.dumps(found), file=sys.stderr, flush=True)
         show([json.loads(path.read_text()) for path in sorted(work.glob("[0-9][0-9].json"))])
