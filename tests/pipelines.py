@@ -1,5 +1,7 @@
 """Tiny stock pipelines with random weights, one for each row of families that takes prompts."""
 
+import types
+
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -22,6 +24,7 @@ from diffusers import (
     ZImagePipeline,
     ZImageTransformer2DModel,
 )
+from diffusers.loaders import lora_conversion_utils, single_file_utils
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -168,6 +171,24 @@ def tiny_flux(*, dev: bool = True) -> FluxPipeline:
         vae(4, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.1, scaling_factor=0.36),
         CLIPTextModel(text), words, reader, tokens, transformer,
     )  # fmt: skip
+
+
+def narrow_flux(monkeypatch, width: int = 16) -> None:
+    """Let stock readers, which have the released width written into them, and ours divide the layers of `tiny_flux`."""
+    numbers = {3072: width, 4 * 3072: 4 * width}
+
+    def narrow(value):
+        if isinstance(value, types.CodeType):
+            return value.replace(co_consts=narrow(value.co_consts))
+        return tuple(map(narrow, value)) if isinstance(value, tuple) else numbers.get(value, value)
+
+    for reader in (
+        single_file_utils.convert_flux_transformer_checkpoint_to_diffusers,
+        lora_conversion_utils._convert_kohya_flux_lora_to_diffusers,
+    ):
+        assert narrow(reader.__code__) != reader.__code__
+        monkeypatch.setattr(reader, "__code__", narrow(reader.__code__))
+    monkeypatch.setattr("unforget.families.layouts.flux.WIDTH", width)
 
 
 def tiny_z_image() -> ZImagePipeline:

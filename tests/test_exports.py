@@ -10,9 +10,9 @@ import sys
 import pytest
 import torch
 from conftest import DATA, rewrite, tiny_pipeline
-from diffusers import DDPMPipeline, SD3Transformer2DModel, StableDiffusion3Pipeline, UNet2DModel
+from diffusers import DDPMPipeline, FluxTransformer2DModel, SD3Transformer2DModel, StableDiffusion3Pipeline, UNet2DModel
 from peft import PeftModel
-from pipelines import CAPTIONS, tiny_sd3
+from pipelines import CAPTIONS, narrow_flux, tiny_flux, tiny_sd3
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection
@@ -274,6 +274,74 @@ def test_the_original_layout(base, tmp_path):
 def test_a_projection_that_stock_loaders_drop(sd3_folder, tmp_path):
     with pytest.raises(CannotRun, match="not the identity"):
         run(sd3_folder, lora(sd3_folder, tmp_path / "a"), tmp_path / "o.safetensors", format="single-file")
+
+
+@pytest.fixture
+def flux(tmp_path, monkeypatch):
+    narrow_flux(monkeypatch)
+    tiny_flux().save_pretrained(tmp_path / "flux")
+    return tmp_path / "flux"
+
+
+BLOCKS = [f"transformer_blocks.0.attn.{n}" for n in ("to_q", "to_k", "add_v_proj", "to_out.0")]
+SINGLE = [f"single_transformer_blocks.0.attn.{n}" for n in ("to_q", "to_v")]
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_kohya_s_flux_has_the_original_s_layers(flux, tmp_path, dtype):
+    """Those that are one there side by side, with zeros for what the LoRA leaves as it is."""
+    patch = lora(flux, tmp_path / "a.patch", rank=3, layers=BLOCKS + SINGLE)
+    more = {} if dtype is None else {"dtype": dtype}
+    done = run(flux, patch, tmp_path / "out", format="kohya", **more)
+    file = open_tensors(done.output / "pytorch_lora_weights.safetensors")
+    said = {n.removeprefix("ss_network_"): v for n, v in file.metadata.items() if n.startswith("ss_")}
+    assert said == {"module": "networks.lora_flux", "dim": "3", "alpha": "3"}
+    found, tensors = file.load(), Patch.load(patch).tensors
+    ranks = {name.removesuffix(".alpha"): int(t) for name, t in found.items() if name.endswith(".alpha")}
+    assert ranks == {
+        "lora_unet_double_blocks_0_img_attn_qkv": 9, "lora_unet_double_blocks_0_txt_attn_qkv": 9,
+        "lora_unet_double_blocks_0_img_attn_proj": 3, "lora_unet_single_blocks_0_linear1": 12,
+    }  # fmt: skip
+    for layer, rank in ranks.items():
+        assert len(found[f"{layer}.lora_down.weight"]) == found[f"{layer}.lora_up.weight"].shape[1] == rank
+    last = "lora_unet_single_blocks_0_linear1"
+    change = found[f"{last}.lora_up.weight"].float() @ found[f"{last}.lora_down.weight"].float()
+    to_q, to_k, to_v, mlp = change.split((16, 16, 16, 64))
+    assert not to_k.any()
+    assert not mlp.any()
+    for part, name in ((to_q, SINGLE[0]), (to_v, SINGLE[1])):
+        wanted = 2 * tensors[f"{name}.lora_B.weight"] @ tensors[f"{name}.lora_A.weight"]
+        torch.testing.assert_close(part, wanted, rtol=0.02, atol=0.01 if dtype else 1e-6)
+
+
+def test_a_flux_of_another_width_has_no_original(flux, tmp_path, monkeypatch):
+    patch = lora(flux, tmp_path / "a.patch", layers=BLOCKS)
+    monkeypatch.setattr("unforget.families.layouts.flux.WIDTH", 3072)
+    for form, name in (("kohya", "k"), ("single-file", "s.safetensors")):
+        with pytest.raises(CannotRun, match="is 3072 wide, this one 16"):
+            run(flux, patch, tmp_path / name, format=form)
+
+
+def test_a_file_of_the_network_alone_stays_one(flux, tmp_path):
+    """From `flux1-dev.safetensors`: other names, and the other parts from the folder."""
+    patch = lora(flux, tmp_path / "a.patch", layers=BLOCKS + SINGLE)
+    whole = run(flux, patch, tmp_path / "whole.safetensors", format="single-file")
+    prefix, tensors = "model.diffusion_model.", open_tensors(whole.output).load()
+    assert {n.split(".")[0] for n in tensors} == {"model", "text_encoders", "vae"}
+    alone = tmp_path / "alone.safetensors"
+    save_file({n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}, alone)
+    how = {"pipeline_config": flux, "dtype": "float32"}
+    family = families.load(str(alone), families.Options(pipeline_config=flux))
+    assert not any(getattr(family.pipeline, name).training for name in family.spec.text_encoders)
+    assert digest(family.network.state_dict()) == whole.manifest.digest
+    second = lora(flux, tmp_path / "b.patch", 1, layers=SINGLE, base_digest=whole.manifest.digest)
+    two = run(alone, second, tmp_path / "two.safetensors", format="single-file", **how)
+    assert set(open_tensors(two.output).tensors) == set(open_tensors(alone).tensors)
+    folder = run(alone, second, tmp_path / "folder", **how)
+    stock = FluxTransformer2DModel.from_single_file(
+        str(two.output), config=str(flux), subfolder="transformer", local_files_only=True
+    )
+    assert digest(stock.state_dict()) == two.manifest.digest == folder.manifest.digest
 
 
 def test_every_format_that_a_family_has_is_one_that_is_known(base, ddpm):

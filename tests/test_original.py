@@ -1,24 +1,35 @@
 """Original layouts of single files, against diffusers' own readers of them."""
 
 import copy
+import shutil
 import socket
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, SD3Transformer2DModel, StableDiffusion3Pipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    UNet2DConditionModel,
+)
 from diffusers.loaders.single_file_utils import (
+    convert_flux_transformer_checkpoint_to_diffusers,
     convert_ldm_unet_checkpoint,
     convert_ldm_vae_checkpoint,
     convert_sd3_transformer_checkpoint_to_diffusers,
     create_diffusers_clip_model_from_ldm,
     create_diffusers_t5_model_from_checkpoint,
 )
-from pipelines import CAPTIONS, tiny_sd3
+from pipelines import CAPTIONS, narrow_flux, tiny_flux, tiny_sd3
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from unforget.errors import CannotRun
+from unforget import families
+from unforget.errors import CannotRun, UsageError
 from unforget.families.layouts import Piece, grouped, to_diffusers, to_original
+from unforget.families.layouts import flux as flux_layout
 from unforget.families.layouts import sd3 as sd3_layout
 from unforget.families.layouts import unet as unet_layout
 
@@ -81,6 +92,40 @@ def mmdit(config) -> Shapes:
                 shapes.layer(f"{block}.mlp.fc2", d, 4 * d)
     shapes.layer(f"{top}.final_layer.adaLN_modulation.1", 2 * d, d)
     shapes.layer(f"{top}.final_layer.linear", 64, d)
+    return shapes
+
+
+FLUX = {
+    "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "attention_head_dim": 128, "num_attention_heads": 24,
+    "joint_attention_dim": 4096, "pooled_projection_dim": 768, "axes_dims_rope": (16, 56, 56),
+}  # fmt: skip
+
+
+def flux(guidance) -> Shapes:
+    """`Flux` of Black Forest Labs' model.py with as many rows as the released ones have, and two columns."""
+    shapes, d = Shapes(), 3072
+    for name in ("time_in", "vector_in", "guidance_in") if guidance else ("time_in", "vector_in"):
+        shapes.layer(f"{name}.in_layer", d, 2)
+        shapes.layer(f"{name}.out_layer", d, 2)
+    shapes.layer("img_in", d, 2)
+    shapes.layer("txt_in", d, 2)
+    for i in range(19):
+        for stream in ("img", "txt"):
+            block = f"double_blocks.{i}.{stream}"
+            shapes.layer(f"{block}_mod.lin", 6 * d, 2)
+            shapes.layer(f"{block}_attn.qkv", 3 * d, 2)
+            shapes[f"{block}_attn.norm.query_norm.scale"] = shapes[f"{block}_attn.norm.key_norm.scale"] = (128,)
+            shapes.layer(f"{block}_attn.proj", d, 2)
+            shapes.layer(f"{block}_mlp.0", 4 * d, 2)
+            shapes.layer(f"{block}_mlp.2", d, 2)
+    for i in range(38):
+        block = f"single_blocks.{i}"
+        shapes.layer(f"{block}.linear1", 7 * d, 2)
+        shapes.layer(f"{block}.linear2", d, 2)
+        shapes[f"{block}.norm.query_norm.scale"] = shapes[f"{block}.norm.key_norm.scale"] = (128,)
+        shapes.layer(f"{block}.modulation.lin", 3 * d, 2)
+    shapes.layer("final_layer.linear", 64, 2)
+    shapes.layer("final_layer.adaLN_modulation.1", 2 * d, 2)
     return shapes
 
 
@@ -155,6 +200,19 @@ def test_the_transformer_there_and_back(name):
     back = written(layout, weights)
     assert_same(back, checkpoint)
     assert all(tensor.is_contiguous() for tensor in back.values())
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("guidance", [True, False], ids=["dev", "schnell"])
+def test_flux_there_and_back(guidance, prefix):
+    checkpoint = {prefix + name: tensor for name, tensor in flux(guidance).random(torch.bfloat16).items()}
+    assert flux_layout.LAYOUT.is_in(checkpoint)
+    state = meta(FluxTransformer2DModel, FLUX | {"guidance_embeds": guidance})
+    layout = flux_layout.LAYOUT.pieces(state, checkpoint)
+    weights = read(layout, checkpoint)
+    assert_same(weights, convert_flux_transformer_checkpoint_to_diffusers(dict(checkpoint)))
+    assert {n: len(t) for n, t in weights.items()} == {n: len(t) for n, t in state.items()}
+    assert_same(written(layout, weights), checkpoint)
 
 
 @pytest.mark.parametrize("widths", [[4, 8, 16, 16], [8, 8, 8, 8], [4, 8]])
@@ -348,6 +406,70 @@ def test_stock_opens_the_whole_file(pipeline, single, offline):
     torch.testing.assert_close(*drawn)  # not to the bit: mapped weights lie elsewhere, and kernels differ by that
 
 
+@pytest.fixture(scope="module")
+def flux_pipeline(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("flux")
+    made = tiny_flux()
+    made.save_pretrained(folder)
+    return made, folder
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_flux_as_a_file(flux_pipeline, alone, tmp_path, monkeypatch, offline):
+    """With all parts, or the network alone: then the others come from the folder."""
+    narrow_flux(monkeypatch)
+    (made, folder), layout = flux_pipeline, flux_layout.LAYOUT
+    state = made.transformer.state_dict()
+    checkpoint = written(layout.pieces(state, ["double_blocks.0.img_mod.lin.bias"] if alone else []), state)
+    assert any(name.startswith("model.") for name in checkpoint) != alone
+    if not alone:
+        checkpoint |= written(layout.vae(made.vae.state_dict()), made.vae.state_dict())
+        for name in layout.text_encoders:
+            weights = getattr(made, name).state_dict()
+            checkpoint |= written(layout.text_encoder(name, weights), weights)
+    path, how = tmp_path / "flux.safetensors", {"config": str(folder), "local_files_only": True}
+    save_file({name: tensor.clone() for name, tensor in checkpoint.items()}, path)
+    theirs = FluxTransformer2DModel.from_single_file(str(path), subfolder="transformer", **how)
+    assert_same(theirs.state_dict(), state)
+    ours = families.load(str(path), families.Options(resolution=16, pipeline_config=folder))
+    opened = [ours.pipeline] if alone else [ours.pipeline, FluxPipeline.from_single_file(str(path), **how)]
+    for pipeline in opened:
+        for name in ("transformer", "vae", "text_encoder", "text_encoder_2"):
+            assert_same(getattr(pipeline, name).state_dict(), getattr(made, name).state_dict())
+    if alone:
+        bare = shutil.copytree(folder, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+        with pytest.raises(CannotRun, match="holds no vae"):
+            families.load(str(path), families.Options(pipeline_config=bare))
+
+
+@pytest.mark.parametrize(("names", "kind"), [
+    ({"model.diffusion_model.double_blocks.0.img_mod.lin.weight", "vae.x"}, "flux"),
+    ({"double_blocks.0.img_mod.lin.weight"}, "flux"),
+    ({"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "text_encoders.clip_l.transformer.x"}, "sd3"),
+    ({"model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.transformer.x"}, "sd"),
+    ({"model.diffusion_model.input_blocks.0.0.weight", "conditioner.embedders.0.x"}, "sdxl"),
+    # FLUX.2, Chroma, HunyuanVideo and FLUX.1 under diffusers' names
+    ({"double_blocks.0.img_attn.norm.key_norm.scale", "double_stream_modulation_img.lin.weight"}, ""),
+    ({"double_blocks.0.img_attn.norm.key_norm.scale", "distilled_guidance_layer.in_proj.bias"}, ""),
+    ({"double_blocks.0.img_mod.linear.weight", "txt_in.t_embedder.mlp.0.bias"}, ""),
+    ({"transformer_blocks.0.norm1.linear.weight"}, ""),
+])  # fmt: skip
+def test_the_family_of_a_file_is_told_by_its_names(names, kind, tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_file({name: torch.zeros(1) for name in names}, path)
+    assert [s.name for s in families.FAMILIES if s.layout is not None and s.layout.is_in(names)] == [kind] * bool(kind)
+    if kind:
+        assert families.spec_of(str(path)).name == kind
+    else:
+        with pytest.raises(UsageError, match="a checkpoint of no family"):
+            families.spec_of(str(path))
+
+
+def test_a_flux_of_another_width_is_refused(flux_pipeline):
+    with pytest.raises(CannotRun, match="is 3072 wide, this one 16"):
+        flux_layout.LAYOUT.check("network", flux_pipeline[0].transformer.state_dict())
+
+
 def test_parts_come_whole_and_alike():
     q, k, v = (Piece("qkv", (i, 3)) for i in range(3))
     ones = torch.ones(2, 2)
@@ -361,6 +483,15 @@ def test_parts_come_whole_and_alike():
             to_original([(q, ones), (k, ones), (v, other)])
     with pytest.raises(CannotRun, match="not 3 equal parts"):
         to_diffusers(q, ones)
+    wide = Piece("qkv", (1, 3), width=2)
+    both = to_original([(wide, torch.cat([ones * 2, ones * 3])), (q, ones)])
+    assert both[:, 0].tolist() == [1, 1, 2, 2, 3, 3]
+    assert torch.equal(to_diffusers(wide, both), both[2:])
+    for bad in ([(wide, ones)], [(q, ones), (k, ones), (wide, both[2:])]):
+        with pytest.raises(CannotRun, match="needs 3 parts"):
+            to_original(bad)
+    with pytest.raises(CannotRun, match="differ in shape"):
+        to_original([(q, ones), (wide, ones)])
     with pytest.raises(CannotRun, match="not 2 equal parts"):
         to_diffusers(Piece("adaLN", swapped=True), torch.ones(3))
 
@@ -369,6 +500,9 @@ def test_what_the_original_does_not_know_is_refused():
     config = SMALL | {"num_layers": 2, "qk_norm": "layer_norm"}
     with pytest.raises(CannotRun, match=r"no place for 'transformer_blocks\.0\.attn\.norm_q\.bias'"):
         sd3_layout.transformer(meta(SD3Transformer2DModel, config))
+    for name in ("x", "transformer_blocks.0.attn.norm_q.bias", "single_transformer_blocks.0.ff.net.2.weight"):
+        with pytest.raises(CannotRun, match=f"no place for '{name}'"):
+            flux_layout.transformer([name])
     with pytest.raises(CannotRun, match="no place for 'x'"):
         sd3_layout.transformer(["x"])
     config = VAE | {"down_block_types": ["DownEncoderBlock2D"] * 3 + ["AttnDownEncoderBlock2D"]}

@@ -13,7 +13,7 @@ from diffusers import (
     FluxPipeline,
 )
 from peft import PeftModel
-from pipelines import CAPTIONS, tiny_flux, tiny_flux2, tiny_sd, tiny_sd2, tiny_sdxl, tiny_z_image
+from pipelines import CAPTIONS, narrow_flux, tiny_flux, tiny_flux2, tiny_sd, tiny_sd2, tiny_sdxl, tiny_z_image
 
 from unforget import ExportConfig, UnlearnConfig, VerifyConfig, api, export, families, unlearn, verify
 from unforget.core import sampling
@@ -44,6 +44,11 @@ def folder(request, tmp_path_factory):
     MADE[request.param]().save_pretrained(home)
     (home / "unforget.json").write_text(json.dumps({"guidance": 2.0, "retain_prompts": list(CAPTIONS)}))
     return home
+
+
+@pytest.fixture(autouse=True)
+def _narrow(monkeypatch):
+    narrow_flux(monkeypatch)
 
 
 @pytest.fixture

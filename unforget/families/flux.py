@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from unforget.families import sd3
+from unforget.families.layouts.flux import LAYOUT
 from unforget.families.spec import Config, FamilySpec, Setting
 
 READS = 512
@@ -65,7 +66,7 @@ SPEC = FamilySpec(
     autoencoder="vae",
     scopes=("lora", "full"),
     recipes=sd3.SPEC.recipes,
-    formats=("diffusers", "lora", "peft", "transformer"),
+    formats=("diffusers", "lora", "peft", "kohya", "transformer", "single-file"),
     task="text-to-image",
     architecture=architecture,
     reference="https://github.com/black-forest-labs/flux",
@@ -88,4 +89,5 @@ SPEC = FamilySpec(
     latent_side=lambda config: (2, 512),
     blocks=lambda config: config["num_layers"] + config["num_single_layers"],
     passed={"feature_extractor": None, "image_encoder": None},
+    layout=LAYOUT,
 )  # fmt: skip

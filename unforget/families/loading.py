@@ -191,7 +191,7 @@ def _spec_of_single(file: Path, ref: str) -> FamilySpec:
         raise UsageError(f"'{ref}' cannot be opened: {error}", "Get it again.") from None
     layouts = [(spec, spec.layout) for spec in families.FAMILIES if spec.layout is not None]
     for spec, layout in layouts:
-        if any(n.startswith(layout.mark) for n in names):
+        if layout.is_in(names):
             return spec
     known = ", ".join(spec.title for spec, _ in layouts)
     raise UsageError(f"'{ref}' is a checkpoint of no family that has such", f"Give one of: {known}; or a folder.")

@@ -9,6 +9,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 
+from unforget.errors import CannotRun
 from unforget.families.loading import Options, where
 from unforget.families.safety import variant
 from unforget.families.spec import FamilySpec, tokenizer
@@ -79,9 +80,9 @@ def _dtypes(spec: FamilySpec, source: str, options: Options) -> dict[str, Any]:
 def _from_single_file(spec: FamilySpec, path: str, options: Options, parts: dict[str, Any]) -> Any:
     """The pipeline of one checkpoint file; `pipeline_config` is a diffusers folder of that model, or a hub id.
 
-    Text encoders that the file does not hold, as Stability's smallest one of SD3 medium, come from the folder, if it
-    has their weights: stock `from_single_file` looks for them there under names that they do not have. It also fails on
-    a file without T5 unless told that there is none.
+    What the file does not hold, as text encoders in Stability's smallest one of SD3 medium, and the autoencoder, too,
+    in one of a network alone, comes from the folder, if it has the weights: stock `from_single_file` looks for text
+    encoders there under names that they do not have. It also fails on a file without T5 unless told that there is none.
     """
     config = options.pipeline_config
     local = config is not None and config.is_dir()
@@ -89,6 +90,8 @@ def _from_single_file(spec: FamilySpec, path: str, options: Options, parts: dict
     rest = options.rest_dtype or (dtype_of(spec, network_config(spec, str(config))) if local else torch.bfloat16)
     held, layout = open_tensors(Path(path)).tensors, spec.layout
     assert layout is not None
+    if not any(n.startswith(layout.vae_prefix) for n in held):
+        parts[spec.autoencoder] = _autoencoder(spec, path, config, rest)
     for name, class_name in spec.text_encoders.items():
         inside = any(n.startswith(layout.text_encoders[name]) for n in held)
         here = config is not None and any((config / name).glob("model*.safetensors"))
@@ -100,4 +103,16 @@ def _from_single_file(spec: FamilySpec, path: str, options: Options, parts: dict
     if options.network_dtype not in (None, rest) and spec.network not in parts:
         how_network = {"subfolder": spec.network, "dtype": options.network_dtype, **how}
         parts[spec.network] = network_class(spec).from_single_file(path, **how_network)
-    return getattr(diffusers, spec.pipeline_class).from_single_file(path, dtype=rest, **how, **parts)
+    pipeline = getattr(diffusers, spec.pipeline_class).from_single_file(path, dtype=rest, **how, **parts)
+    for name in spec.text_encoders:
+        if (encoder := getattr(pipeline, name)) is not None:
+            encoder.eval()  # stock leaves T5 in training: it would drop a tenth of what it reads
+    return pipeline
+
+
+def _autoencoder(spec: FamilySpec, path: str, config: Path | None, dtype: torch.dtype) -> Any:
+    """That of the folder; CannotRun if there is none, of which stock makes one without data."""
+    if config is None or not any((config / spec.autoencoder).glob("*.safetensors")):
+        sentence = f"'{path}' holds no {spec.autoencoder}, nor does '{config}'"
+        raise CannotRun(sentence, f"Give a --pipeline-config DIR with the weights of its {spec.autoencoder}.")
+    return diffusers.AutoencoderKL.from_pretrained(f"{config}/{spec.autoencoder}", dtype=dtype, use_safetensors=True)

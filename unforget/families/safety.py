@@ -29,6 +29,7 @@ STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 MOST = 2**20  # largest whole number in a configuration; vocabularies have a tenth of it
 FEW = {"num_layers": 512, "num_hidden_layers": 512, "layers_per_block": 64, "pos_embed_max_size": 1024}
 """Numbers whose cost is more than their own size."""
+UNLIMITED = "model_max_length"  # 1e30 where a tokenizer has no limit; nothing is made of that size
 SIDE = 8192  # largest `sample_size`
 SPARE = 1.05  # how many numbers a transformer may ask for, as a share of those in a single file
 WORDS = 2**26  # largest file of a tokenizer, bytes; Gemma's has half of it, Qwen's a sixth
@@ -158,7 +159,7 @@ def _check_numbers(value: Any, where: str, key: str = "", depth: int = 0) -> Non
             raise BadFile(f"{where} has a list of {len(value)} entries")
         for item in value:
             _check_numbers(item, where, key, depth + 1)
-    elif isinstance(value, (int, float)):
+    elif isinstance(value, (int, float)) and key != UNLIMITED:
         most = FEW.get(key, SIDE if key == "sample_size" else MOST)
         least = 1 if key in FEW or key.endswith(("_dim", "_size", "_channels")) else -MOST
         if isinstance(value, int) and not isinstance(value, bool) and not least <= value <= most:

@@ -115,8 +115,8 @@ def _tensors(spec: FamilySpec, found: Opened, network: nn.Module) -> dict[str, L
     Of a single file in the original layout, whatever else it holds.
     """
     tensors, state = found.tensors, network.state_dict()
-    if spec.layout is not None and any(name.startswith(spec.layout.mark) for name in tensors):
-        tensors = from_original(tensors, spec.layout.network(state))
+    if spec.layout is not None and spec.layout.is_in(tensors):
+        tensors = from_original(tensors, spec.layout.pieces(state, tensors))
     wanted = {n: tuple(t.shape) for n, t in state.items()}
     return {n: tensors[n] for n in wanted} if {n: t.shape for n, t in tensors.items()} == wanted else {}
 
@@ -128,9 +128,11 @@ def checkpoint(origin: Source, network: Mapping[str, Lazy], config: Any) -> dict
     """
     layout = origin.layout
     assert layout is not None
-    found = originals(network, layout.network(network))
+    layout.check("network", network)
+    held = {} if origin.file is None else open_tensors(origin.file).tensors
+    found = originals(network, layout.pieces(network, held))
     if origin.file is not None:
-        return {**open_tensors(origin.file).tensors, **found}
+        return {**held, **found}
     assert origin.home is not None
     tensors = _part(origin.home / "vae", STEM)
     found |= originals(tensors, layout.vae(tensors))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch.nn import functional
 
 from unforget.core.types import Family
 from unforget.errors import CannotRun, UsageError
@@ -12,6 +13,7 @@ from unforget.exports.formats.base import HASH, OPEN, Format, Job, model_spec
 from unforget.exports.manifest import ExportManifest
 from unforget.exports.merging import MergeStats
 from unforget.families import weights
+from unforget.families.layouts import Layout, grouped, to_original
 from unforget.files.patch import Stack, side_by_side
 from unforget.files.storage import digest, write_json, write_tensors
 
@@ -30,6 +32,8 @@ class Lora(Format):
     file: ClassVar[str] = "pytorch_lora_weights.safetensors"
     put_on = staticmethod(weights.with_lora)
     """Puts the factors beside the base's weights; returns them as the stock loader read them."""
+    keeps_alpha: ClassVar[bool] = True
+    """Whether one patch is written as trained, and not with alpha / rank in its factors."""
     usage = f'{OPEN}{{base}})\npipe.load_lora_weights(here, weight_name="{file}")'
 
     def __init__(self, stack: Stack, dtype: torch.dtype | None) -> None:
@@ -37,7 +41,7 @@ class Lora(Format):
             hint = "Unlearn with --train lora, or export diffusers."
             raise UsageError("the patch holds whole weights, not a LoRA", hint)
         (patch, scale), *more = pairs = stack.pairs()
-        if not more and scale == 1:
+        if not more and scale == 1 and self.keeps_alpha:
             adapter = patch.provenance.adapter or {}
             tensors, self.rank, self.alpha = patch.tensors, adapter["rank"], adapter["alpha"]
         else:
@@ -49,11 +53,11 @@ class Lora(Format):
         super().__init__(stack, next(iter(self.factors.values())).dtype)
 
     def digest(self, stats: MergeStats) -> str:
-        """Of the factors by the network's names, the same in both layouts."""
+        """Of the factors by the network's names, whatever the layout calls them."""
         return digest(self.factors)
 
     def size(self, job: Job) -> int:
-        return sum(t.numel() * t.itemsize for t in self.factors.values())
+        return sum(t.numel() * t.itemsize for t in self._named(job, "").values())
 
     def write(self, job: Job, manifest: ExportManifest, out: Path) -> None:
         said = {f"{job.family.network}.{k}": v for k, v in self._config(None).items()}
@@ -64,9 +68,9 @@ class Lora(Format):
         out.mkdir()
         header = {"format": "pt", **manifest.header(), **model_spec(job, manifest), **more}
         header["modelspec.architecture"] += "/lora"
-        write_tensors(self._named(prefix), header, out / self.file, hash_key=HASH)
+        write_tensors(self._named(job, prefix), header, out / self.file, hash_key=HASH)
 
-    def _named(self, prefix: str) -> dict[str, torch.Tensor]:
+    def _named(self, job: Job, prefix: str) -> dict[str, torch.Tensor]:
         return {f"{prefix}{name}": factor for name, factor in self.factors.items()}
 
     def _config(self, base: str | None) -> dict[str, Any]:
@@ -81,31 +85,66 @@ class Lora(Format):
         return weights.load(job.ref, job.options)
 
     def reopen(self, job: Job, manifest: ExportManifest, out: Path) -> Family:
-        """The base with the factors on, compared in whatever precision the loader holds them."""
+        """The base with the factors on, compared in whatever precision the loader holds them; more may be zeros."""
         base = self.load(job, out)
         read = self.put_on(base, out)
-        same = (torch.equal(t.cpu(), self.factors[n].to(t.dtype)) for n, t in read.items() if n in self.factors)
-        if set(read) != set(self.factors) or not all(same):
+        meant = {n: self.factors.get(n, torch.zeros(1)).to(t.dtype).expand(t.shape) for n, t in read.items()}
+        if not set(read) >= set(self.factors) or not all(torch.equal(t.cpu(), meant[n]) for n, t in read.items()):
             raise CannotRun("the LoRA does not read back as it was written", "Nothing was kept; check the disk.")
         return base
 
 
 class Kohya(Lora):
-    """What AUTOMATIC1111, ComfyUI and kohya's scripts open, and `load_lora_weights` too; for networks named unet."""
+    """What AUTOMATIC1111, ComfyUI and kohya's scripts open, and `load_lora_weights` too.
+
+    UNets keep diffusers' names, transformers have the original's, under which several layers may be one. Alpha is the
+    rank: FLUX's stock reader multiplies a factor by their share, and may round it.
+    """
 
     kind = "kohya"
+    keeps_alpha = False
 
     def write(self, job: Job, manifest: ExportManifest, out: Path) -> None:
-        said = {"module": "networks.lora", "dim": str(self.rank), "alpha": str(self.alpha)}
+        module = job.family.layout.kohya if job.family.layout is not None else ""
+        said = {"module": module or "networks.lora", "dim": str(self.rank), "alpha": str(self.alpha)}
         self._write(job, manifest, out, "", {f"ss_network_{name}": value for name, value in said.items()})
 
-    def _named(self, prefix: str) -> dict[str, torch.Tensor]:
-        found = {}
-        for name, factor in self.factors.items():
-            layer, side = name.split(".lora_")
-            layer = f"lora_unet_{layer.replace('.', '_')}"
-            found[f"{layer}.lora_{'down' if side.startswith('A') else 'up'}.weight"] = factor
-            found[f"{layer}.alpha"] = torch.tensor(self.alpha, dtype=factor.dtype)
+    def _named(self, job: Job, prefix: str) -> dict[str, torch.Tensor]:
+        layout, found = job.family.layout, {}
+        fused = layout is not None and layout.kohya
+        for layer, (down, up) in (self._fused(job, layout) if layout and fused else self._pairs()).items():
+            name = f"{prefix}lora_unet_{layer.replace('.', '_')}"
+            found[f"{name}.lora_down.weight"], found[f"{name}.lora_up.weight"] = down, up
+            found[f"{name}.alpha"] = torch.tensor(float(len(down)))  # bfloat16 lacks some whole numbers
+        return found
+
+    def _pairs(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Both factors of each layer, (r, in) and (out, r)."""
+        layers = {name.rsplit(".lora_", 1)[0] for name in self.factors}
+        return {n: (self.factors[f"{n}.lora_A.weight"], self.factors[f"{n}.lora_B.weight"]) for n in sorted(layers)}
+
+    def _fused(self, job: Job, layout: Layout) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Those of the original's layers: of n that are one there, (n r, in) and, with zeros between, (out, n r).
+
+        One that the LoRA leaves as it is takes part with zeros, as in kohya's own: so stock readers tell them apart.
+        """
+        base, found = job.merge.base, {}
+        layout.check("network", base)
+        pieces, pairs = layout.network(base), self._pairs()
+        for original, names in grouped(pieces).items():
+            layers = [name.removesuffix(".weight") for name in names]
+            if not pairs.keys() & {*layers}:
+                continue
+            kind = next(pairs[layer][0] for layer in layers if layer in pairs)
+            downs, ups = [], []
+            for i, (name, layer) in enumerate(zip(names, layers, strict=True)):
+                rows, columns = base[name].shape
+                down, up = pairs.get(layer) or (kind.new_zeros(self.rank, columns), kind.new_zeros(rows, self.rank))
+                downs.append(down)
+                between = self.rank * i, self.rank * (len(names) - i - 1)
+                ups.append((pieces[name], functional.pad(up, between)))
+            layer = original.removeprefix(layout.prefix).removesuffix(".weight")
+            found[layer] = torch.cat(downs), to_original(ups)
         return found
 
 

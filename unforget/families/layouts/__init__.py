@@ -1,7 +1,7 @@
 """Original key layouts of single-file checkpoints: where each tensor of diffusers lies in one, both ways."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ class Piece:
     convolution: bool = False  # a 1x1 convolution there, (out, in, 1, 1), a linear layer in diffusers, (out, in)
     transposed: bool = False  # (in, out) there, (out, in) in diffusers
     copies: tuple[str, ...] = ()  # further names there under which the same tensor is stored again
+    width: int = 1  # how many of those equal parts it is, from `index` on
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,25 @@ class Layout:
     vae: Callable[[Iterable[str]], dict[str, Piece]]
     text_encoder: Callable[[str, Iterable[str]], dict[str, Piece]]
     check: Callable[[str, Mapping[str, Lazy]], None]
-    """Refuses a text encoder, by part and tensors, that stock loaders would not read back from the file."""
+    """Refuses a text encoder, by part and tensors, or the `network`, that stock loaders would not read back."""
+    prefix: str = ""  # of the network's names, left out in a file of the network alone; empty if there are no such
+    kohya: str = ""  # what trains a LoRA under these names in kohya's scripts; empty if that uses diffusers' names
+
+    def is_alone(self, held: Iterable[str]) -> bool:
+        """Whether a file with the names `held` is of the network alone."""
+        return bool(self.prefix) and any(n.startswith(self.mark.removeprefix(self.prefix)) for n in held)
+
+    def is_in(self, held: Iterable[str]) -> bool:
+        """Whether a file with the names `held` is in this layout."""
+        held = list(held)
+        return any(n.startswith(self.mark) for n in held) or self.is_alone(held)
+
+    def pieces(self, names: Iterable[str], held: Iterable[str] = ()) -> dict[str, Piece]:
+        """The network's, as they are named in a file with the names `held`."""
+        found = self.network(names)
+        if self.is_alone(held):
+            return {n: replace(p, original=p.original.removeprefix(self.prefix)) for n, p in found.items()}
+        return found
 
 
 def grouped(layout: Mapping[str, Piece]) -> dict[str, list[str]]:
@@ -45,22 +64,23 @@ def grouped(layout: Mapping[str, Piece]) -> dict[str, list[str]]:
     return found
 
 
-def _parts(tensor: Tensor, count: int, name: str) -> tuple[Tensor, ...]:
-    """Equal parts along dim 0: (count n, ...) as `count` times (n, ...)."""
+def _part(tensor: Tensor, index: int, count: int, width: int, name: str) -> Tensor:
+    """The `width` parts from `index` on, of `count` equal ones along dim 0, as a view."""
     if len(tensor) % count:
         raise CannotRun(f"'{name}' {tuple(tensor.shape)} is not {count} equal parts", "Get the checkpoint again.")
-    return tensor.reshape(count, len(tensor) // count, *tensor.shape[1:]).unbind()
+    one = len(tensor) // count
+    return tensor[index * one : (index + width) * one]
 
 
 def _swap(tensor: Tensor, name: str) -> Tensor:
-    return torch.cat(_parts(tensor, 2, name)[::-1])
+    return torch.cat([_part(tensor, index, 2, 1, name) for index in (1, 0)])
 
 
 def to_diffusers(piece: Piece, tensor: Tensor) -> Tensor:
     """diffusers' tensor, a view where it can be, of the original's whole `tensor`, named `piece.original`."""
     index, count = piece.part
     if count > 1:
-        tensor = _parts(tensor, count, piece.original)[index]
+        tensor = _part(tensor, index, count, piece.width, piece.original)
     if piece.swapped:
         tensor = _swap(tensor, piece.original)
     tensor = tensor.T.contiguous() if piece.transposed else tensor
@@ -74,9 +94,10 @@ def to_original(pieces: Sequence[tuple[Piece, Tensor]]) -> Tensor:
     """
     pieces = sorted(pieces, key=lambda item: item[0].part[0])
     name, count = pieces[0][0].original, pieces[0][0].part[1]
-    if [(p.original, p.part) for p, _ in pieces] != [(name, (i, count)) for i in range(count)]:
+    held = [(p.original, (p.part[0] + i, p.part[1])) for p, _ in pieces for i in range(p.width)]
+    if held != [(name, (i, count)) for i in range(count)]:
         raise CannotRun(f"'{name}' needs {count} parts, each once", "Give a model that is complete.")
-    if len({(t.shape, t.dtype) for _, t in pieces}) > 1:
+    if count > 1 and len({(len(t) / p.width, t.shape[1:], t.dtype) for p, t in pieces}) > 1:
         raise CannotRun(f"the parts of '{name}' differ in shape or dtype", "Give a model of one precision.")
     parts = [_swap(t, name) if p.swapped else t for p, t in pieces]
     parts = [t[..., None, None] if p.convolution else t for (p, _), t in zip(pieces, parts, strict=True)]
@@ -88,7 +109,7 @@ def from_original(tensors: Mapping[str, Lazy], layout: Mapping[str, Piece]) -> d
     """The tensors of diffusers that a file in the original layout holds."""
 
     def one(whole: Lazy, piece: Piece) -> Lazy:
-        shape = (whole.shape[0] // piece.part[1], *whole.shape[1:]) if whole.shape else ()
+        shape = (whole.shape[0] * piece.width // piece.part[1], *whole.shape[1:]) if whole.shape else ()
         shape = shape[:2] if piece.convolution else shape[::-1] if piece.transposed else shape
         return Lazy(whole.dtype, shape, lambda: to_diffusers(piece, whole.make()))
 
@@ -100,7 +121,7 @@ def originals(tensors: Mapping[str, Lazy], layout: Mapping[str, Piece]) -> dict[
 
     def one(names: list[str]) -> Lazy:
         first, piece = tensors[names[0]], layout[names[0]]
-        shape = (first.shape[0] * len(names), *first.shape[1:]) if first.shape else ()
+        shape = (sum(tensors[n].shape[0] for n in names), *first.shape[1:]) if first.shape else ()
         shape = (*shape, 1, 1) if piece.convolution else shape[::-1] if piece.transposed else shape
         return Lazy(first.dtype, shape, lambda: to_original([(layout[n], tensors[n].make()) for n in names]))
 

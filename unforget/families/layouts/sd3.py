@@ -77,7 +77,7 @@ def _transformer_piece(name: str, last: int) -> Piece:
     return Piece(f"{TRANSFORMER}{prefix}{original}.{kind}", (0, 1) if index is None else (index, 3), swapped)
 
 
-def vae(names: Iterable[str]) -> dict[str, Piece]:
+def vae(names: Iterable[str], prefix: str = VAE) -> dict[str, Piece]:
     """The pieces of the tensors of an `AutoencoderKL`; CannotRun for one that the original does not know."""
     names = list(names)
     last = max(int(m[1]) for n in names if (m := re.search(r"up_blocks\.(\d+)", n)))
@@ -94,7 +94,7 @@ def vae(names: Iterable[str]) -> dict[str, Piece]:
         original = re.sub(r"mid_block\.resnets\.(\d+)", lambda m: f"mid.block_{int(m[1]) + 1}", original)
         for ours, theirs in _VAE.items():
             original = original.replace(ours, theirs)
-        found[name] = Piece(VAE + original, convolution=bool(re.search(r"attentions\.0\.to_.*weight", name)))
+        found[name] = Piece(prefix + original, convolution=bool(re.search(r"attentions\.0\.to_.*weight", name)))
     return found
 
 
