@@ -22,7 +22,7 @@ from diffusers.loaders.single_file_utils import (
     create_diffusers_clip_model_from_ldm,
     create_diffusers_t5_model_from_checkpoint,
 )
-from pipelines import CAPTIONS, narrow_flux, tiny_flux, tiny_sd3
+from pipelines import CAPTIONS, narrow_flux, tiny_flux, tiny_sd2, tiny_sd3
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
@@ -442,11 +442,37 @@ def test_flux_as_a_file(flux_pipeline, alone, tmp_path, monkeypatch, offline):
             families.load(str(path), families.Options(pipeline_config=bare))
 
 
+def test_a_file_of_2_x_brings_its_own_text_encoder(tmp_path, offline):
+    """OpenCLIP's names, with a last layer that diffusers leaves out; the folder beside it has other weights."""
+    made, folder, layout = tiny_sd2(), tmp_path / "folder", unet_layout.SD_LAYOUT
+    made.save_pretrained(folder)
+    for part in (made.unet, made.vae, made.text_encoder):
+        for p in part.parameters():
+            torch.nn.init.normal_(p, std=0.1)
+    text = made.text_encoder.state_dict()
+    open_clip = {"text_projection": torch.eye(8), "transformer.resblocks.2.ln_1.bias": torch.zeros(8)}
+    checkpoint = {
+        **written(layout.network(made.unet.state_dict()), made.unet.state_dict()),
+        **written(layout.vae(made.vae.state_dict()), made.vae.state_dict()),
+        **written(unet_layout.open_clip("cond_stage_model.model.", text), text),
+        **{f"cond_stage_model.model.{name}": tensor for name, tensor in open_clip.items()},
+    }
+    path = tmp_path / "v2.safetensors"
+    save_file({name: tensor.clone() for name, tensor in checkpoint.items()}, path)
+    ours = families.load(str(path), families.Options(resolution=16, pipeline_config=folder))
+    for name in ("unet", "vae", "text_encoder"):
+        assert_same(getattr(ours.pipeline, name).state_dict(), getattr(made, name).state_dict())
+    with torch.no_grad():
+        said = [p.encode_prompt(CAPTIONS[0], "cpu", 1, False)[0] for p in (ours.pipeline, made)]
+    torch.testing.assert_close(*said)
+
+
 @pytest.mark.parametrize(("names", "kind"), [
     ({"model.diffusion_model.double_blocks.0.img_mod.lin.weight", "vae.x"}, "flux"),
     ({"double_blocks.0.img_mod.lin.weight"}, "flux"),
     ({"model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight", "text_encoders.clip_l.transformer.x"}, "sd3"),
     ({"model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.transformer.x"}, "sd"),
+    ({"model.diffusion_model.input_blocks.0.0.weight", "cond_stage_model.model.x"}, "sd"),
     ({"model.diffusion_model.input_blocks.0.0.weight", "conditioner.embedders.0.x"}, "sdxl"),
     # FLUX.2, Chroma, HunyuanVideo and FLUX.1 under diffusers' names
     ({"double_blocks.0.img_attn.norm.key_norm.scale", "double_stream_modulation_img.lin.weight"}, ""),

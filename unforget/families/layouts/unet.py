@@ -111,9 +111,9 @@ def check(part: str, tensors: Mapping[str, Lazy]) -> None:
         raise CannotRun("Stable Diffusion 2.x has another original layout", "Give the format diffusers or transformer.")
 
 
-SD_ENCODERS = {"text_encoder": f"{SD}transformer."}
+SD_ENCODERS = {"text_encoder": SD}  # 1.x goes on with `transformer.`, 2.x with OpenCLIP's `model.`
 SDXL_ENCODERS = {"text_encoder": f"{SDXL}embedders.0.transformer.", "text_encoder_2": f"{SDXL}embedders.1.model."}
 SD_LAYOUT = Layout(
-    SD, VAE, SD_ENCODERS, network, vae, lambda part, names: transformers_names(SD_ENCODERS[part], names), check
+    SD, VAE, SD_ENCODERS, network, vae, lambda part, names: transformers_names(f"{SD}transformer.", names), check
 )
 SDXL_LAYOUT = Layout(SDXL, VAE, SDXL_ENCODERS, network, vae, text_encoder, lambda part, tensors: None)
