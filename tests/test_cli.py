@@ -66,7 +66,7 @@ def test_the_base_verified_against_itself_is_not_forgotten(cli, tmp_path):
     base = unforget.__path__[0] + "/families/models/faces"
     result = cli(
         "verify", "--model", "faces", "--candidate", base, "--target", PLANTED / "0.png", "--level", "quick",
-        "--draws", 4, "--sampler-steps", 5, "--max-rate", 0.005, "--report", "report.json",
+        "--draws", 4, "--sampler-steps", 5, "--max-rate", 0.005, "--paired", 32, "--report", "report.json",
     )  # fmt: skip
     assert result.exit_code == 1, said(result)
     assert json.loads((tmp_path / "report.json").read_text())["verdict"] == "failed"

@@ -82,6 +82,7 @@ def unlearned(folder, home, **changes):
     ))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_unlearn_and_verify_stable_diffusion_3(sd3_folder, pictures, passes):
     made = unlearned(sd3_folder, pictures, prompt=(RED,), rank=2, mixed_precision="bf16")
     assert passes == AS_THE_DEVICE

@@ -255,6 +255,10 @@ def test_a_model_that_is_not_loaded_costs_the_same(folder, model):
     assert 0 < less < plain
 
 
+WHOLE_WAY = [name if name in ("sd", "z-image") else pytest.param(name, marks=pytest.mark.slow) for name in MADE]
+
+
+@pytest.mark.parametrize("folder", WHOLE_WAY, indirect=True)
 def test_unlearn_verify_export(folder, tmp_path):
     g = torch.Generator().manual_seed(3)
     for name in ("target", "surrogate"):

@@ -87,15 +87,10 @@ def test_only_the_weights_in_scope_move(tiny, scene, scope):
 
 
 def test_mixed_precision_answers_in_float32_and_nearly_the_same(tiny):
-    x_t, timestep = (
-        torch.randn(2, *tiny.latent_shape, generator=torch.Generator().manual_seed(0)),
-        torch.tensor([300, 600]),
-    )
+    x_t = torch.randn(2, *tiny.latent_shape, generator=torch.Generator().manual_seed(0))
+    given = x_t, torch.tensor([300, 600]), torch.tensor([0, 0])
     with torch.no_grad():
-        exact, half = (
-            tiny.predict(x_t, timestep, timestep),
-            mixed(tiny.predict, True, tiny.device)(x_t, timestep, timestep),
-        )
+        exact, half = tiny.predict(*given), mixed(tiny.predict, True, tiny.device)(*given)
     assert half.dtype == torch.float32
     assert not torch.equal(half, exact)
     torch.testing.assert_close(half, exact, rtol=0, atol=0.05)
