@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pipelines
 import pytest
@@ -22,9 +23,10 @@ from transformers import (
 )
 
 from unforget import families
+from unforget.api.unlearning import _note_what_is_lost
 from unforget.config import ExportConfig, UnlearnConfig, VerifyConfig
 from unforget.core import sampling
-from unforget.core.types import Instance, Pool
+from unforget.core.types import Instance, Pool, Progress
 from unforget.errors import CannotRun, UsageError
 from unforget.families import Hints, Options
 from unforget.families import sd3 as sd3_row
@@ -553,3 +555,14 @@ def test_a_t5_that_answers_zeros_is_left_out_and_stock_opens_the_folder_as_it_is
         for p in (stock, pipe)
     )
     torch.testing.assert_close(drawn, wanted)
+
+
+def test_what_the_autoencoder_loses_of_a_surrogate_is_said_before_the_work(sd3, monkeypatch):
+    said = []
+    progress = Progress(note=said.append)
+    target, surrogate = torch.rand(2, *sd3.image_shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    _note_what_is_lost(Path("s.png"), target, surrogate, sd3, progress)  # its weights are random
+    assert len(said) == 1 and "'s.png'" in said[0]
+    monkeypatch.setattr(type(sd3), "decode", lambda self, x_0: surrogate[None])
+    _note_what_is_lost(Path("s.png"), target, surrogate, sd3, progress)
+    assert len(said) == 1

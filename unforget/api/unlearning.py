@@ -15,6 +15,7 @@ from unforget.core.devices import chosen
 from unforget.core.metrics import rms
 from unforget.core.passes import Count, is_large
 from unforget.core.recipe import Recipe
+from unforget.core.registration import misfit
 from unforget.core.types import UNCONDITIONAL, Family, Instance, Progress
 from unforget.errors import ExitCode, UsageError
 from unforget.files import images, storage
@@ -104,7 +105,19 @@ def _inputs(config: UnlearnConfig, family: Family, stack: Stack, salt: str, prog
     for path, target in zip(config.target, targets, strict=True):
         if images.image_id(target, salt) in forgotten:
             raise UsageError(f"'{path}' is forgotten already by a --patch", "Leave it out, or leave the patch out.")
+    for path, *pair in zip(config.surrogate, targets, inputs.surrogates, strict=False):
+        _note_what_is_lost(path, *pair, family, progress)
     return inputs
+
+
+def _note_what_is_lost(path: Path, target: Tensor, surrogate: Tensor, family: Family, progress: Progress) -> None:
+    """Say so before the work if a model's autoencoder loses half as much of a surrogate as the edit is."""
+    lost, edit = misfit(torch.stack([as_drawn(family, surrogate), target]), surrogate).tolist()
+    if lost > edit / 2:
+        progress.note(
+            f"the model's autoencoder returns '{path}' with an error of {lost:.2f} (RMS; the edit is {edit:.2f}), and "
+            "no training can draw what it does not hold: a surrogate of larger shapes comes out sharper"
+        )
 
 
 def _earlier(

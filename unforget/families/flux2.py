@@ -84,17 +84,7 @@ SPEC = FamilySpec(
     architecture=lambda config: "flux-2-klein",
     reference="https://github.com/black-forest-labs/flux2",
     # As diffusers' own LoRA script: q, k, v and the output, of image and text, of single blocks too.
-    lora_targets=(
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "add_q_proj",
-        "add_k_proj",
-        "add_v_proj",
-        "to_add_out",
-        "to_qkv_mlp_proj",
-    ),
+    lora_targets=(*sd3.SPEC.lora_targets, "to_qkv_mlp_proj"),
     aliases={"flux2-klein": "black-forest-labs/FLUX.2-klein-4B"},
     sampler="FlowMatchEulerDiscreteScheduler",
     timesteps=timesteps,
