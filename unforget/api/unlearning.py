@@ -105,8 +105,8 @@ def _inputs(config: UnlearnConfig, family: Family, stack: Stack, salt: str, prog
     for path, target in zip(config.target, targets, strict=True):
         if images.image_id(target, salt) in forgotten:
             raise UsageError(f"'{path}' is forgotten already by a --patch", "Leave it out, or leave the patch out.")
-    for path, *pair in zip(config.surrogate, targets, inputs.surrogates, strict=False):
-        _note_what_is_lost(path, *pair, family, progress)
+    for path, target, surrogate in zip(config.surrogate, targets, inputs.surrogates, strict=False):
+        _note_what_is_lost(path, target, surrogate, family, progress)
     return inputs
 
 
