@@ -44,8 +44,8 @@ SPEC = FamilySpec(
     prompted=True,
     autoencoder="vae",
     scopes=("lora", "full"),
-    # SD3's, at the same ratios of noise to image.
-    recipes=latent_recipes(taper=(620, 730), forget_range=(13, 1000)),
+    # SD3's, at the same ratios of noise to image; twice as long, for half of the draws were halves of both.
+    recipes=latent_recipes(taper=(620, 730), forget_range=(13, 1000), updates=360),
     formats=("diffusers", "lora", "peft", "kohya", "transformer", "single-file"),
     task="text-to-image",
     architecture=architecture,

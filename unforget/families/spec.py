@@ -26,7 +26,7 @@ PAPER = Recipe(
 """arXiv:2603.10445 on google/ddpm-celebahq-256; its learning rate belongs to a model of 114 M parameters."""
 
 
-def latent_recipes(*, taper: Span, forget_range: Span) -> dict[str, Recipe]:
+def latent_recipes(*, taper: Span, forget_range: Span, updates: int = 180) -> dict[str, Recipe]:
     """Those of text-to-image models on latents, at noise levels where their images are told apart.
 
     A prompt says at pure noise what will be drawn, so forgetting reaches up to there. The paper's is that for Stable
@@ -36,8 +36,8 @@ def latent_recipes(*, taper: Span, forget_range: Span) -> dict[str, Recipe]:
     return {
         "default": Recipe(
             objective=PosteriorSwap(weighting=weighting, taper=taper, normalize_edit=True), train="lora",
-            learning_rate=None, update_share=0.05, max_train_steps=180, cooldown_steps=110, forget_batch_size=4,
-            retain_batch_size=12, surrogate_share=0.5, forget_range=forget_range, stop_margin=None,
+            learning_rate=None, update_share=0.05, max_train_steps=updates, cooldown_steps=round(0.61 * updates),
+            forget_batch_size=4, retain_batch_size=12, surrogate_share=0.5, forget_range=forget_range, stop_margin=None,
         ),
         "paper": PAPER.model_copy(
             update={
