@@ -89,6 +89,7 @@ LDM: dict[str, Any] = {
     "block_out_channels": [224, 448, 672, 896], "down_block_types": ["DownBlock2D", *["AttnDownBlock2D"] * 3],
     "up_block_types": [*["AttnUpBlock2D"] * 3, "UpBlock2D"],
 }  # fmt: skip
+DIT: dict[str, Any] = {"_class_name": "DiTTransformer2DModel", "out_channels": 8}
 VQ = {
     "_class_name": "VQModel", "block_out_channels": [128, 256, 512], "layers_per_block": 2, "latent_channels": 3,
     "down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3,
@@ -97,6 +98,7 @@ VQ = {
 MODELS: dict[str, tuple[str, Parts]] = {
     "DDPM CelebA-HQ": ("DDPMPipeline", {"unet": PIXELS, "scheduler": {"_class_name": "DDPMScheduler"}}),
     "LDM CelebA-HQ": ("LDMPipeline", {"unet": LDM, "vqvae": VQ, "scheduler": BETAS}),
+    "DiT-XL/2": ("DiTPipeline", {"transformer": DIT, "vae": VAE, "scheduler": {"_class_name": "DDIMScheduler"}}),
     "Stable Diffusion 1.5": ("StableDiffusionPipeline", {"unet": SD, "vae": VAE, "scheduler": BETAS}),
     "Stable Diffusion 2.1": (
         "StableDiffusionPipeline",
