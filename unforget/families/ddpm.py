@@ -51,6 +51,7 @@ SPEC = FamilySpec(
     network="unet",
     network_class="UNet2DModel",
     prompted=False,
+    autoencoder="",
     scopes=("bottleneck", "full"),
     recipes={"default": Recipe(), "paper": PAPER},
     formats=("diffusers", "transformer"),

@@ -34,12 +34,8 @@ SPEC = FamilySpec(
     name="dit",
     title="DiT",
     pipeline_class="DiTPipeline",
-    network="transformer",
     network_class="DiTTransformer2DModel",
-    prompted=True,
-    autoencoder="vae",
     everyday=tuple(f"class:{n}" for n in range(0, CLASSES, 8)),
-    scopes=("lora", "full"),
     # Stable Diffusion's, at the same ratios of noise to image: its betas are linear.
     recipes=latent_recipes(taper=(436, 516), forget_range=(29, 1000), updates=360),
     formats=("diffusers", "peft", "transformer"),

@@ -41,13 +41,9 @@ SPEC = FamilySpec(
     pipeline_class="StableDiffusionPipeline",
     network="unet",
     network_class="UNet2DConditionModel",
-    prompted=True,
-    autoencoder="vae",
-    scopes=("lora", "full"),
     # SD3's, at the same ratios of noise to image; twice as long, for half of the draws were halves of both.
     recipes=latent_recipes(taper=(620, 730), forget_range=(13, 1000), updates=360),
     formats=("diffusers", "lora", "peft", "kohya", "transformer", "single-file"),
-    task="text-to-image",
     architecture=architecture,
     lora_targets=("to_q", "to_k", "to_v", "to_out.0"),  # as diffusers' own LoRA script
     aliases={"sd1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5"},

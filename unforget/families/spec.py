@@ -75,25 +75,28 @@ def _set_timesteps(sampler: Any, steps: int, latent_shape: tuple[int, int, int])
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FamilySpec:
-    """A row. Classes are names of diffusers, unless said otherwise: nothing is imported before it is needed."""
+    """A row, of a transformer that draws latents by prompts where it says nothing else.
+
+    Classes are names of diffusers, unless said otherwise: nothing is imported before it is needed.
+    """
 
     name: str  # sd3
     title: str  # what people call it: Stable Diffusion 3
     pipeline_class: str  # the stock pipeline, `_class_name` in model_index.json
     also: tuple[str, ...] = ()  # others, of the same parts
-    network: str  # the part that is trained: its name in the pipeline, its subfolder, the prefix of its LoRAs
+    network: str = "transformer"  # the part that is trained: its name, its subfolder, the prefix of its LoRAs
     network_class: str
-    prompted: bool  # whether prompts say what is drawn
+    prompted: bool = True  # whether prompts say what is drawn
     everyday: tuple[str, ...] = ()  # prompts of what is to be retained, instead of the built-in list
-    scopes: tuple[Scope, ...]  # which weights can be trained, the default first
+    scopes: tuple[Scope, ...] = ("lora", "full")  # which weights can be trained, the default first
     recipes: Mapping[str, Recipe]  # by name; there is a `default` and a `paper`
     formats: tuple[str, ...]  # of export
-    task: str  # what the hub calls what it does
+    task: str = "text-to-image"  # what the hub calls what it does
     architecture: Callable[[Config], str]  # ModelSpec's name of a network with a configuration
     sampler: str  # the class that `denoise` steps with
     call: Callable[[Any, Tensor, Tensor, Sequence[Tensor], Setting], Tensor]
     """The network's answer at (network, x_t, timestep, conditioning, setting)."""
-    autoencoder: str = ""  # its name in the pipeline; none for models that draw pixels
+    autoencoder: str = "vae"  # its name in the pipeline; none for models that draw pixels
     to_x_0: Callable[[Any, Tensor], Tensor] = scaled
     """What the network works on, of (autoencoder, latents)."""
     to_latents: Callable[[Any, Tensor], Tensor] = unscaled  # its inverse
