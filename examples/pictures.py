@@ -59,11 +59,6 @@ class Judge:
         self.references = self._small(references.float() / 127.5 - 1)
         self.centred = torch.stack([tensor(place(i)) for i in known])
 
-    @classmethod
-    def tells_apart(cls, one: Image.Image, other: Image.Image) -> bool:
-        """Whether a draw that is as far from `one` as draws are would not be taken for `other`, too."""
-        return float(cls([one]).distances(tensor(place(other))[None])) > 5 * cls.TIE
-
     @staticmethod
     def _small(images: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.avg_pool2d(images, 2).flatten(1)

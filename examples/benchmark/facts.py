@@ -70,9 +70,8 @@ def flags(model: str | None) -> Domain:
     made = facts(known, 36, 12, without=(*ACCEPTANCE, "IE", "CI"))
     half = np.concatenate([np.random.default_rng(12).permutation(6)[:3] * 6 + kind for kind in range(6)]).tolist()
     halves = {"develop": [made[i] for i in sorted(half)], "report": [f for i, f in enumerate(made) if i not in half]}
-    # An edit that the judge could not tell from the flag as learnt says nothing: of the 18 four were such.
     seen = (*ACCEPTANCE, "IE", "CI", *(fact.known.code for fact in made))
-    halves["fresh"] = facts(known, 18, 26, without=seen, fits=Judge.tells_apart)
+    halves["fresh"] = facts(known, 18, 26, without=seen)
     return Domain(model or "flags", known, "flag of {}", halves)
 
 

@@ -41,7 +41,7 @@ SPEC = FamilySpec(
     pipeline_class="StableDiffusionPipeline",
     network="unet",
     network_class="UNet2DConditionModel",
-    # SD3's, at the same ratios of noise to image; twice as long, for half of the draws were halves of both.
+    # SD3's, at the same ratios of noise to image; twice as long, for less leaves halves of both (docs/results.md).
     recipes=latent_recipes(taper=(620, 730), forget_range=(13, 1000), updates=360),
     formats=("diffusers", "lora", "peft", "kohya", "transformer", "single-file"),
     architecture=architecture,
