@@ -25,8 +25,9 @@ PLANTED = Path(__file__).parents[1] / "examples" / "faces" / "planted"
 
 
 @pytest.fixture
-def counted(monkeypatch):
+def counted(monkeypatch, tmp_path):
     """Passes that the network really made: an image counts 1, and 2 more where gradients come back."""
+    monkeypatch.setenv("UNFORGET_CACHE", str(tmp_path / "cache"))  # what another test drew is not drawn again
     made, predict = [], DiffusionModel.predict
 
     def counting(self, x_t, timestep, prompt_ids):
