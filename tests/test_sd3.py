@@ -35,7 +35,7 @@ from unforget.families.sd3 import ABSENT, SCORES, WithoutT5, _LastCount
 from unforget.files import cache, images
 from unforget.files.patch import Patch, Provenance, Stack
 from unforget.surrogate.canvas import Canvas
-from unforget.surrogate.editors import Instruct, SDEdit
+from unforget.surrogate.editors import Inpaint, Instruct, SDEdit
 from unforget.unlearning.compute import Compute, mixed
 from unforget.unlearning.prepare import Prepared
 from unforget.unlearning.trainer import Trainer
@@ -445,6 +445,18 @@ def test_gradient_checkpointing_changes_no_gradient(sd3):
     sd3.network.enable_gradient_checkpointing()
     for one, other in zip(plain, gradient(checkpointed=True), strict=True):
         torch.testing.assert_close(one, other, rtol=0.1, atol=1e-3)
+
+
+def test_inpainting_keeps_what_is_outside_the_mask(sd3):
+    target, mask = torch.rand(3, 16, 16) * 2 - 1, torch.zeros(1, 16, 16)
+    mask[:, :8] = 1
+    row = int(sd3.prompt_ids([RED])[0])
+    found = Inpaint(strengths=(1.0,), seeds=2, steps=3)(Canvas(sd3, target, mask, seed=0, prompt_id=row))
+    assert len(found) == 2
+    for c in found:
+        assert torch.equal(c.image[:, 8:], target[:, 8:])
+        assert not torch.allclose(c.image[:, :8], target[:, :8], atol=0.05)
+    assert not torch.equal(found[0].image, found[1].image)
 
 
 def test_sdedit_under_a_prompt(sd3):

@@ -22,14 +22,12 @@ EDITS = "surrogate candidates"
 """The stage of the work, for progress."""
 
 
-class SDEdit(Strategy):
-    """Noise the target and let the model itself denoise it (arXiv:2108.01073): a new picture in its own style."""
+class Redraw(Strategy):
+    """Draw again from several noise levels: what editors share in which the model itself draws the picture."""
 
-    kind: Literal["sdedit"] = "sdedit"
-    strengths: tuple[float, ...] = Field(
-        (0.5, 0.55, 0.6, 0.65, 0.7), description="noise levels, as shares of the schedule"
-    )
-    seeds: int = Field(24, ge=1, le=256, description="candidates a strength")
+    kind: str
+    strengths: tuple[float, ...] = Field(description="noise levels, as shares of the schedule")
+    seeds: int = Field(ge=1, le=256, description="candidates a strength")
     steps: int = Field(20, ge=2, le=1000, description="steps of a whole sampling run")
 
     def passes(self, model: Any, prompt_id: int) -> int:
@@ -42,11 +40,25 @@ class SDEdit(Strategy):
         family, out = canvas.family, []
         for strength in self.strengths:
             noise = random_noise(self.seeds, family.latent_shape, canvas.seed, f"{self.kind} {strength}")
-            images = self._draw(canvas, noise, family.schedule.share(strength))
+            images = self.draw(canvas, noise, family.schedule.share(strength))
             out += _edits(canvas, images, f"{self.kind} {strength:.2f}")
         return out
 
-    def _draw(self, canvas: Canvas, noise: Tensor, timestep: float) -> Tensor:
+    def draw(self, canvas: Canvas, noise: Tensor, timestep: float) -> Tensor:
+        """Images (N, C, H, W) from noise at about a timestep."""
+        raise NotImplementedError
+
+
+class SDEdit(Redraw):
+    """Noise the target and let the model itself denoise it (arXiv:2108.01073): a new picture in its own style."""
+
+    kind: Literal["sdedit"] = "sdedit"
+    strengths: tuple[float, ...] = Field(
+        (0.5, 0.55, 0.6, 0.65, 0.7), description="noise levels, as shares of the schedule"
+    )
+    seeds: int = Field(24, ge=1, le=256, description="candidates a strength")
+
+    def draw(self, canvas: Canvas, noise: Tensor, timestep: float) -> Tensor:
         return canvas.redraw(canvas.target[None], noise, timestep, steps=self.steps)
 
 
@@ -80,21 +92,21 @@ class RePaint(Strategy):
         return _edits(canvas, x_t.clamp(-1, 1), "repaint")
 
 
-class Inpaint(SDEdit):
+class Inpaint(Redraw):
     """Let the model fill the mask and keep the rest: `repaint` for pixels, in latents step by step."""
 
-    kind: Literal["inpaint"] = "inpaint"  # type: ignore[assignment]
+    kind: Literal["inpaint"] = "inpaint"
     strengths: tuple[float, ...] = Field((0.7, 0.85, 1.0), description="noise levels, as shares of the schedule")
     seeds: int = Field(8, ge=1, le=256, description="candidates a strength")
 
     def passes(self, model: Any, prompt_id: int) -> int:
-        """As of `SDEdit`; 0 for `repaint`, which is not counted."""
+        """As of every `Redraw`; 0 for `repaint`, which is not counted."""
         return super().passes(model, prompt_id) if model.spec.autoencoder else 0
 
     def __call__(self, canvas: Canvas) -> list[Candidate]:
         return super().__call__(canvas) if canvas.family.spec.autoencoder else RePaint(seeds=self.seeds)(canvas)
 
-    def _draw(self, canvas: Canvas, noise: Tensor, timestep: float) -> Tensor:
+    def draw(self, canvas: Canvas, noise: Tensor, timestep: float) -> Tensor:
         return canvas.fill(noise, timestep, steps=self.steps)
 
 
@@ -175,7 +187,7 @@ def candidates(
     """What editors make of the target, ranked as by `rank`; the later ones are asked if no edit before is accepted."""
     ranked: list[Candidate] = []
     for editor in editors:
-        counted = editor.passes(canvas.family, canvas.prompt_id) if isinstance(editor, SDEdit) else 0
+        counted = editor.passes(canvas.family, canvas.prompt_id) if isinstance(editor, Redraw) else 0
         progress.stage(EDITS, counted or 1)
         canvas = replace(canvas, advance=progress.advance) if counted else canvas
         ranked = rank(editor(canvas), canvas, distance=distance, near_copy=near_copy) + ranked
