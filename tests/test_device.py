@@ -1,17 +1,19 @@
 """Everything that is fast, with the network on a device that is not the CPU and refuses what CUDA refuses."""
 
+import dataclasses
+
 import pytest
 import torch
 from far_device import NAME
-from pipelines import CAPTIONS
+from pipelines import CAPTIONS, tiny_sd
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 from unforget import families, unlearn, verify
 from unforget.config import UnlearnConfig, VerifyConfig
 from unforget.core import devices, sampling
 from unforget.core.types import Progress
-from unforget.errors import UsageError
-from unforget.families import Options
+from unforget.errors import CannotRun, UsageError
+from unforget.families import Options, offload
 from unforget.families import model as model_file
 from unforget.families.model import DiffusionModel
 from unforget.files.patch import Patch
@@ -99,6 +101,92 @@ def test_unlearn_and_verify_a_pixel_model(tiny_folder, pictures, passes):
         model=str(tiny_folder), patch=made.output, device=NAME, level="quick", **JUDGED
     ))  # fmt: skip
     assert {"sample", "reconstruct", "retention"} <= {c.probe for c in said.checks}
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory, sd3_folder):
+    """A transformer of blocks, and a UNet, whose blocks are computed again in smaller parts than they have."""
+    folder = tmp_path_factory.mktemp("sd") / "tiny"
+    tiny_sd().save_pretrained(folder, safe_serialization=True)
+    return {"transformer": sd3_folder, "unet": folder}
+
+
+def trained(folder, again, **options):
+    """The gradient of a LoRA, where its weights and those of the layers lie, and how many layers are there at most."""
+    model = families.load(str(folder), Options(**options))
+    weights = model.trainable("lora", rank=2, alpha=2)
+    for weight in weights:
+        weight.requires_grad_(True)
+    if again:
+        model.network.enable_gradient_checkpointing()
+    layers = [m for m in model.network.modules() if isinstance(m, offload.LAYERS) and not m.weight.requires_grad]
+    most = []
+
+    def looked(module, given):
+        most.append(sum(m.weight.device.type == NAME for m in layers))
+
+    for m in layers:
+        m.register_forward_pre_hook(looked)
+    noise = sampling.random_noise(2, model.latent_shape, 0, "test")
+    ids = model.prompt_ids(["", RED])
+    for _ in range(2):  # the second LoRA factor begins with zeros
+        answer = model.predict(noise, torch.tensor([500.0, 500.0]), ids)
+        answer.square().mean().backward()
+        with torch.no_grad():
+            for weight in weights:
+                weight -= 0.1 * weight.grad
+    lora, rest = ({p.device.type for p in of} for of in (weights, (m.weight for m in layers)))
+    return [w.grad for w in weights], lora, rest, max(most)
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("kind", ["transformer", "unet"])
+def test_weights_that_wait_on_the_host_train_as_those_on_the_card(networks, kind, again):
+    (here, *_), (there, _, _, _), (mine, lora, layers, most) = (
+        trained(networks[kind], again, **how) for how in ({}, {"device": NAME}, {"device": NAME, "cpu_offload": True})
+    )
+    for one, other, near in zip(mine, there, here, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+        torch.testing.assert_close(one.cpu(), near, rtol=1e-2, atol=1e-5)
+    assert (lora, layers, most) == ({NAME}, {"cpu"}, 1)
+
+
+@pytest.mark.slow
+def test_a_network_that_waits(sd3_folder, pictures):
+    made = unlearned(sd3_folder, pictures, prompt=(RED,), rank=2, cpu_offload=True)
+    judged = VerifyConfig(
+        model=str(sd3_folder), patch=made.output, device=NAME, level="quick", cpu_offload=True, **JUDGED
+    )  # fmt: skip
+    assert {"sample", "reconstruct", "retention"} <= {c.probe for c in verify(judged).checks}
+    with pytest.raises(CannotRun, match="cannot be trained"):
+        unlearned(sd3_folder, pictures, train="full", learning_rate=1e-3, cpu_offload=True, force=True)
+
+
+def test_networks_wait_where_a_card_has_no_room_for_all(monkeypatch):
+    card, size = torch.device(NAME), 10 * 2**30
+    assert not offload.wanted(True, torch.device("cpu"), size)
+    assert offload.wanted(True, card, 1)
+    assert not offload.wanted(None, card, size), "torch cannot tell how much this one has"
+    monkeypatch.setattr(devices, "memory", lambda name: 12 * 2**30)
+    assert offload.wanted(None, card, size)
+    assert not offload.wanted(False, card, size)
+    assert not offload.wanted(None, card, size - 2**30)
+
+
+def test_the_network_is_not_there_while_prompts_are_embedded(sd3_folder, monkeypatch):
+    model, seen = families.load(str(sd3_folder), FAR), []
+    embed = model.spec.embed
+
+    def watched(pipeline, prompt, device):
+        parts = pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2
+        seen.append([next(part.parameters()).device.type for part in parts])
+        return embed(pipeline, prompt, device)
+
+    monkeypatch.setattr(model, "spec", dataclasses.replace(model.spec, embed=watched))
+    model.prompt_ids([RED, BLUE])
+    assert seen == [["cpu", NAME, NAME]] * 2
+    assert {p.device.type for p in model.network.parameters()} == {NAME}
+    assert next(model.pipeline.text_encoder.parameters()).device.type == "cpu"
 
 
 def test_editors(sd3_folder, editor_folder, monkeypatch):

@@ -18,7 +18,8 @@ def test_weights_gradients_and_moments_are_those_of_the_model(folder, request):
     plan = reckon(found, "full", 16, micro_batch=2, checkpointing=False, half=False)
     assert plan.weights == weights + found.beside
     assert (plan.base, plan.gradients, plan.optimizer) == (weights, 3 * weights, 2 * weights)
-    assert plan.peak == sum(vars(plan).values())
+    used = {name: size for name, size in vars(plan).items() if name != "embedding"}
+    assert plan.peak == max(sum(used.values()), plan.runtime + plan.embedding)
 
 
 @pytest.mark.parametrize("folder", ["tiny_folder", "sd3_folder"])
@@ -80,4 +81,19 @@ def test_it_is_part_of_a_dry_run(tiny_folder, picture, cli):
     shown = cli("unlearn", "--model", tiny_folder, "--target", picture, "--dry-run")
     assert shown.exit_code == 0, shown.output
     plan = json.loads(shown.stdout)["memory_gib"]
-    assert plan["peak"] == pytest.approx(sum(v for k, v in plan.items() if k != "peak"), abs=0.01)
+    assert plan["peak"] == pytest.approx(sum(v for k, v in plan.items() if k not in ("peak", "embedding")), abs=0.01)
+
+
+def test_text_encoders_are_counted_for_while_they_embed(sd3_folder):
+    def plan(device, **changes):
+        found = blueprint(str(sd3_folder), Options(device=device, **changes))
+        return reckon(found, "lora", 2, micro_batch=1, checkpointing=True, half=False)
+
+    pipeline = families.load(sd3_folder).pipeline
+    encoders = (getattr(pipeline, name) for name in ("text_encoder", "text_encoder_2"))
+    size = sum(4 * p.numel() for encoder in encoders for p in encoder.parameters())
+    here, card, parts = plan("cpu"), plan("meta"), plan("meta", cpu_offload=True)
+    beside = blueprint(str(sd3_folder), Options()).beside
+    assert card.embedding == parts.embedding == size + beside
+    assert here.embedding > card.embedding, "where there is no card the network is beside them"
+    assert parts.weights < card.weights

@@ -15,8 +15,10 @@ from typing import Any
 from tables import row, table
 
 from unforget import UnlearnConfig, VerifyConfig, api, families
+from unforget.families import offload
 from unforget.families.memory import blueprint
 
+GIB = 2**30
 Parts = dict[str, dict[str, Any]]
 
 VAE = {
@@ -95,6 +97,28 @@ VQ = {
     "down_block_types": ["DownEncoderBlock2D"] * 3, "up_block_types": ["UpDecoderBlock2D"] * 3,
     "num_vq_embeddings": 8192, "vq_embed_dim": 3,
 }  # fmt: skip
+CLIP_L: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12}
+CLIP_G = {**CLIP_L, "hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32}
+OPEN_CLIP = {
+    **CLIP_G,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 23,
+}
+T5: dict[str, Any] = {
+    "d_model": 4096, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu",
+}  # fmt: skip
+QWEN: dict[str, Any] = {
+    "hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_key_value_heads": 8,
+    "head_dim": 128, "tie_word_embeddings": True,
+}  # fmt: skip
+THREE = (CLIP_L, CLIP_G, T5)
+READERS: dict[str, tuple[dict[str, Any], ...]] = {
+    "StableDiffusionXLPipeline": (CLIP_L, CLIP_G), "StableDiffusion3Pipeline": THREE, "FluxPipeline": (CLIP_L, T5),
+    "Flux2KleinPipeline": (QWEN,), "ZImagePipeline": (QWEN,), "SanaPipeline": ({},), "PixArtSigmaPipeline": (T5,),
+}  # fmt: skip
+"""The text encoders of each pipeline; `Gemma2Config` is that of 2 B."""
 MODELS: dict[str, tuple[str, Parts]] = {
     "DDPM CelebA-HQ": ("DDPMPipeline", {"unet": PIXELS, "scheduler": {"_class_name": "DDPMScheduler"}}),
     "LDM CelebA-HQ": ("LDMPipeline", {"unet": LDM, "vqvae": VQ, "scheduler": BETAS}),
@@ -147,6 +171,8 @@ MODELS: dict[str, tuple[str, Parts]] = {
 def configured(name: str, folder: Path) -> Path:
     """A model's configuration files alone, in a folder."""
     pipeline, parts = MODELS[name]
+    readers = (OPEN_CLIP if " 2" in name else CLIP_L,) if "DiffusionPipeline" in pipeline else READERS.get(pipeline, ())
+    parts = parts | {f"text_encoder_{i}" if i > 1 else "text_encoder": c for i, c in enumerate(readers, 1)}
     (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
     for part, config in parts.items():
         (folder / part).mkdir()
@@ -157,8 +183,9 @@ def configured(name: str, folder: Path) -> Path:
 
 def main() -> None:
     table(
-        "model", "pixels", "weights, B", "memory, GiB", "all activations kept", "`unlearn`, passes", "`verify`, passes"
-    )
+        "model", "pixels", "weights, B", "prompts, GiB", "layer by layer", "memory, GiB", "all kept",
+        "`unlearn`, passes", "`verify`, passes",
+    )  # fmt: skip
     for name in (n for n in MODELS if not sys.argv[1:] or any(word in n for word in sys.argv[1:])):
         with tempfile.TemporaryDirectory() as scratch:
             folder = str(configured(name, Path(scratch)))
@@ -171,9 +198,14 @@ def main() -> None:
             ]
             judged = api.plan_verify(VerifyConfig(**asked, candidate=folder))
         size = sum(p.numel() for p in found.network.parameters()) / 1e9
-        peaks = [f"{plan['memory_gib']['peak']:.1f}" for plan in plans]
+        _, come = offload.resident(found.network)
+        spared = come - come // found.spec.blocks(found.network.config)
+        training = [sum(v for k, v in p["memory_gib"].items() if k not in ("peak", "embedding")) for p in plans]
+        embedding = f"{(found.encoders + found.beside) / GIB + 0.5:.1f}" if found.encoders else ""
+        peaks = [f"{peak:.1f}" for peak in (training[0] - spared / GIB, *training)]
+        said = [embedding, *(peaks if prompted else ["", "", peaks[-1]])]
         counts = [f"{plan['passes']['in all'][0]:,}" for plan in (plans[0], judged)]
-        row(name, str(found.image_shape[-1]), f"{size:.2f}", *(peaks if prompted else ["", *peaks]), *counts)
+        row(name, str(found.image_shape[-1]), f"{size:.2f}", *said, *counts)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from unforget import families
-from unforget.config import EditConfig, ImageConfig, ModelConfig, RecipeOptions, UnlearnConfig
+from unforget.config import EditConfig, ImageConfig, ModelConfig, RecipeOptions, UnlearnConfig, VerifyConfig
 from unforget.config import writable as writable
 from unforget.config.base import option_of
 from unforget.core import distributed
@@ -39,8 +39,13 @@ def options(config: ModelConfig, like: Family | None = None, progress: Progress 
     progress = progress or Progress()
     if device != "cpu":
         progress.note(f"computing on {spoken(device)}")
-    fields = config.model_dump(include={"allow_pickle", "resolution", "pipeline_config", "t5", "batch_size"})
-    return families.Options(**fields, device=device, guidance=guidance, note=progress.note)
+    if device == "cpu" and config.cpu_offload:
+        progress.note("--cpu-offload changes nothing where there is no card")
+    fields = config.model_dump(
+        include={"allow_pickle", "resolution", "pipeline_config", "t5", "batch_size", "cpu_offload"}
+    )
+    networks = 2 if isinstance(config, VerifyConfig) else 1
+    return families.Options(**fields, device=device, guidance=guidance, note=progress.note, networks=networks)
 
 
 def read(path: Path, family: Family, config: ImageConfig, progress: Progress) -> Tensor:

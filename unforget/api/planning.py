@@ -57,10 +57,11 @@ def plan_verify(config: VerifyConfig) -> dict[str, Any]:
     context, suite = _judged(config, found)
     copies = 3 if any(probe.kind in ("quantization", "relearning") for probe in suite) else 2
     memory = {
-        "runtime": RUNTIME, "weights": copies * weights_of(found.network) + found.beside,
+        "runtime": RUNTIME, "weights": copies * found.held(parts=True) + found.beside,
         "draws": verification.kept_bytes(suite, context),
     }  # fmt: skip
-    gib = {name: round(value / 2**30, 3) for name, value in {**memory, "peak": sum(memory.values())}.items()}
+    peak = max(sum(memory.values()), RUNTIME + found.embedding())
+    gib = {name: round(value / 2**30, 3) for name, value in {**memory, "peak": peak}.items()}
     return {"memory_gib": gib, **_costs(config, found, verification.passes(suite, context))}
 
 

@@ -139,6 +139,10 @@ class ModelConfig(Config):
     device: str = option(
         "Where to compute: cpu, cuda, cuda:1, mps, xpu, or auto: a card if there is one.", "auto", panel=MACHINE
     )
+    cpu_offload: bool | None = option(
+        "Keep the network's weights in the host's memory, each layer's on the card while it computes.", None,
+        "only if they do not fit the card", panel=MACHINE,
+    )  # fmt: skip
     threads: int | None = option("CPU threads.", None, "all cores", panel=MACHINE, ge=1)
     allow_pickle: bool = option(
         "Also open pickled .bin weights; only from sources that you trust.", False, panel=DANGER

@@ -56,6 +56,10 @@ class Options:
     rest_dtype: torch.dtype | None = None
     network: Any = None
     """Taken instead of the model's own, which is not loaded then."""
+    cpu_offload: bool | None = None
+    """Whether the network's weights wait in the host's memory; None: if `networks` of them do not fit the device."""
+    networks: int = 1
+    """How many there will be at once."""
 
 
 def load(ref: str, options: Options | None = None) -> Family:

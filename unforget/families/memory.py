@@ -24,6 +24,7 @@ from unforget import families
 from unforget.core.schedule import Schedule
 from unforget.core.types import LARGE, Scope
 from unforget.errors import UsageError
+from unforget.families import offload
 from unforget.families.spec import Setting
 
 if TYPE_CHECKING:
@@ -56,11 +57,13 @@ class Plan:
     gradients: int  # of both losses and their combination
     optimizer: int  # two moments of every trained weight
     activations: int  # what autograd keeps of the largest pass
+    embedding: int = 0  # while prompts are embedded, before all that is trained: text encoders, and what is beside them
 
     @property
     def peak(self) -> int:
-        """All together: they meet in the backward pass."""
-        return sum(vars(self).values())
+        """All together, for they meet in the backward pass, or what embedding takes if that is more."""
+        trained = self.weights + self.base + self.gradients + self.optimizer + self.activations
+        return self.runtime + max(trained, self.embedding)
 
     def gib(self) -> dict[str, float]:
         """Every figure in GiB, with their sum as `peak`."""
@@ -72,7 +75,7 @@ class Blueprint:
     """A model without content, which says what a run costs: a `passes.Outline`.
 
     Its network lies on the meta device; `source` is the folder or hub id of its configuration, `ref` what the user
-    called it, `beside` the bytes of its autoencoder.
+    called it, `beside` the bytes of its autoencoder, `encoders` those of its text encoders.
     """
 
     spec: FamilySpec
@@ -80,6 +83,7 @@ class Blueprint:
     latent_shape: tuple[int, int, int]
     image_shape: tuple[int, int, int]
     beside: int
+    encoders: int
     ref: str
     source: str
     options: Options
@@ -97,6 +101,17 @@ class Blueprint:
     def device(self) -> torch.device:
         """Where the model would work."""
         return torch.device(self.options.device)
+
+    def held(self, *, parts: bool) -> int:
+        """Bytes of the network's weights that lie on the device at a time; `parts` if no graph holds them all."""
+        stay, come = offload.resident(self.network)
+        waits = offload.wanted(self.options.cpu_offload, self.device, self.options.networks * (stay + come))
+        return stay + come // (self.spec.blocks(self.network.config) if waits and parts else 1)
+
+    def embedding(self) -> int:
+        """Bytes while prompts are embedded, or none: on a card the network leaves meanwhile."""
+        kept = weights_of(self.network) if self.device.type == "cpu" else 0
+        return self.encoders and self.encoders + self.beside + kept
 
     @property
     def batch_size(self) -> int | None:
@@ -176,7 +191,24 @@ def blueprint(ref: str, options: Options) -> Blueprint:
                 vae = vae.to(getattr(torch, spec.vae_dtype) if spec.vae_dtype else dtype)
                 factor, beside = pixels_wide(spec, vae.config), _bytes(vae.parameters())
         made = shapes(spec, network.config, factor, ref, options.resolution)
-        return Blueprint(spec, network, *made, beside, ref, source, options)
+        encoders = sum(
+            _encoder(n, spec, source, dtype) for n in spec.text_encoders if options.t5 or n not in spec.optional
+        )
+        return Blueprint(spec, network, *made, beside, encoders, ref, source, options)
+
+
+def _encoder(name: str, spec: FamilySpec, source: str, dtype: torch.dtype) -> int:
+    """Bytes of a text encoder; none where there is no configuration of it."""
+    import transformers
+
+    from unforget.families.loading import where
+
+    if Path(source).is_dir() and not (Path(source) / name / "config.json").is_file():
+        return 0  # transformers would take a default one
+    kind = getattr(transformers, spec.text_encoders[name])
+    with contextlib.suppress(OSError), torch.device("meta"):
+        return _bytes(kind(kind.config_class.from_pretrained(**where(source), subfolder=name)).to(dtype).parameters())
+    return 0
 
 
 def weights_of(network: Any) -> int:
@@ -196,8 +228,7 @@ def reckon(found: Blueprint, scope: Scope, rank: int, *, micro_batch: int, check
     """
     from unforget.families.scopes import trainable
 
-    network = found.network
-    weights = _bytes(network.parameters())
+    network, weights = found.network, found.held(parts=checkpointing)
     trained = trainable(found.spec, network, scope, rank=rank, alpha=1, seed=0)
     mine = _bytes(trained)
     network.requires_grad_(False)
@@ -214,7 +245,8 @@ def reckon(found: Blueprint, scope: Scope, rank: int, *, micro_batch: int, check
     if half and next(network.parameters()).dtype == torch.float32:
         kept //= 2
     adapter, base = (mine, 0) if scope == "lora" else (0, weights)
-    return Plan(int(RUNTIME), weights + adapter + found.beside, base, 3 * mine, 2 * mine, kept)
+    weights += adapter + found.beside
+    return Plan(int(RUNTIME), weights, base, 3 * mine, 2 * mine, kept, found.embedding())
 
 
 class _FusedAttention(TorchFunctionMode):

@@ -15,6 +15,7 @@ from unforget.core import passes
 from unforget.core.schedule import Schedule
 from unforget.core.types import UNCONDITIONAL, Scope
 from unforget.errors import CannotRun, UsageError
+from unforget.families import offload
 from unforget.families.loading import Hints, Options
 from unforget.families.scopes import check_precision, switch_adapter, trainable
 from unforget.families.spec import FamilySpec, Setting, is_guided, tokenizer
@@ -32,7 +33,7 @@ class DiffusionModel:
 
     def __init__(self, spec: FamilySpec, pipeline: Any, name: str, options: Options, hints: Hints) -> None:
         self.spec, self.pipeline, self.name, self.device = spec, pipeline, name, torch.device(options.device)
-        self.batch_size, self.note = options.batch_size, options.note
+        self.batch_size, self.note, self.options = options.batch_size, options.note, options
         self.schedule, self.plain = Schedule.from_diffusers(pipeline.scheduler), False
         for name in spec.optional:
             if getattr(pipeline, name) is not None and spec.silent(getattr(pipeline, name)):
@@ -51,9 +52,17 @@ class DiffusionModel:
 
     def _placed(self, network: Any) -> Any:
         """A network where and as it is to work."""
-        network = network.to(self.device).eval().requires_grad_(False)
+        network = self._at_home(network).eval().requires_grad_(False)
         self.spec.adapt(network, self.absent)
         return network
+
+    def _at_home(self, network: Any) -> Any:
+        """A network on its device, or beside it."""
+        size = self.options.networks * sum(offload.resident(network))
+        if offload.waits(network) or offload.wanted(self.options.cpu_offload, self.device, size):
+            offload.place(network, self.device)
+            return network
+        return network.to(self.device)
 
     @property
     def scheduler_config(self) -> Any:
@@ -82,18 +91,19 @@ class DiffusionModel:
         return torch.tensor([self.prompts.index(p) for p in prompts], dtype=torch.long)
 
     def _embed(self, prompts: list[str]) -> None:
-        """Add prompts to the table; the text encoders are on the network's device meanwhile."""
+        """Add prompts to the table; the text encoders are on the device meanwhile, and the network is not."""
         for prompt in prompts:
             self._check_prompt(prompt)
         encoders = [e for e in (getattr(self.pipeline, name) for name in self.spec.text_encoders) if e is not None]
-        for encoder in encoders:
-            encoder.to(self.device)
+        leaves = bool(encoders) and self.network is not None and not offload.waits(self.network)
+        for part, device in [(self.network, "cpu")] * leaves + [(encoder, self.device) for encoder in encoders]:
+            part.to(device)
         for prompt in prompts:
             embedded = self.spec.embed(self.pipeline, prompt, self.device)
             self.prompts.append(prompt)
             self._conditioning.append([tensor[0].cpu() for tensor in embedded])
-        for encoder in encoders:
-            encoder.to("cpu")
+        for part, device in [(encoder, "cpu") for encoder in encoders] + [(self.network, self.device)] * leaves:
+            part.to(device)
 
     def _check_prompt(self, prompt: str) -> None:
         if not self.spec.prompted:
@@ -152,7 +162,7 @@ class DiffusionModel:
 
     def predict(self, x_t: Tensor, timestep: Tensor, prompt_ids: Tensor) -> Tensor:
         """The network's answer at (x_t, timestep, prompt_ids), float32, on the device of x_t."""
-        device = next(self.network.parameters()).device
+        device = self.device
         told = zip(*(self._conditioning[i] for i in prompt_ids.tolist()), strict=True)
         conditioning = [torch.stack(tensors).to(device) for tensors in told]
         with self._adapter():
@@ -225,7 +235,8 @@ class DiffusionModel:
     def copy(self) -> Self:
         """An independent model with equal, frozen weights; all but the network is shared."""
         twin = copy.copy(self)
-        twin.pipeline, twin.network = copy.copy(self.pipeline), copy.deepcopy(self.network).requires_grad_(False).eval()
+        twin.pipeline = copy.copy(self.pipeline)
+        twin.network = self._at_home(copy.deepcopy(self.network)).requires_grad_(False).eval()
         setattr(twin.pipeline, self.spec.network, twin.network)
         return twin
 

@@ -7,11 +7,17 @@ from torch import nn
 
 from unforget.core.types import Scope
 from unforget.errors import CannotRun
+from unforget.families import offload
 from unforget.families.spec import FamilySpec, check_scope
 
 
 def check_precision(network: nn.Module, scope: Scope) -> None:
-    """CannotRun if a scope's own weights are not float32: updates smaller than their last digit would be lost."""
+    """CannotRun if a scope's own weights are not float32: updates smaller than their last digit would be lost.
+
+    Nor can weights be trained that are on the device for the length of a call.
+    """
+    if scope != "lora" and offload.waits(network):
+        raise CannotRun("weights that wait in the host's memory cannot be trained", "Give --train lora.")
     dtypes = {p.dtype for p in network.parameters() if p.is_floating_point()}
     if scope != "lora" and dtypes - {torch.float32}:
         numbers, name = sum(p.numel() for p in network.parameters()), str(min(dtypes, key=str)).removeprefix("torch.")
@@ -37,7 +43,7 @@ def trainable(spec: FamilySpec, network: Any, scope: Scope, *, rank: int, alpha:
     if not getattr(network, "_hf_peft_config_loaded", False):
         from peft import LoraConfig, inject_adapter_in_model
 
-        targets = list(spec.lora_targets)
+        targets, device = list(spec.lora_targets), offload.device_of(network)
         config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=targets)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -45,7 +51,7 @@ def trainable(spec: FamilySpec, network: Any, scope: Scope, *, rank: int, alpha:
         network._hf_peft_config_loaded = True
         for name, part in network.named_modules():
             if name.rsplit(".", 1)[-1].startswith("lora_"):
-                part.float()
+                part.to(device, torch.float32)
     return [p for name, p in network.named_parameters() if ".lora_" in name]
 
 
