@@ -112,8 +112,8 @@ def test_flags_beat_the_file_which_takes_the_flags_names(tmp_path):
     [
         ("max_train_step = 5", "no option 'max_train_step', did you mean 'max_train_steps'"),
         ("nonsense = 5", "there is no option 'nonsense'"),
-        ("preview = 5", "preview is now num_validation_images"),
-        ("forget_batch_size = 5", "forget_batch_size is now train_batch_size"),
+        ("preview = 5\nnum_validation_images = 4", "by its old name and by its new one"),
+        ("take_off = true", "is gone"),
         ("recipe = { rank = 8 }", "write its options flat"),
         ("forget_range = [650, 50]", "0 < low < high"),
         ("scale = [1]", "0 patch(es) but 1 scale(s)"),
@@ -128,13 +128,27 @@ def test_a_wrong_key_is_refused_by_a_sentence(tmp_path, key, sentence):
     assert sentence in error.value.message
 
 
-@pytest.mark.parametrize("name", ["false_alarm", "noise_level", "preview", "keep", "take_off"])
-@pytest.mark.parametrize("spell", [spelled, lambda name: f"--{name}=3"], ids=["dashes", "underscores"])
-def test_old_options_name_the_new_one(cli, name, spell):
-    said = cli("verify", "--model", "faces", spell(name), "3")
+@pytest.mark.parametrize("name", [n for n, new in RENAMED.items() if new in UnlearnConfig.model_fields])
+@pytest.mark.parametrize("spell", [spelled, lambda name: f"--{name}"], ids=["dashes", "underscores"])
+def test_an_old_option_is_the_new_one_and_says_so(cli, name, spell):
+    said = cli("unlearn", "--model", "faces", "-t", TARGET, f"{spell(name)}=4", "--dry-run")
+    assert f"{spelled(name)} is now {spelled(RENAMED[name])}" in said.stderr
+    shown = json.loads(said.stdout)
+    assert {**shown, **shown["recipe"], "train_batch_size": shown["recipe"]["forget_batch_size"]}[RENAMED[name]] == 4
+
+
+def test_old_keys_of_a_policy_are_the_new_ones(tmp_path):
+    policy = tmp_path / "unforget.toml"
+    policy.write_text('[verify]\nnoise_levels = [400]\nfalse_alarm = 0.1\nrequire = ["cast"]\n')
+    with pytest.warns(FutureWarning, match="noise_levels is now timestep"):
+        made = configs.resolve({"model": "faces", "patch": "x.patch"}, None, policy)
+    assert (made.timestep, made.false_positive_rate, made.require) == ((400,), 0.1, ("quantization",))
+
+
+def test_what_is_gone_is_refused(cli):
+    said = cli("verify", "--model", "faces", "--take-off", "3")
     assert said.exit_code == 2
-    new = RENAMED[name]
-    assert f"{spelled(name)} is now {spelled(new)}" in said.stderr if new else "is gone: " in said.stderr
+    assert "is gone: " in said.stderr
 
 
 def test_a_delta_is_gone(cli):

@@ -107,10 +107,8 @@ def test_an_allow_list_entry_has_an_id_a_reason_and_a_day(here):
     ("text", "sentence"),
     [
         ("[verify]\nmax_rat = 1\n", "no option 'max_rat', did you mean 'max_rate'"),
-        ("[verify]\nfalse_alarm = 0.1\n", "false_alarm is now false_positive_rate"),
         ("[verify]\nmax_rate = 2\n", "less than 1"),
         ('[verify]\nlevel = "thorough"\n', "'quick', 'standard' or 'deep'"),
-        ('[verify]\nrequire = ["cast"]\n', "the probe cast is now quantization"),
         ('[verify]\nsimilarity = ["magic"]\n', "no similarity backend 'magic'"),
         ("[verify]\nsimilarity = []\n", "at least 1"),
         ("[verfy]\n", "no use for 'verfy'"),

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -171,6 +172,16 @@ def console_progress() -> Iterator[Progress]:
             err.print(f"note: {escape(redacted(sentence))}", style="yellow", soft_wrap=True)
 
         yield Progress(stage, advance, note)
+
+
+@contextmanager
+def old_names() -> Iterator[None]:
+    """Say which names of earlier versions were given."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", FutureWarning)
+        yield
+    for sentence in dict.fromkeys(str(w.message) for w in found if w.category is FutureWarning):
+        err.print(f"note: {escape(sentence)}", style="yellow", soft_wrap=True)
 
 
 @contextmanager

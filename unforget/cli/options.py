@@ -12,7 +12,7 @@ import typer
 import typer.core
 from rich.markup import escape
 
-from unforget.cli.console import errors
+from unforget.cli.console import errors, old_names
 from unforget.errors import UsageError
 
 if TYPE_CHECKING:
@@ -44,17 +44,23 @@ class Commands(typer.core.TyperGroup):
 
 
 class Command(typer.core.TyperCommand):
-    """Refuses the options of earlier versions by a sentence that names the new one."""
+    """Takes the options of earlier versions for the new ones."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        from unforget.config.base import renamed, spelled
+        from unforget.config.base import current, spelled
 
         known = {name for param in self.params for name in (*param.opts, *param.secondary_opts)}
-        with errors():
-            for name in (a.partition("=")[0].replace("_", "-") for a in args if a.startswith("--")):
-                if name not in known and (sentence := renamed(name[2:].replace("-", "_"), spelled)):
-                    raise UsageError(sentence, f"See `{ctx.command_path} --help`.")
-        return super().parse_args(ctx, args)
+        words = list(args)
+        with errors(), old_names():
+            for k, word in enumerate(args):
+                name, given, value = word.partition("=")
+                name = name.replace("_", "-")
+                if name.startswith("--") and name not in known:
+                    try:
+                        words[k] = spelled(current(name[2:].replace("-", "_"), spelled)) + given + value
+                    except ValueError as error:
+                        raise UsageError(str(error), f"See `{ctx.command_path} --help`.") from None
+        return super().parse_args(ctx, words)
 
 
 def command(app: typer.Typer, name: str, config: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -80,7 +86,9 @@ def _generated(body: Callable[..., None], config: str) -> Callable[..., None]:
     def run(ctx: typer.Context, **values: Any) -> None:
         given = {n: values[n] for n in fields if getattr(ctx.get_parameter_source(n), "name", "") != "DEFAULT"}
         with errors():
-            body(_checked(model, given, values["config"], values.get("policy")), **{n: values[n] for n in more})
+            with old_names():
+                config = _checked(model, given, values["config"], values.get("policy"))
+            body(config, **{n: values[n] for n in more})
 
     parameters = [_keyword("ctx", typer.Context, inspect.Parameter.empty), *fields.values()]
     parameters += [_keyword("config", ConfigFile), *more.values()]

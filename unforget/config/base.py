@@ -1,5 +1,6 @@
 """What the configurations share: how a field says more of its option, and the fields of several commands."""
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,11 +68,14 @@ def spelled(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def renamed(name: str, spell: Callable[[str], str] = str) -> str:
-    """A sentence about a name that earlier versions had; empty for any other."""
+def current(name: str, spell: Callable[[str], str] = str) -> str:
+    """The name that a field has now, with a warning if it was another; ValueError for one that is gone."""
     if name not in RENAMED:
-        return ""
-    return f"{spell(name)} is now {spell(RENAMED[name])}" if RENAMED[name] else f"{spell(name)} is gone: {NO_DELTA}"
+        return name
+    if not RENAMED[name]:
+        raise ValueError(f"{spell(name)} is gone: {NO_DELTA}")
+    warnings.warn(f"{spell(name)} is now {spell(RENAMED[name])}; the old name will go", FutureWarning, stacklevel=2)
+    return RENAMED[name]
 
 
 class Config(BaseModel):
@@ -83,13 +87,13 @@ class Config(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _written(cls, values: Any) -> Any:
-        """One value stands for several, and `1,2,3` for a tuple, as on a command line."""
+        """One value stands for several, and `1,2,3` for a tuple, as on a command line; an old name for the new one."""
         if not isinstance(values, dict):
             return values
-        for name in values:
-            if name not in cls.model_fields and renamed(name):
-                raise ValueError(renamed(name))
-        return {n: _tupled(cls.model_fields[n], v) if n in cls.model_fields else v for n, v in values.items()}
+        given = {name if name in cls.model_fields else current(name): value for name, value in values.items()}
+        if len(given) < len(values):
+            raise ValueError("an option is given by its old name and by its new one")
+        return {n: _tupled(cls.model_fields[n], v) if n in cls.model_fields else v for n, v in given.items()}
 
     @model_validator(mode="after")
     def _belonging(self) -> Self:

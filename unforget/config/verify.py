@@ -1,6 +1,7 @@
 """The configuration of `unforget verify`; what a team agrees on may stand in `unforget.toml`."""
 
 import datetime
+import warnings
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -82,8 +83,8 @@ class Policy(PromptConfig):
     @classmethod
     def _renamed(cls, value: tuple[str, ...]) -> tuple[str, ...]:
         for old in RENAMED_PROBES.keys() & value:
-            raise ValueError(f"the probe {old} is now {RENAMED_PROBES[old]}")
-        return value
+            warnings.warn(f"the probe {old} is now {RENAMED_PROBES[old]}", FutureWarning, stacklevel=2)
+        return tuple(RENAMED_PROBES.get(name, name) for name in value)
 
     @field_validator("similarity")
     @classmethod
