@@ -139,10 +139,10 @@ def test_an_old_option_is_the_new_one_and_says_so(cli, name, spell):
 
 def test_old_keys_of_a_policy_are_the_new_ones(tmp_path):
     policy = tmp_path / "unforget.toml"
-    policy.write_text('[verify]\nnoise_levels = [400]\nfalse_alarm = 0.1\nrequire = ["cast"]\n')
+    policy.write_text('[verify]\nnoise_levels = [400]\nfalse_alarm = 0.005\nrequire = ["cast"]\n')
     with pytest.warns(FutureWarning, match="noise_levels is now timestep"):
         made = configs.resolve({"model": "faces", "patch": "x.patch"}, None, policy)
-    assert (made.timestep, made.false_positive_rate, made.require) == ((400,), 0.1, ("quantization",))
+    assert (made.timestep, made.false_positive_rate, made.require) == ((400,), 0.005, ("quantization",))
 
 
 def test_what_is_gone_is_refused(cli):

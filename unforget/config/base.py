@@ -1,7 +1,7 @@
 """What the configurations share: how a field says more of its option, and the fields of several commands."""
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -78,6 +78,14 @@ def current(name: str, spell: Callable[[str], str] = str) -> str:
     return RENAMED[name]
 
 
+def named(values: Mapping[str, Any], fields: Collection[str] = ()) -> dict[str, Any]:
+    """Values by the names that fields have now; ValueError if one is gone, or given twice."""
+    found = {name if name in fields else current(name): value for name, value in values.items()}
+    if len(found) < len(values):
+        raise ValueError("an option is given by its old name and by its new one")
+    return found
+
+
 class Config(BaseModel):
     """Frozen, and strict about unknown keys."""
 
@@ -90,9 +98,7 @@ class Config(BaseModel):
         """One value stands for several, and `1,2,3` for a tuple, as on a command line; an old name for the new one."""
         if not isinstance(values, dict):
             return values
-        given = {name if name in cls.model_fields else current(name): value for name, value in values.items()}
-        if len(given) < len(values):
-            raise ValueError("an option is given by its old name and by its new one")
+        given = named(values, cls.model_fields)
         return {n: _tupled(cls.model_fields[n], v) if n in cls.model_fields else v for n, v in given.items()}
 
     @model_validator(mode="after")

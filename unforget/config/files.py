@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from unforget.config.base import Config, option_of
+from unforget.config.base import Config, named, option_of
 from unforget.config.verify import Policy, VerifyConfig
 from unforget.errors import UsageError
 
@@ -53,7 +53,7 @@ def read(file: Path | None) -> dict[str, Any]:
     try:
         if file.stat().st_size > LARGEST:
             raise ValueError("too large")
-        return {name.replace("-", "_"): value for name, value in tomllib.loads(file.read_text()).items()}
+        return named({name.replace("-", "_"): value for name, value in tomllib.loads(file.read_text()).items()})
     except (OSError, ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise UsageError(f"cannot read the configuration '{file}': {reason}", "Give a TOML file.") from None
@@ -70,11 +70,12 @@ def read_policy(path: Path | None) -> dict[str, Any]:
     unknown = [*(set(table) - {"verify"}), *([] if isinstance(keys, dict) else ["verify"])]
     if unknown:
         raise UsageError(f"the policy '{found}' has no use for '{unknown[0]}'", "Its one table is [verify].")
-    keys = {name.replace("-", "_"): value for name, value in keys.items()}
     try:
+        keys = named({name.replace("-", "_"): value for name, value in keys.items()})
         Policy.model_validate(keys)
-    except ValidationError as error:
-        raise UsageError(f"the policy '{found}' is wrong: {sentence(error, Policy)}", "See docs/verify.md.") from None
+    except ValueError as error:
+        reason = sentence(error, Policy) if isinstance(error, ValidationError) else error
+        raise UsageError(f"the policy '{found}' is wrong: {reason}", "See docs/verify.md.") from None
     for name in keys:
         if option_of(Policy.model_fields[name]).reads:
             several = isinstance(keys[name], list)
