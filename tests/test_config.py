@@ -186,7 +186,7 @@ def test_help_keeps_brackets_and_shows_choices_and_completes(cli):
         ["unlearn", "--model", "faces", "-t", TARGET, "-o", "no/a.patch"],
         ["verify", "--model", "faces", "--patch", "x", "--similarity", "magic"],
         ["verify", "--model", "faces", "--candidate", "x", "--require", "magic"],
-        ["verify", "--model", "faces", "--patch", "x", "--keep", "y.png"],
+        ["verify", "--model", "faces", "--patch", "x", "--must-retain", "y.png"],
         ["export", "--model", "faces", "--patch", "no.patch", "-o", "x"],
         ["edit-surrogate", "--model", "faces", "--target", "no.png"],
     ],

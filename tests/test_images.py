@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms, ImageOps
 
 from unforget.errors import UsageError
 from unforget.files import images
@@ -59,6 +59,12 @@ def broken(tmp_path, name):
         path.write_bytes(path.read_bytes()[:2000])
     elif name == "frames.gif":
         good.save(path, save_all=True, append_images=[Image.new("RGB", (16, 16), "blue")])
+    elif name == "postscript.png":
+        good.save(path, "EPS")
+    elif name in ("range.tiff", "long.tiff"):
+        Image.new("F" if name == "range.tiff" else "I", (16, 16)).save(path)
+    elif name in ("pages.tiff", "moving.webp", "moving.png"):
+        good.save(path, save_all=True, append_images=[Image.new("RGB", (16, 16), "blue")])
     elif name == "wide.png":
         Image.new("RGB", (20_000, 4)).save(path)
     elif name == "large.png":
@@ -72,7 +78,13 @@ def broken(tmp_path, name):
         ("missing.png", "there is no file"),
         ("folder", "is a folder"),
         ("empty.png", "is empty"),
-        ("text.png", "is not an image"),
+        ("text.png", "is not an image of a kind that is read here"),
+        ("postscript.png", "is not an image of a kind that is read here"),
+        ("range.tiff", "holds numbers without a fixed range"),
+        ("long.tiff", "holds numbers without a fixed range"),
+        ("pages.tiff", "has 2 frames"),
+        ("moving.webp", "has 2 frames"),
+        ("moving.png", "has 2 frames"),
         ("truncated.png", "cannot be decoded"),
         ("frames.gif", "has 2 frames"),
         ("wide.png", "is 20000x4 pixels, more than 8192"),
@@ -87,6 +99,76 @@ def test_what_is_no_picture_of_the_model_is_a_usage_error(tmp_path, name, senten
 
 def test_resize_on_request(tmp_path):
     assert images.read_image(broken(tmp_path, "large.png"), SHAPE, resize=True).shape == SHAPE
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_is_upright_as_its_camera_says(tmp_path, pixels, orientation):
+    picture, exif, notes = Image.fromarray(np.concatenate([pixels, pixels[:, ::-1] // 2], 1)), Image.Exif(), []
+    exif[images.ORIENTATION] = orientation
+    picture.save(tmp_path / "a.png", exif=exif)
+    shape = (3, 32, 16) if orientation > 4 else (3, 16, 32)
+    meant = ImageOps.exif_transpose(Image.open(tmp_path / "a.png"))
+    assert torch.equal(images.read_image(tmp_path / "a.png", shape, note=notes.append), images.from_pil(meant))
+    assert bool(notes) == (orientation != 1)
+    with pytest.raises(UsageError, match="the model's images are"):
+        images.read_image(tmp_path / "a.png", (3, *shape[:0:-1]))
+
+
+def wide_profile():
+    """Of a display with other primaries: an sRGB profile whose red and green columns change places."""
+    tags = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    red, green = (tags.index(name) + 4 for name in (b"rXYZ", b"gXYZ"))
+    tags[red : red + 8], tags[green : green + 8] = tags[green : green + 8], tags[red : red + 8]
+    return bytes(tags).replace("sRGB".encode("utf-16-be"), "Wide".encode("utf-16-be"))
+
+
+KINDS = [
+    ("RGB", "png"),
+    ("RGBA", "png"),
+    ("P", "png"),
+    ("RGB", "tiff"),
+    ("RGBA", "webp"),
+    ("RGB", "webp"),
+    ("P", "tiff"),
+]
+
+
+@pytest.mark.parametrize(("mode", "kind"), KINDS)
+def test_colours_are_those_of_srgb(tmp_path, mode, kind):
+    path, notes = tmp_path / f"a.{kind}", []
+    red = Image.new("RGB", (16, 16), (255, 0, 0)).convert(mode)
+    red.save(path, icc_profile=wide_profile(), **({"lossless": True} if kind == "webp" else {}))
+    read = images.read_image(path, SHAPE, note=notes.append)
+    assert read[1].min() > 0.9 > -0.9 > read[0].max(), "red and green changed places"
+    assert any("to sRGB" in note for note in notes)
+    red.save(path, icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    assert images.read_image(path, SHAPE)[0].min() > 0.9
+    red.save(path, icc_profile=b"no profile")
+    assert images.read_image(path, SHAPE, note=notes.append)[0].min() > 0.9
+    assert any("cannot be used" in note for note in notes)
+
+
+def test_of_a_cameras_file_the_first_picture_counts(tmp_path, pixels):
+    first, notes = Image.fromarray(pixels), []
+    first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[first.resize((8, 8))], quality=95)
+    first.save(tmp_path / "b.jpg", quality=95)
+    read, alone = (images.read_image(tmp_path / name, SHAPE, note=notes.append) for name in ("a.jpg", "b.jpg"))
+    assert torch.equal(read, alone)
+    assert len(notes) == 1
+
+
+def test_a_folder_says_what_is_read_and_what_is_not(tmp_path, pixels):
+    picture, notes = Image.fromarray(pixels), []
+    for name in ("b.png", "a.jpg", "c.tif", "cats/one.webp", "cats/deep/two.gif", "d.AVIF", ".hidden/x.png", "._b.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(tmp_path / name) if name != "._b.png" else (tmp_path / name).write_text("of a Mac")
+    (tmp_path / "cats" / "notes.txt").write_text("x")
+    found = images.read_folder(tmp_path, SHAPE, note=notes.append)
+    assert len(found) == 6
+    assert "6 pictures" in notes[0]
+    assert "2 of them in subfolders (cats)" in notes[0]
+    assert "1 file(s) that are no pictures (notes.txt)" in notes[1]
+    assert "1 of the pictures" in notes[2], "of the GIF, whose colours are a palette"
 
 
 def test_a_folder_without_pictures(tmp_path):

@@ -97,7 +97,8 @@ def _inputs(config: UnlearnConfig, family: Family, stack: Stack, salt: str, prog
     prompt_ids(family, config.prompt)  # the rows of the table before those of earlier patches
     inputs = RunInputs(
         targets, tuple(read(p, family, config, progress) for p in config.surrogate), config.prompt,
-        images.read_folder(config.retain, family.image_shape, resize=config.resize) if config.retain else None,
+        images.read_folder(config.retain, family.image_shape, resize=config.resize, note=progress.note)
+        if config.retain else None,
         storage.read_lines(config.retain_prompts) if config.retain_prompts else (),
         **config.model_dump(include={"seed", "near_copy", "min_distance", "sampler_steps", "retain_count"}),
         salt=salt, earlier=_earlier(config, stack, family, salt, progress),

@@ -1,5 +1,7 @@
 """What the configurations share: how a field says more of its option, and the fields of several commands."""
 
+import difflib
+import os
 import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -7,8 +9,10 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, ClassVar, Self, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
+
+from unforget.errors import UsageError
 
 MACHINE, DANGER = "This machine", "Dangerous options"
 RENAMED = {
@@ -86,11 +90,36 @@ def named(values: Mapping[str, Any], fields: Collection[str] = ()) -> dict[str, 
     return found
 
 
+def _sentence(error: ValidationError, kind: type[BaseModel]) -> str:
+    """One clause for every field that is wrong, and for an unknown one the nearest name."""
+    parts = []
+    for problem in error.errors():
+        where = ".".join(str(p) for p in problem["loc"])
+        text = problem["msg"].removeprefix("Value error, ")
+        parts.append(f"{where}: {text[0].lower()}{text[1:]}" if where else text)
+        if problem["type"] == "default_factory_not_called":  # of an output, whose target is wrong: said already
+            parts.pop()
+        elif problem["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(where, kind.model_fields, 1)
+            parts[-1] = f"there is no option '{where}'" + (f", did you mean '{near[0]}'?" if near else "")
+        elif where and problem["type"] != "missing":
+            parts[-1] += f", found {problem['input']!r}"
+    return "; ".join(parts)
+
+
 class Config(BaseModel):
-    """Frozen, and strict about unknown keys."""
+    """Frozen, and strict about unknown keys: UsageError names what is wrong."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", defer_build=True)
     PANEL: ClassVar[str] = ""
+    COMMAND: ClassVar[str] = ""  # that has these options
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            hint = f"See `unforget {self.COMMAND} --help`." if self.COMMAND else ""
+            raise UsageError(_sentence(error, type(self)), hint) from None
 
     @model_validator(mode="before")
     @classmethod
@@ -157,6 +186,11 @@ class ModelConfig(Config):
     allow_pickle: bool = option(
         "Also open pickled .bin weights; only from sources that you trust.", False, panel=DANGER
     )
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _path(cls, value: Any) -> Any:
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 class PromptConfig(Config):

@@ -1,7 +1,7 @@
 """The configuration of `unforget edit-surrogate`."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -20,6 +20,8 @@ def _method(data: dict[str, Any]) -> str:
 
 class EditConfig(DrawConfig):
     """`unforget edit-surrogate`."""
+
+    COMMAND: ClassVar[str] = "edit-surrogate"
 
     target: Path = option("Image to replace.", names=("-t",), reads="file")
     output: Path = option(

@@ -1,7 +1,7 @@
 """The configuration of `unforget export`."""
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import field_validator, model_validator
 
@@ -12,6 +12,8 @@ HUB = "The hub"
 
 class ExportConfig(PatchedConfig):
     """`unforget export`."""
+
+    COMMAND: ClassVar[str] = "export"
 
     patch: tuple[Path, ...] = option("Patch to put on the base; repeats, in order.", reads="patch", min_length=1)
     output: Path = option(

@@ -1,13 +1,10 @@
 """From options, TOML files and policies to a checked configuration; and whether the paths that it names will do."""
 
-import difflib
 import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
-
-from pydantic import ValidationError
 
 from unforget.config.base import Config, named, option_of
 from unforget.config.verify import Policy, VerifyConfig
@@ -15,12 +12,11 @@ from unforget.errors import UsageError
 
 C = TypeVar("C", bound=Config)
 LARGEST = 64 << 20  # bytes from which on a TOML file is not read
-COMMANDS = {"EditConfig": "edit-surrogate"}
 
 
 def build(kind: type[C], given: Mapping[str, Any], file: Path | None = None) -> C:
     """A checked configuration: what was given beats the TOML file, which beats the defaults."""
-    return _checked(kind, {**read(file), **_stated(given)})
+    return kind(**{**read(file), **_stated(given)})
 
 
 def resolve(given: Mapping[str, Any], file: Path | None = None, policy: Path | None = None) -> VerifyConfig:
@@ -31,15 +27,7 @@ def resolve(given: Mapping[str, Any], file: Path | None = None, policy: Path | N
     agreed, given = read_policy(policy), _stated(given)
     if "target" in given:
         agreed.pop("surrogate", None)  # the policy's belong to its own targets
-    return _checked(VerifyConfig, {**agreed, **read(file), **given})
-
-
-def _checked(kind: type[C], values: dict[str, Any]) -> C:
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        command = COMMANDS.get(kind.__name__, kind.__name__.removesuffix("Config").lower())
-        raise UsageError(sentence(error, kind), f"See `unforget {command} --help`.") from None
+    return VerifyConfig(**{**agreed, **read(file), **given})
 
 
 def _stated(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,10 +60,9 @@ def read_policy(path: Path | None) -> dict[str, Any]:
         raise UsageError(f"the policy '{found}' has no use for '{unknown[0]}'", "Its one table is [verify].")
     try:
         keys = named({name.replace("-", "_"): value for name, value in keys.items()})
-        Policy.model_validate(keys)
-    except ValueError as error:
-        reason = sentence(error, Policy) if isinstance(error, ValidationError) else error
-        raise UsageError(f"the policy '{found}' is wrong: {reason}", "See docs/verify.md.") from None
+        Policy(**keys)
+    except (ValueError, UsageError) as error:
+        raise UsageError(f"the policy '{found}' is wrong: {error}", "See docs/verify.md.") from None
     for name in keys:
         if option_of(Policy.model_fields[name]).reads:
             several = isinstance(keys[name], list)
@@ -85,23 +72,6 @@ def read_policy(path: Path | None) -> dict[str, Any]:
 
 def _holds(path: Path) -> bool:
     return path.is_file() and (path.name != "pyproject.toml" or "unforget" in read(path).get("tool", {}))
-
-
-def sentence(error: ValidationError, kind: type[Config]) -> str:
-    """One clause for every field that is wrong, and for an unknown one the nearest name."""
-    parts = []
-    for problem in error.errors():
-        where = ".".join(str(p) for p in problem["loc"])
-        text = problem["msg"].removeprefix("Value error, ")
-        parts.append(f"{where}: {text[0].lower()}{text[1:]}" if where else text)
-        if problem["type"] == "default_factory_not_called":  # of an output, whose target is wrong: said already
-            parts.pop()
-        elif problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(where, kind.model_fields, 1)
-            parts[-1] = f"there is no option '{where}'" + (f", did you mean '{near[0]}'?" if near else "")
-        elif where and problem["type"] != "missing":
-            parts[-1] += f", found {problem['input']!r}"
-    return "; ".join(parts)
 
 
 def check_paths(config: Config) -> None:

@@ -77,6 +77,8 @@ class RecipeOptions(Config):
 class UnlearnConfig(RecipeOptions, DrawConfig, PatchedConfig):
     """`unforget unlearn`."""
 
+    COMMAND: ClassVar[str] = "unlearn"
+
     target: tuple[Path, ...] = option("Image to forget; repeats.", names=("-t",), reads="file", min_length=1)
     surrogate: tuple[Path, ...] = option(
         "Image to generate instead, one for each target, in order.", (), "made", names=("-s",), reads="file"

@@ -5,7 +5,7 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BaseModel, Field, field_validator, model_validator
 
 from unforget.config.base import MACHINE, Config, ImageConfig, PatchedConfig, PromptConfig, option, paired
 
@@ -23,7 +23,7 @@ def _at(standard: float, quick: float) -> dict[str, Any]:
     return {"default": lambda data: quick if data.get("level") == "quick" else standard, "words": words}
 
 
-class Allow(Config):
+class Allow(BaseModel, frozen=True, extra="forbid"):
     """A target that may still be drawn, for a while."""
 
     id: str = option("Id of the target, as reports give it.", pattern=r"^[0-9a-f]{16}$")
@@ -116,6 +116,8 @@ class ReportConfig(Config):
 
 class VerifyConfig(ReportConfig, Policy, PatchedConfig, ImageConfig):
     """`unforget verify`."""
+
+    COMMAND: ClassVar[str] = "verify"
 
     patch: tuple[Path, ...] = option("Patch to judge; repeats, for several on one base.", (), "none", reads="patch")
     candidate: Path | None = option("Diffusers folder to judge.", None, "the base with --patch")

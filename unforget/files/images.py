@@ -2,12 +2,13 @@
 
 import hashlib
 import io
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from unforget.errors import UsageError
@@ -15,38 +16,40 @@ from unforget.files.storage import write_bytes
 
 MAX_SIDE = 8192
 """Longest side of an image that is decoded at all, in pixels."""
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF")
+"""What is decoded. Pillow knows more, some of which other programs decode."""
+SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif")
+"""Names by which a folder's pictures are known."""
+UPRIGHT = 1
+ORIENTATION = 0x0112
+"""EXIF's tag of how a camera was held."""
+Note = Callable[[str], object]
 
 
 def read_image(
-    path: Path, shape: tuple[int, int, int], *, resize: bool = False, note: Callable[[str], object] = lambda s: None
+    path: Path, shape: tuple[int, int, int], *, resize: bool = False, note: Note = lambda sentence: None
 ) -> Tensor:
-    """One image of the model's (C, H, W), in [-1, 1]; `note` is told whatever was converted.
+    """One image of the model's (C, H, W), in [-1, 1], as a viewer shows it; `note` is told whatever was converted.
 
     Raises:
         UsageError: If it is not one readable image of that size (which `resize` crops and scales it to).
     """
     channels, height, width = shape
-    image = _open(path)
+    image = _upright(_open(path, (width, height), resize), lambda sentence: note(f"{path}: {sentence}"))
     if image.mode not in ("RGB", "L"):
-        note(f"{path}: {image.mode} converted to RGB" + (", on white" if "A" in image.mode else ""))
+        note(f"{path}: {image.mode} converted to RGB" + (", on white" if image.has_transparency_data else ""))
         if image.mode.startswith("I"):
             image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8))
-        elif "A" in image.mode or "transparency" in image.info:
+        elif image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("L" if channels == 1 else "RGB")
     if image.size != (width, height):
-        if not resize:
-            raise UsageError(
-                f"'{path}' is {image.width}x{image.height} pixels, the model's images are {width}x{height}",
-                "Give --resize to crop and scale it.",
-            )
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     return from_pil(image)
 
 
-def _open(path: Path) -> Image.Image:
+def _open(path: Path, size: tuple[int, int], resize: bool) -> Image.Image:
     """The decoded image, or a sentence about why not."""
     if path.is_dir():
         raise UsageError(f"'{path}' is a folder", "Give one image file.")
@@ -56,28 +59,90 @@ def _open(path: Path) -> Image.Image:
         raise UsageError(f"'{path}' is empty", "Give an image file.")
     try:
         ImageFile.LOAD_TRUNCATED_IMAGES = False
-        image = Image.open(path)
-        if max(image.size) > MAX_SIDE:
-            raise UsageError(
-                f"'{path}' is {image.width}x{image.height} pixels, more than {MAX_SIDE} on a side",
-                "Scale it to the model's size first.",
-            )
-        if getattr(image, "n_frames", 1) > 1:
-            raise UsageError(f"'{path}' has {image.n_frames} frames", "Save the one frame you mean as PNG.")  # type: ignore[attr-defined]
+        Image.init()
+        known = [kind for kind in FORMATS if kind in Image.OPEN]  # Pillow before 11.3 lacks AVIF
+        image: Image.Image = Image.open(path, formats=known)
+        _check(image, path, size, resize)
         image.load()
     except UnidentifiedImageError:
-        raise UsageError(f"'{path}' is not an image", "Give a PNG or JPEG file.") from None
+        raise UsageError(f"'{path}' is not an image of a kind that is read here", f"Give {_listed(FORMATS)}.") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UsageError(f"'{path}' cannot be decoded: {error}", "The file looks truncated or damaged.") from None
     return image
 
 
-def read_folder(folder: Path, shape: tuple[int, int, int], *, resize: bool = False) -> Tensor:
-    """Every image of a folder, by name, (N, C, H, W) in [-1, 1]."""
-    paths = sorted(p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES) if folder.is_dir() else []
+def _check(image: Image.Image, path: Path, size: tuple[int, int], resize: bool) -> None:
+    """Refuse before it is decoded what would not do."""
+    found = f"'{path}' is {image.width}x{image.height} pixels"
+    if max(image.size) > MAX_SIDE:
+        raise UsageError(f"{found}, more than {MAX_SIDE} on a side", "Scale it to the model's size first.")
+    turned = image.getexif().get(ORIENTATION, UPRIGHT) > 4
+    if not resize and (image.size[::-1] if turned else image.size) != size:
+        sentence = f"{found}, the model's images are {size[0]}x{size[1]}"
+        raise UsageError(sentence, "Give --resize to crop and scale it.")
+    # A camera's file may hold previews and depth maps, too; to every viewer the first picture is all.
+    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+        raise UsageError(f"'{path}' has {image.n_frames} frames", "Save the one frame you mean as PNG.")  # type: ignore[attr-defined]
+    if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):  # Pillow 10 opens PNGs of 16 bits so
+        raise UsageError(f"'{path}' holds numbers without a fixed range", "Save it with 8 or 16 bits a channel.")
+
+
+def _upright(image: Image.Image, note: Note) -> Image.Image:
+    """The image as it was meant: held upright, its colours those of sRGB."""
+    if getattr(image, "n_frames", 1) > 1:
+        note("the first picture is taken, what the camera put beside it is left out")
+    if image.getexif().get(ORIENTATION, UPRIGHT) != UPRIGHT:
+        note("turned upright, as its camera says")
+        image = ImageOps.exif_transpose(image)
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode.startswith("I"):
+        return image
+    try:
+        own = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        name = ImageCms.getProfileDescription(own).strip()
+        if "srgb" in name.lower():
+            return image
+        if image.mode not in ("RGB", "L", "CMYK"):
+            image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+        solid, alpha = (image.convert("RGB"), image.getchannel("A")) if image.mode == "RGBA" else (image, None)
+        shown = ImageCms.profileToProfile(solid, own, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        note("its colour profile cannot be used, its colours are taken as they are")
+        return image
+    assert shown is not None  # it was not asked to change the image in place
+    if alpha is not None:
+        shown.putalpha(alpha)
+    note(f"colours converted from '{name[:40]}' to sRGB")
+    return shown
+
+
+def read_folder(
+    folder: Path, shape: tuple[int, int, int], *, resize: bool = False, note: Note = lambda sentence: None
+) -> Tensor:
+    """Every image of a folder and its subfolders, by name, (N, C, H, W) in [-1, 1]; `note` is told what is left out.
+
+    What is hidden, as a Mac's `._x.png`, is no image.
+    """
+    found = [p for p in folder.rglob("*") if p.is_file()] if folder.is_dir() else []
+    shown = sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    paths = [p for p in shown if p.suffix.lower() in SUFFIXES]
     if not paths:
         raise UsageError(f"'{folder}' is not a folder with images", f"Put {', '.join(SUFFIXES)} files into it.")
-    return torch.stack([read_image(p, shape, resize=resize) for p in paths])
+    inner = [p for p in paths if p.parent != folder]
+    if inner:
+        names = _listed(sorted({p.relative_to(folder).parts[0] for p in inner}))
+        note(f"{len(paths)} pictures in '{folder}', {len(inner)} of them in subfolders ({names})")
+    if left := [p for p in shown if p not in set(paths)]:
+        note(f"left out of '{folder}': {len(left)} file(s) that are no pictures ({_listed([p.name for p in left])})")
+    said: list[str] = []
+    images = [read_image(p, shape, resize=resize, note=said.append) for p in paths]
+    for sentence, count in Counter(sentence.partition(": ")[2] for sentence in said).items():
+        note(f"{count} of the pictures in '{folder}': {sentence}")
+    return torch.stack(images)
+
+
+def _listed(names: tuple[str, ...] | list[str]) -> str:
+    return ", ".join(names if len(names) <= 8 else [*names[:3], "..."])
 
 
 def from_pil(image: Image.Image) -> Tensor:
