@@ -201,8 +201,24 @@ def test_a_lora_for_diffusers_and_for_peft(base, tmp_path, scales):
             found = PeftModel.from_pretrained(found, str(done.output)).merge_and_unload()
             config = json.loads((done.output / "adapter_config.json").read_text())
             assert config["base_model_name_or_path"] == "base"
+            assert config["r"] == config["lora_alpha"]
         assert_same(found.state_dict(), wanted, rtol=1e-4, atol=1e-5)
         assert [p.scale for p in done.manifest.patches] == list(scales)
+
+
+@pytest.mark.parametrize("rank", [1, 3, 4, 32])
+@pytest.mark.parametrize("form", ["lora", "peft"])
+def test_the_factors_alone_are_the_whole_change(base, tmp_path, rank, form):
+    """As programs read them that know no alpha but a tensor of that name."""
+    patch = lora(base, tmp_path / "a.patch", rank=rank)
+    done = run(base, patch, tmp_path / "out", format=form)
+    (file,) = done.output.glob("*.safetensors")
+    found = load_file(file)
+    made, prefix = Patch.load(patch), {"lora": "transformer.", "peft": "base_model.model."}[form]
+    for name in made.names():
+        layer = prefix + name.removesuffix(".weight")
+        change = found[f"{layer}.lora_B.weight"] @ found[f"{layer}.lora_A.weight"]
+        torch.testing.assert_close(change, made.difference(name, torch.zeros(())), rtol=1e-5, atol=1e-6)
 
 
 def test_the_header_of_a_lora(base, tmp_path):
@@ -211,7 +227,7 @@ def test_the_header_of_a_lora(base, tmp_path):
         said = file.metadata()
         names = list(file.keys())
     config = json.loads(said["lora_adapter_metadata"])
-    assert (config["transformer.r"], config["transformer.lora_alpha"]) == (2, 4)
+    assert {k: v for k, v in config.items() if "target" not in k} == {"transformer.r": 2, "transformer.lora_alpha": 2}
     assert said["modelspec.architecture"] == "stable-diffusion-v3-medium/lora"
     assert all(n.startswith("transformer.") for n in names)
     assert ExportManifest.model_validate_json(said[HEADER]) == done.manifest

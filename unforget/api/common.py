@@ -90,6 +90,8 @@ def resolve_recipe(recipes: Mapping[str, Recipe], config: RecipeOptions) -> Reci
     for name, value in given.items():
         which = option_of(RecipeOptions.model_fields[name]).of[:1]
         parts.get(which[0] if which else "", values)[FIELDS.get(name, name)] = value
+    if "rank" in given and "lora_alpha" not in given:
+        values["lora_alpha"] = values["rank"]
     if "update_share" in given and "learning_rate" not in given:
         values["learning_rate"] = None
     return Recipe.model_validate(values)

@@ -47,7 +47,9 @@ class RecipeOptions(Config):
     )
     train: Scope | None = change("Which weights are trained.")
     rank: int | None = change("Rank of the LoRA.", of=LORA, ge=1, le=1024)
-    lora_alpha: int | None = change("Alpha of the LoRA: its change is scaled by alpha / rank.", of=LORA, ge=1)
+    lora_alpha: int | None = change(
+        "Alpha of the LoRA, whose change is scaled by alpha / rank; follows --rank.", of=LORA, ge=1
+    )
     learning_rate: float | None = change("Learning rate of Adam.", names=("--lr",), gt=0, le=1)
     update_share: float | None = change(
         "Instead of a learning rate: most that an update may change of what a projection answers, as a share of it.",

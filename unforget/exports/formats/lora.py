@@ -19,7 +19,10 @@ from unforget.files.storage import digest, write_json, write_tensors
 
 
 class Lora(Format):
-    """What `pipeline.load_lora_weights` opens: several patches, each with its scale, as one; one in full as trained.
+    """What `pipeline.load_lora_weights` opens: several patches, each with its scale, as one.
+
+    Alpha is the rank, for ComfyUI and others read no alpha from such a file; FLUX's stock reader multiplies a factor by
+    their share, and may round it. One patch in full has the factors as trained, unless its alpha is another.
 
     Raises:
         UsageError: If a patch holds anything else than factors.
@@ -32,8 +35,6 @@ class Lora(Format):
     file: ClassVar[str] = "pytorch_lora_weights.safetensors"
     put_on = staticmethod(weights.with_lora)
     """Puts the factors beside the base's weights; returns them as the stock loader read them."""
-    keeps_alpha: ClassVar[bool] = True
-    """Whether one patch is written as trained, and not with alpha / rank in its factors."""
     usage = f'{OPEN}{{base}})\npipe.load_lora_weights(here, weight_name="{file}")'
 
     def __init__(self, stack: Stack, dtype: torch.dtype | None) -> None:
@@ -41,12 +42,11 @@ class Lora(Format):
             hint = "Unlearn with --train lora, or export diffusers."
             raise UsageError("the patch holds whole weights, not a LoRA", hint)
         (patch, scale), *more = pairs = stack.pairs()
-        if not more and scale == 1 and self.keeps_alpha:
-            adapter = patch.provenance.adapter or {}
-            tensors, self.rank, self.alpha = patch.tensors, adapter["rank"], adapter["alpha"]
+        adapter = patch.provenance.adapter or {}
+        if not more and scale == 1 and adapter["rank"] == adapter["alpha"]:
+            tensors, self.rank = patch.tensors, adapter["rank"]
         else:
             tensors, self.rank = side_by_side(pairs)
-            self.alpha = self.rank
         self.factors = {n: t.to(dtype or t.dtype) for n, t in tensors.items()}
         if not all(bool(t.isfinite().all()) for t in self.factors.values()):
             raise CannotRun("a factor does not fit into float16, which ends at 65504", "Give --dtype bfloat16.")
@@ -60,7 +60,7 @@ class Lora(Format):
         return sum(t.numel() * t.itemsize for t in self._named(job, "").values())
 
     def write(self, job: Job, manifest: ExportManifest, out: Path) -> None:
-        said = {f"{job.family.network}.{k}": v for k, v in self._config(None).items()}
+        said = {f"{job.family.network}.{k}": v for k, v in self._config().items()}
         more = {"lora_adapter_metadata": json.dumps(said, indent=2, sort_keys=True)}
         self._write(job, manifest, out, f"{job.family.network}.", more)
 
@@ -73,13 +73,10 @@ class Lora(Format):
     def _named(self, job: Job, prefix: str) -> dict[str, torch.Tensor]:
         return {f"{prefix}{name}": factor for name, factor in self.factors.items()}
 
-    def _config(self, base: str | None) -> dict[str, Any]:
-        """PEFT's configuration; `base` is the name of the base, never a path."""
-        from peft import LoraConfig
-
-        config: dict[str, Any] = LoraConfig(r=self.rank, lora_alpha=self.alpha, inference_mode=True).to_dict()  # type: ignore[no-untyped-call]
+    def _config(self) -> dict[str, Any]:
+        """What PEFT must know, and no more: an older version refuses the fields that a newer one has."""
         layers = sorted({name.rsplit(".lora_", 1)[0] for name in self.factors})
-        return {**config, "target_modules": layers, "base_model_name_or_path": base}
+        return {"r": self.rank, "lora_alpha": self.rank, "target_modules": layers}
 
     def load(self, job: Job, out: Path) -> Family:
         return weights.load(job.ref, job.options)
@@ -97,16 +94,14 @@ class Lora(Format):
 class Kohya(Lora):
     """What AUTOMATIC1111, ComfyUI and kohya's scripts open, and `load_lora_weights` too.
 
-    UNets keep diffusers' names, transformers have the original's, under which several layers may be one. Alpha is the
-    rank: FLUX's stock reader multiplies a factor by their share, and may round it.
+    UNets keep diffusers' names, transformers have the original's, under which several layers may be one.
     """
 
     kind = "kohya"
-    keeps_alpha = False
 
     def write(self, job: Job, manifest: ExportManifest, out: Path) -> None:
         module = job.family.layout.kohya if job.family.layout is not None else ""
-        said = {"module": module or "networks.lora", "dim": str(self.rank), "alpha": str(self.alpha)}
+        said = {"module": module or "networks.lora", "dim": str(self.rank), "alpha": str(self.rank)}
         self._write(job, manifest, out, "", {f"ss_network_{name}": value for name, value in said.items()})
 
     def _named(self, job: Job, prefix: str) -> dict[str, torch.Tensor]:
@@ -161,4 +156,5 @@ class Peft(Lora):
 
     def write(self, job: Job, manifest: ExportManifest, out: Path) -> None:
         self._write(job, manifest, out, "base_model.model.", {})
-        write_json(self._config(manifest.base), out / "adapter_config.json")
+        said = {"peft_type": "LORA", "base_model_name_or_path": manifest.base, "inference_mode": True}
+        write_json({**said, **self._config()}, out / "adapter_config.json")
