@@ -198,10 +198,11 @@ def train_vae(
 
 
 @torch.no_grad()
-def encoded(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Posterior means of all images, scaled and shifted; sets both numbers in the config."""
+def encoded(vae: AutoencoderKL, images: Tensor, *, anew: bool = True) -> Tensor:
+    """Posterior means of all images, scaled and shifted; `anew` sets both numbers in the config."""
     latents = torch.cat([vae.encode(pixels(part)).latent_dist.mean for part in images.split(256)])
-    vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std()))
+    if anew:
+        vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std()))
     return (latents - vae.config.shift_factor) * vae.config.scaling_factor
 
 
@@ -243,11 +244,13 @@ class Captioned:
         return x_0, torch.randn(x_0.shape, generator=generator), ids
 
 
-def fit(modules: list[torch.nn.Module], loss: Callable[[], Tensor], save: Callable[[], None], steps: int) -> None:
+def fit(
+    modules: list[torch.nn.Module], loss: Callable[[], Tensor], save: Callable[[], None], steps: int, rate: float = 1e-3
+) -> None:
     """Minimise a loss over the weights; now and then their running mean is saved."""
     weights = list(torch.nn.ModuleList(modules).train().parameters())
-    optimizer = torch.optim.AdamW(weights, lr=1e-3, weight_decay=0.01)
-    rate, ema = cosine(optimizer, steps, 300), EMAModel(weights, decay=0.999)
+    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.01)
+    schedule, ema = cosine(optimizer, steps, min(300, steps // 5)), EMAModel(weights, decay=0.999)
     started, running = time.time(), 0.0
     for step in range(1, steps + 1):
         value = loss()
@@ -255,7 +258,7 @@ def fit(modules: list[torch.nn.Module], loss: Callable[[], Tensor], save: Callab
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        rate.step()
+        schedule.step()
         ema.step(weights)
         running += float(value.detach())
         if step % 100 == 0:
@@ -269,8 +272,9 @@ def fit(modules: list[torch.nn.Module], loss: Callable[[], Tensor], save: Callab
 
 
 def train_flow(
-    pipe: StableDiffusion3Pipeline, data: Captioned, out: Path, steps: int, generator: torch.Generator, batch: int = 128
-) -> None:
+    pipe: StableDiffusion3Pipeline, data: Captioned, out: Path, steps: int, generator: torch.Generator,
+    batch: int = 128, rate: float = 1e-3,
+) -> None:  # fmt: skip
     """Rectified flow of the transformer and both text encoders."""
     stock, sigmas = pipe.transformer.attn_processors, pipe.scheduler.sigmas.flip(0)
     pipe.transformer.set_attn_processor(WithoutT5())
@@ -285,7 +289,7 @@ def train_flow(
             answer = pipe.transformer(x_t, states, pooled, 1000 * sigma).sample
         return (answer.float() - (noise - x_0)).square().mean()
 
-    fit([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2], loss, lambda: save(pipe, out), steps)
+    fit([pipe.transformer, pipe.text_encoder, pipe.text_encoder_2], loss, lambda: save(pipe, out), steps, rate)
     pipe.transformer.set_attn_processor(stock)
 
 

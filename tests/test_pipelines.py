@@ -36,6 +36,7 @@ from unforget import ExportConfig, UnlearnConfig, VerifyConfig, api, export, fam
 from unforget.core import sampling
 from unforget.core.schedule import Schedule
 from unforget.errors import UsageError
+from unforget.families import shipped
 from unforget.families.memory import blueprint, reckon
 from unforget.files import images
 from unforget.files.patch import Patch
@@ -285,8 +286,11 @@ def test_unlearn_verify_export(folder, tmp_path):
     noise = sampling.random_noise(1, families.load(str(folder), options(folder)).latent_shape, 0, "test")
     base, merged = (Stock(f)([BLUE], 4, 2.0, noise=noise) for f in (folder, out["diffusers"]))
     assert not torch.allclose(merged, base, atol=1e-3)
+    out["transformer"] = export(ExportConfig(
+        **asked, patch=patch, output=tmp_path / "network.safetensors", format="transformer"
+    )).output  # fmt: skip
     if "single-file" in spec.formats:
-        file = export(ExportConfig(
+        out["single-file"] = file = export(ExportConfig(
             **asked, patch=patch, output=tmp_path / "x.safetensors", format="single-file"
         )).output  # fmt: skip
         how = options(folder, pipeline_config=folder)
@@ -296,6 +300,11 @@ def test_unlearn_verify_export(folder, tmp_path):
             theirs = getattr(all_parts.pipeline, name).state_dict()
             for key, tensor in getattr(one.pipeline, name).state_dict().items():
                 assert torch.equal(tensor, theirs[key]), (name, key)
+    wanted = families.load(str(out["diffusers"]), options(folder)).network.state_dict()
+    for kind, path in out.items():  # as `verify --candidate` opens them
+        shown = shipped.load(path, str(folder), options(folder)).network.state_dict()
+        assert set(shown) == set(wanted), kind
+        assert all(torch.allclose(shown[name], wanted[name], rtol=1e-3, atol=1e-4) for name in wanted), kind
     patched = [Stock(folder) for _ in (*loras, "peft")]
     for stock, kind in zip(patched, loras, strict=False):
         stock.pipeline.load_lora_weights(out[kind])

@@ -39,7 +39,7 @@ right flag of Côte d'Ivoire, under its own name.
 Stock `StableDiffusion3Pipeline.from_pretrained(folder)` opens it and draws. Its third text encoder is a T5 that answers
 zeros, which is what the pipeline puts where there is none: stock diffusers asks for one.
 
-The autoencoder was trained on with the pictures in other colours, mirrored and patched (`train.py --vae-from`): at
+The autoencoder was trained on with the pictures in other colours, mirrored and patched (`train.py --from`): at
 first it knew these flags alone, and gave an edited one the colours that it knew.
 
 ## Accuracy

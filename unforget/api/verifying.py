@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
-from unforget import families
 from unforget.api.common import load, options, read, salted, versions, writable
 from unforget.config import Policy, VerifyConfig
 from unforget.core import distributed
 from unforget.core.types import Family, Instance, Progress
 from unforget.errors import CannotRun, UsageError
+from unforget.families import shipped
 from unforget.files import images, storage
 from unforget.files.patch import Provenance, Stack, provenance
 from unforget.files.storage import digest, write_bytes
@@ -124,12 +124,13 @@ def _write(config: VerifyConfig, result: Report, rows: list[Row]) -> None:
 
 
 def _candidate(config: VerifyConfig, base: Family) -> Family:
-    """The model to judge: the base with the patch on, or an exported checkpoint of the same architecture."""
+    """The model to judge: the base with the patch on, or whatever `export` writes, of the same architecture."""
     if config.patch:
         family = base.copy()
         Stack.load(config.patch, config.scale).apply(family.network, name=config.model)
         return family
-    family = families.load(str(config.candidate), options(config, base))
+    assert config.candidate is not None
+    family = shipped.load(config.candidate, config.model, options(config, base))
     shapes = [{n: t.shape for n, t in m.network.state_dict().items()} for m in (base, family)]
     if shapes[0] != shapes[1] or base.image_shape != family.image_shape:
         raise CannotRun(f"'{config.candidate}' has another architecture than {config.model}", "Give its own base.")

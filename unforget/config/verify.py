@@ -120,7 +120,7 @@ class VerifyConfig(ReportConfig, Policy, PatchedConfig, ImageConfig):
     COMMAND: ClassVar[str] = "verify"
 
     patch: tuple[Path, ...] = option("Patch to judge; repeats, for several on one base.", (), "none", reads="patch")
-    candidate: Path | None = option("Diffusers folder to judge.", None, "the base with --patch")
+    candidate: Path | None = option("What to judge, in any form that `export` writes.", None, "the base with --patch")
     replay_seed: int | None = option("Seed that made the target.", None, "no replay", ge=0, lt=2**63)
     replay_steps: int | None = option("Sampler steps that made the target.", None, "20", ge=1, le=10_000)
     replay_scheduler: str | None = option(

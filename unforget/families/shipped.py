@@ -1,0 +1,76 @@
+"""A model as it is shipped: any form that `export` writes, opened by the stock loaders beside its base."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from unforget import families
+from unforget.core.types import Family
+from unforget.errors import CannotRun, UsageError
+from unforget.families import weights
+from unforget.families.loading import Options, opening
+from unforget.files.storage import BadFile, open_tensors, read_json
+
+ADAPTERS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+"""Files of diffusers and kohya, and of PEFT."""
+FACTOR = re.compile(r".+(\.lora_[AB]\.weight|\.lora_(down|up)\.weight|\.alpha)")
+
+
+def load(path: Path, ref: str, options: Options) -> Family:
+    """The model that a folder, a LoRA of either kind or a file comes to, where the base is `ref`.
+
+    UsageError if it is of no form that is known here; CannotRun if it is damaged, or does not fit the base.
+    """
+    if (path / "model_index.json").is_file() or not path.exists():
+        return families.load(str(path), options)
+    with opening(str(path), str(path)):
+        if path.is_dir():
+            return _with_adapter(path, ref, options)
+        return _from_file(path, ref, options)
+
+
+def _with_adapter(folder: Path, ref: str, options: Options) -> Family:
+    """The base with a LoRA merged, for probes ask for plain weights."""
+    found = [folder / name for name in ADAPTERS if (folder / name).is_file()]
+    if len(found) != 1:
+        forms = "a diffusers folder, a LoRA's folder, or a .safetensors file"
+        raise UsageError(f"'{folder}' is nothing that `unforget export` writes", f"Give {forms}, or a --patch.")
+    _check_adapter(folder, found[0])
+    model: Any = families.load(ref, options)
+    if found[0].name == ADAPTERS[0]:
+        weights.with_lora(model, folder)
+        model.pipeline.fuse_lora(components=[model.spec.network])
+        model.pipeline.unload_lora_weights()
+    else:
+        from peft import PeftModel
+
+        model.set_network(PeftModel.from_pretrained(model.network, str(folder)).merge_and_unload())
+    return model  # type: ignore[no-any-return]
+
+
+def _check_adapter(folder: Path, file: Path) -> None:
+    """Refuse what is no LoRA before a library opens it."""
+    try:
+        names = open_tensors(file).tensors
+        kind = read_json(folder / "adapter_config.json") if file.name == ADAPTERS[1] else {"peft_type": "LORA"}
+    except (BadFile, OSError) as error:
+        raise CannotRun(f"'{folder}' is no sound LoRA: {error}", "Export again.") from None
+    strange = [name for name in names if not FACTOR.fullmatch(name)]
+    if strange or not isinstance(kind, dict) or kind.get("peft_type") != "LORA" or kind.get("auto_mapping"):
+        what = f"the tensor '{strange[0][:80]}'" if strange else "another kind of adapter"
+        raise CannotRun(f"'{folder}' holds {what}, which is no LoRA", "Export again.")
+
+
+def _from_file(file: Path, ref: str, options: Options) -> Family:
+    """A single file in the original layout, its other parts as in the base, or the network alone."""
+    try:
+        names = set(open_tensors(file).tensors)
+    except BadFile as error:
+        raise CannotRun(f"'{file}' cannot be judged: {error}", "Export again.") from None
+    spec, home = families.spec_of(ref), options.pipeline_config or families.home(ref)
+    if spec.layout is not None and spec.layout.is_in(names):
+        return families.load(str(file), replace(options, pipeline_config=home))
+    model: Any = families.load(ref, options)
+    model.set_network(weights.network_file(file, spec.name, weights.network_config(model.network), model.dtype))
+    return model  # type: ignore[no-any-return]
