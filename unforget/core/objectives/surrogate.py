@@ -45,6 +45,6 @@ class Surrogate(Redirection):
 
 
 def _renoised(batch: Noised, first: Noised, context: Context) -> Noised:
-    noise, timestep = first.noise[:1].expand_as(batch.x_0), first.timestep[:1].expand(len(batch.x_0))
+    noise, timestep = first.noise[:1].expand_as(batch.x_0), first.timestep[:1].repeat(len(batch.x_0))
     x_t = context.schedule.add_noise(batch.x_0, noise, timestep)
     return replace(batch, noise=noise, timestep=timestep, x_t=x_t)
