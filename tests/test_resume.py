@@ -1,16 +1,15 @@
 """A run that is stopped anywhere goes on to the same bytes, and never starts afresh unasked."""
 
 import json
-import os
 import shutil
 import signal
 
 import pytest
 import torch
-from conftest import rewrite
+from conftest import STEPS, rewrite, stop_at
 
 from unforget.api import export, unlearn, verify
-from unforget.config import ExportConfig, UnlearnConfig, VerifyConfig
+from unforget.config import ExportConfig, VerifyConfig
 from unforget.core.types import Progress
 from unforget.errors import Interrupted, Terminated, UsageError
 from unforget.families.recipes import pixel_recipes
@@ -18,39 +17,6 @@ from unforget.files import images
 from unforget.files.patch import Patch
 from unforget.files.storage import open_tensors
 from unforget.unlearning import trainer
-
-STEPS = 30
-
-
-@pytest.fixture
-def config(tiny_folder, tmp_path):
-    """A run of thirty updates on a tiny model, with looks at the margin and a learning rate that depends on them."""
-    for k, name in enumerate(("target", "surrogate")):
-        picture = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(k)) * 2 - 1
-        images.write_image(picture, tmp_path / f"{name}.png")
-
-    def make(name="a", **changes):
-        options = {
-            "model": str(tiny_folder), "target": (tmp_path / "target.png",), "surrogate": (tmp_path / "surrogate.png",),
-            "output": tmp_path / f"{name}.patch", "retain_count": 8, "sampler_steps": 2, "num_validation_images": 1,
-            "checkpointing_steps": 1, "max_train_steps": STEPS, "cooldown_steps": 8, "train_batch_size": 2,
-            "retain_batch_size": 4, "learning_rate": 1e-3, "stop_margin": -1.0,
-        }  # fmt: skip
-        return UnlearnConfig(**{**options, **changes})
-
-    return make
-
-
-def stop_at(monkeypatch, step, number=signal.SIGINT):
-    """Send a signal while an update is under way."""
-    row = trainer._row
-
-    def signalling(update, *args):
-        if update.number == step:
-            os.kill(os.getpid(), number)
-        return row(update, *args)
-
-    monkeypatch.setattr(trainer, "_row", signalling)
 
 
 @pytest.mark.parametrize("step", [1, 19, 20, 21, 27])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from unforget.core.objectives.base import BaseObjective
+from unforget.core.objectives.base import BaseObjective, Regression
 from unforget.core.objectives.concept_ablation import ConceptAblation
 from unforget.core.objectives.erasediff import UniformNoise
 from unforget.core.objectives.esd import ESD
@@ -36,7 +36,7 @@ Objective = Annotated[
 
 __all__ = [
     "ESD", "SISS", "BaseObjective", "CleanSpace", "ConceptAblation", "Context", "Linear", "NegGrad", "Objective",
-    "PosteriorSwap", "RandomSurrogate", "ReTrack", "Surrogate", "Uniform", "UniformNoise", "Weighting",
+    "PosteriorSwap", "RandomSurrogate", "ReTrack", "Regression", "Surrogate", "Uniform", "UniformNoise", "Weighting",
 ]  # fmt: skip
 
 
