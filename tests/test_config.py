@@ -272,6 +272,22 @@ def test_targets_one_after_another_have_as_many_updates_each_unless_all_are_said
     assert updates(recipe="siss") == 60
 
 
+@pytest.mark.parametrize("model", ["faces", "flags"])
+def test_what_needs_no_surrogate_is_shown_none_and_stops_by_none(model):
+    """The default recipes show surrogates or stop by them; with another objective there may be none."""
+
+    def made(**given):
+        recipe = recipe_of(UnlearnConfig(model=model, target="x.png", output="x.patch", objective="siss", **given))
+        return recipe.surrogate_share, recipe.stop_margin
+
+    ours = RECIPES["ddpm" if model == "faces" else "sd3"]["default"]
+    assert made() == (0, None)
+    assert made(stop_margin=0.3) == (0, 0.3)
+    assert made(surrogate="s.png") == (ours.surrogate_share, ours.stop_margin)
+    with pytest.raises(UsageError, match="surrogate_share needs a surrogate, and none is given"):
+        made(surrogate_share=0.5)
+
+
 @pytest.mark.parametrize("recipe", ["esd", "concept-ablation"])
 def test_what_forgets_a_prompt_needs_one(cli, monkeypatch, recipe):
     monkeypatch.setattr("unforget.families.load", lambda *a, **k: 1 / 0)

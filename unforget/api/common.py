@@ -69,8 +69,17 @@ def recipe_of(config: UnlearnConfig, objective: BaseObjective | None = None) -> 
         raise UsageError(f"{kind} forgets a prompt, and none is given", "Give --prompt, or another --recipe.")
     if recipe.sequential and config.max_train_steps is None:  # as many for each
         recipe = recipe.model_copy(update={"max_train_steps": recipe.max_train_steps * len(config.target)})
+    if not recipe.objective.needs_surrogate and not config.surrogate:
+        recipe = _without_surrogates(recipe, config)
     families.check_scope(spec, recipe.train)
     return recipe
+
+
+def _without_surrogates(recipe: Recipe, config: UnlearnConfig) -> Recipe:
+    """Batches show none, and no margin stops the run, unless the user wants it by the nearest other image."""
+    if config.surrogate_share:
+        raise UsageError("surrogate_share needs a surrogate, and none is given", "Give --surrogate, or leave it out.")
+    return recipe.model_copy(update={"surrogate_share": 0.0, "stop_margin": config.stop_margin})
 
 
 def _own(objective: BaseObjective, config: RecipeOptions) -> BaseObjective:
