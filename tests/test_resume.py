@@ -9,6 +9,7 @@ import torch
 from conftest import STEPS, rewrite, stop_at
 
 from unforget.api import export, unlearn, verify
+from unforget.api.common import pictures
 from unforget.config import ExportConfig, VerifyConfig
 from unforget.core.types import Progress
 from unforget.errors import Interrupted, Terminated, UsageError
@@ -245,3 +246,24 @@ def test_later_patches_begin_with_earlier_ones(config, tmp_path):
     assert len(list(second.folder.glob("target-*.png"))) == 2
     with pytest.raises(UsageError, match="is forgotten already"):
         unlearn(config("third", patch=(first.output,)))
+
+
+def test_targets_with_and_without_surrogates_lie_side_by_side(config, tmp_path):
+    """A run without a surrogate, and one that begins with its patch and has one: each target keeps its own."""
+    first = unlearn(config("first", recipe="siss", max_train_steps=2, cooldown_steps=0, stop_margin=None, surrogate=()))
+    assert [p.name for p in first.folder.glob("*-*.png")] == ["target-0.png"]
+    options = {"target": config().surrogate, "surrogate": config().target, "patch": (first.output,)}
+    notes = []
+    second = unlearn(config("second", max_train_steps=2, **options), Progress(note=notes.append))
+    assert any("1 target(s) of the earlier patches cannot be looked at again" in note for note in notes)
+    shutil.copy(first.folder / "target-0.png", second.folder / "target-1.png")  # as a user would who has it
+    pairs = [(t.name, s and s.name) for t, s in pictures(second.output)]
+    assert pairs == [("target-0.png", "surrogate-0.png"), ("target-1.png", None)]
+    asked = VerifyConfig(
+        model=config().model, patch=second.output, level="quick", draws=2, controls=8, paired=16, sampler_steps=2,
+        max_rate=0.5, similarity="pixels", cache=False,
+    )  # fmt: skip
+    checks = verify(asked).checks
+    own, earlier = Patch.load(second.output).provenance.targets[0], Patch.load(first.output).provenance.targets[0]
+    assert {c.target for c in checks if c.figure == "nearer_surrogate"} == {own}
+    assert {c.target for c in checks if c.figure == "recall"} == {own, earlier}
