@@ -100,8 +100,8 @@ class Comparison:
         self.planted = [read(path) for path in PLANTED]
         generator = torch.Generator().manual_seed(20_261_126)
         size = self.planted[0].shape
-        self.start = torch.randn(max(draws, SEEDS), *size, generator=generator)
-        self.noise = torch.randn(RETURNS, *size, generator=generator)
+        self.start = torch.randn(draws, *size, generator=generator)
+        self.noise = torch.randn(min(RETURNS, draws), *size, generator=generator)
         self.drawn = self.base.denoised(self.start)
 
     def surrogate(self, target: int) -> Path:
