@@ -28,7 +28,7 @@ PAPER = Recipe(
 
 def pixel_recipes() -> dict[str, Recipe]:
     """Those of models without prompts, trained where they tell one image from another."""
-    return {"default": Recipe(), "paper": PAPER, **baselines(PAPER, update_share=0.02)}
+    return {"default": Recipe(), "paper": PAPER, **baselines(PAPER, update_share=0.004)}
 
 
 def latent_recipes(*, taper: Span, forget_range: Span, updates: int = 180) -> dict[str, Recipe]:
