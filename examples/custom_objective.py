@@ -1,52 +1,63 @@
-"""The engine with an objective of your own: EraseDiff (arXiv:2401.05779), in a loop that you control.
+"""Unlearning with an objective of your own, through the whole tool: a patch, a resume, a verdict.
 
-    python examples/custom_objective.py [STEPS]
+    python examples/custom_objective.py [OUT] [STEPS]
 
-`engine.run` is a generator: it takes pairs of batches and two losses, makes an update whenever you ask for the next
-step, and yields the figures of that step. It knows neither models nor objectives.
+An objective is two losses over noised batches. Its fields are its configuration: the patch records them. What it draws
+by chance it draws in `pair`, from the run's own generator, so that a run that was stopped goes on to the same bytes.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
+from torch.nn import functional
 
-from unforget import families
-from unforget.core import engine, sampling
-from unforget.core.recipe import Recipe
-from unforget.core.surgery import EraseDiff
-from unforget.core.types import Instance, Noised, Pool
-from unforget.files import images
-from unforget.unlearning.batches import batches
+from unforget import UnlearnConfig, VerifyConfig, unlearn, verify
+from unforget.core.objectives import Context, Regression
+from unforget.core.objectives.weighting import regression
+from unforget.core.types import Noised, Predict
 
 TARGET = Path(__file__).parent / "faces" / "planted" / "3.png"
 
 
-def main(steps: int) -> None:
-    model = families.load("faces")
-    target = images.read_image(TARGET, model.image_shape)
-    shown = Pool.of(sampling.draw(model, sampling.random_noise(32, model.latent_shape, 0, "retain"), steps=20))
-    uniform = torch.Generator().manual_seed(0)
+class Fade(Regression):
+    """Make the clean image a blurred target at every noised target; `Regression` has the retain loss."""
 
-    def forget(batch: Noised) -> Tensor:
-        """Predict uniform noise at noised targets."""
-        answer = model.predict(batch.x_t, batch.timestep, batch.prompt_ids)
-        return (answer - torch.rand(answer.shape, generator=uniform)).square().mean()
+    kind: Literal["fade"] = "fade"
+    needs_surrogate: ClassVar[bool] = False
+    width: int = Field(8, ge=2, description="pixels that become one")
+    grain: float = Field(0.1, ge=0, description="noise on the blurred image, another one at each update")
 
-    def retain(batch: Noised) -> Tensor:
-        """The ordinary denoising loss."""
-        goal = model.schedule.target(batch.x_0, batch.noise, batch.timestep)
-        return (model.predict(batch.x_t, batch.timestep, batch.prompt_ids) - goal).square().mean()
+    def pair(
+        self, forget: Noised, retain: Noised, context: Context, generator: torch.Generator
+    ) -> tuple[Noised, Noised]:
+        """With blurred targets as what is to be said."""
+        small = functional.avg_pool2d(forget.x_0, self.width)
+        blurred = functional.interpolate(small, forget.x_0.shape[-2:], mode="bilinear")
+        grain = self.grain * torch.randn(blurred.shape, generator=generator)
+        return replace(forget, x_s=(blurred + grain).clamp(-1, 1)), retain
 
-    model.network.requires_grad_(True)
-    recipe = Recipe(max_train_steps=steps, forget_batch_size=4, retain_batch_size=8, forget_range=(50, 800))
-    instance, generator = Instance(target, target, images.image_id(target)), torch.Generator().manual_seed(0)
-    pairs = batches([instance], shown, shown[:0], model.schedule, recipe, generator=generator)
-    adam = engine.Optimization(torch.optim.Adam(model.network.parameters(), lr=2e-5))
-    for step in engine.run(pairs, forget, retain, surgery=EraseDiff(eta=1e-2), optimization=adam):
-        print(f"{step.number:3d}  forget {step.forget:.4f}  retain {step.retain:.4f}  cosine {step.gram.cosine:+.2f}")
+    def forget(self, patched: Predict, batch: Noised, context: Context) -> Tensor:
+        """Distance to the prediction that leads there."""
+        goal = context.schedule.target_towards(batch.x_s, batch.x_t, batch.timestep)
+        return regression(patched, batch, goal, self.weighting(context.schedule, batch)[0])
+
+
+def main(out: Path, steps: int) -> int:
+    out.mkdir(parents=True, exist_ok=True)
+    objective = Fade(width=8, distil=True)
+    # The rest is the default recipe's: its surgery, rates and scopes. `resume=True` would go on with a stopped run.
+    config = UnlearnConfig(model="faces", target=TARGET, output=out / "3.patch", max_train_steps=steps, force=True)
+    made = unlearn(config, objective=objective)
+    print(f"{made.steps} steps with {objective!r}; look at {made.folder / 'sheet.png'}")
+    judged = verify(VerifyConfig(model="faces", patch=made.output, level="quick"))
+    print(f"{judged.verdict}: {judged.summary}")
+    return judged.exit_code
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 20)
+    sys.exit(main(Path(sys.argv[1] if len(sys.argv) > 1 else "."), int(sys.argv[2]) if len(sys.argv) > 2 else 120))

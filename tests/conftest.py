@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import signal
 import socket
 from pathlib import Path
 
@@ -25,9 +26,11 @@ from typer.testing import CliRunner
 
 from unforget import families
 from unforget.cli import app
+from unforget.config import UnlearnConfig
 from unforget.families.ddpm import SPEC as DDPM
 from unforget.families.model import DiffusionModel
 from unforget.files import images
+from unforget.unlearning import trainer
 
 DATA = Path(__file__).parent / "data"
 PLANTED = Path(__file__).parents[1] / "examples" / "faces" / "planted"
@@ -166,3 +169,37 @@ def work(tmp_path_factory) -> Path:
 
 def rewrite(path: Path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+STEPS = 30
+
+
+@pytest.fixture
+def config(tiny_folder, tmp_path):
+    """A run of thirty updates on a tiny model, with looks at the margin and a learning rate that depends on them."""
+    for k, name in enumerate(("target", "surrogate")):
+        picture = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(k)) * 2 - 1
+        images.write_image(picture, tmp_path / f"{name}.png")
+
+    def make(name="a", **changes):
+        options = {
+            "model": str(tiny_folder), "target": (tmp_path / "target.png",), "surrogate": (tmp_path / "surrogate.png",),
+            "output": tmp_path / f"{name}.patch", "retain_count": 8, "sampler_steps": 2, "num_validation_images": 1,
+            "checkpointing_steps": 1, "max_train_steps": STEPS, "cooldown_steps": 8, "train_batch_size": 2,
+            "retain_batch_size": 4, "learning_rate": 1e-3, "stop_margin": -1.0,
+        }  # fmt: skip
+        return UnlearnConfig(**{**options, **changes})
+
+    return make
+
+
+def stop_at(monkeypatch, step, number=signal.SIGINT):
+    """Send a signal while an update is under way."""
+    row = trainer._row
+
+    def signalling(update, *args):
+        if update.number == step:
+            os.kill(os.getpid(), number)
+        return row(update, *args)
+
+    monkeypatch.setattr(trainer, "_row", signalling)

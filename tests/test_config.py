@@ -211,6 +211,12 @@ def test_options_of_another_strategy_are_refused():
         ({"objective": "surrogate", "taper": "5,9"}, "--taper belongs to --objective posterior-swap"),
         ({"weighting": "linear", "retain_weight": 1}, "--retain-weight belongs to --weighting clean-space or uniform"),
         ({"train": "full", "rank": 4}, "--rank belongs to --train lora"),
+        ({"objective": "siss", "nearest": 4}, "--nearest belongs to --objective retrack, not to siss"),
+        (
+            {"objective": "retrack", "one_noise": True},
+            "--one-noise belongs to --objective surrogate or random-surrogate",
+        ),
+        ({"objective": "posterior-swap", "distil": True}, "--distil belongs to --objective surrogate or random-surr"),
     ):
         with pytest.raises(UsageError, match=sentence):
             build(UnlearnConfig, {**GIVEN, **given})
@@ -249,6 +255,60 @@ def test_strategies_and_their_options():
     ):
         with pytest.raises(UsageError, match=sentence):
             resolved(**changes)
+
+
+@pytest.mark.parametrize(("recipe", "given", "found"), [
+    ("siss", {"mixture": 0.3}, ("objective", "mixture", 0.3)),
+    ("retrack", {"nearest": 3}, ("objective", "nearest", 3)),
+    ("esd", {"negative_guidance": 2}, ("objective", "negative_guidance", 2)),
+    ("erasediff", {"surgery_eta": 0.5}, ("surgery", "eta", 0.5)),
+    ("salun", {"saliency": 0.1}, ("", "saliency", 0.1)),
+    ("paper", {"one_noise": False}, ("objective", "one_noise", False)),
+    ("paper", {"sequential": False}, ("", "sequential", False)),
+    ("naive", {"distil": True}, ("objective", "distil", True)),
+])  # fmt: skip
+def test_every_option_of_a_baseline_can_be_given(recipe, given, found):
+    made = resolved("sd3", recipe=recipe, **given)
+    part, name, value = found
+    assert getattr(getattr(made, part) if part else made, name) == value
+    plain = resolved("sd3", recipe=recipe)
+    assert getattr(getattr(plain, part) if part else plain, name) != value
+
+
+@pytest.mark.parametrize("targets", [1, 3])
+def test_targets_one_after_another_have_as_many_updates_each_unless_all_are_said(targets):
+    def updates(**given):
+        target = [f"{k}.png" for k in range(targets)]
+        return recipe_of(UnlearnConfig(model="faces", target=target, output="x.patch", **given)).max_train_steps
+
+    assert updates(recipe="paper") == 240 * targets
+    assert updates(recipe="paper", max_train_steps=90) == 90
+    assert updates(recipe="siss") == 60
+
+
+@pytest.mark.parametrize("model", ["faces", "flags"])
+def test_what_needs_no_surrogate_is_shown_none_and_stops_by_none(model):
+    """The default recipes show surrogates or stop by them; with another objective there may be none."""
+
+    def made(**given):
+        recipe = recipe_of(UnlearnConfig(model=model, target="x.png", output="x.patch", objective="siss", **given))
+        return recipe.surrogate_share, recipe.stop_margin
+
+    ours = RECIPES["ddpm" if model == "faces" else "sd3"]["default"]
+    assert made() == (0, None)
+    assert made(stop_margin=0.3) == (0, 0.3)
+    assert made(surrogate="s.png") == (ours.surrogate_share, ours.stop_margin)
+    with pytest.raises(UsageError, match="surrogate_share needs a surrogate, and none is given"):
+        made(surrogate_share=0.5)
+
+
+@pytest.mark.parametrize("recipe", ["esd", "concept-ablation"])
+def test_what_forgets_a_prompt_needs_one(cli, monkeypatch, recipe):
+    monkeypatch.setattr("unforget.families.load", lambda *a, **k: 1 / 0)
+    said = cli("unlearn", "--model", "flags", "-t", TARGET, "--recipe", recipe)
+    assert said.exit_code == 2
+    assert f"{recipe} forgets a prompt, and none is given" in said.stderr
+    assert cli("unlearn", "--model", "faces", "-t", TARGET, "--recipe", recipe).exit_code == 2
 
 
 @pytest.mark.parametrize("more", [[], ["--dry-run"]])

@@ -92,6 +92,24 @@ def test_unlearn(prompts, sd3_folder, target, counted):
     assert sum(counted) == ran(plan, progress)
 
 
+@pytest.mark.parametrize("recipe", ["salun", *(pytest.param(r, marks=pytest.mark.slow) for r in (
+    "paper", "random-surrogate", "naive", "neggrad", "erasediff", "siss", "retrack", "esd", "concept-ablation",
+))])  # fmt: skip
+def test_baselines(recipe, sd3_folder, target, counted):
+    """Only what the surgery uses is passed, the saliency once, the base as often as asked, and no surrogate is made."""
+    needs = recipe == "paper"
+    few = {k: v for k, v in FEW.items() if k not in ("stop_margin", "cooldown_steps")}
+    config = UnlearnConfig(
+        model=str(sd3_folder), target=target, surrogate=target.with_name("surrogate.png") if needs else (), prompt=RED,
+        output=target.with_name("x.patch"), rank=2, recipe=recipe, **{**few, "max_train_steps": 3},
+    )  # fmt: skip
+    plan = api.unlearn_passes(config, blueprint(str(sd3_folder), Options()))
+    assert plan[EDITS] == Count()
+    progress = Recorded()
+    api.unlearn(config, progress)
+    assert sum(counted) == ran(plan, progress)
+
+
 @pytest.mark.slow
 def test_unlearn_with_a_surrogate_that_is_made(tmp_path, counted):
     config = UnlearnConfig(model="faces", target=PLANTED / "0.png", output=tmp_path / "x.patch", **FEW)

@@ -1,54 +1,23 @@
 """A run that is stopped anywhere goes on to the same bytes, and never starts afresh unasked."""
 
 import json
-import os
 import shutil
 import signal
 
 import pytest
 import torch
-from conftest import rewrite
+from conftest import STEPS, rewrite, stop_at
 
-from unforget.api import unlearn
-from unforget.config import UnlearnConfig
+from unforget.api import export, unlearn, verify
+from unforget.api.common import pictures
+from unforget.config import ExportConfig, VerifyConfig
+from unforget.core.types import Progress
 from unforget.errors import Interrupted, Terminated, UsageError
+from unforget.families.recipes import pixel_recipes
 from unforget.files import images
 from unforget.files.patch import Patch
 from unforget.files.storage import open_tensors
 from unforget.unlearning import trainer
-
-STEPS = 30
-
-
-@pytest.fixture
-def config(tiny_folder, tmp_path):
-    """A run of thirty updates on a tiny model, with looks at the margin and a learning rate that depends on them."""
-    for k, name in enumerate(("target", "surrogate")):
-        picture = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(k)) * 2 - 1
-        images.write_image(picture, tmp_path / f"{name}.png")
-
-    def make(name="a", **changes):
-        options = {
-            "model": str(tiny_folder), "target": (tmp_path / "target.png",), "surrogate": (tmp_path / "surrogate.png",),
-            "output": tmp_path / f"{name}.patch", "retain_count": 8, "sampler_steps": 2, "num_validation_images": 1,
-            "checkpointing_steps": 1, "max_train_steps": STEPS, "cooldown_steps": 8, "train_batch_size": 2,
-            "retain_batch_size": 4, "learning_rate": 1e-3, "stop_margin": -1.0,
-        }  # fmt: skip
-        return UnlearnConfig(**{**options, **changes})
-
-    return make
-
-
-def stop_at(monkeypatch, step, number=signal.SIGINT):
-    """Send a signal while an update is under way."""
-    row = trainer._row
-
-    def signalling(update, *args):
-        if update.number == step:
-            os.kill(os.getpid(), number)
-        return row(update, *args)
-
-    monkeypatch.setattr(trainer, "_row", signalling)
 
 
 @pytest.mark.parametrize("step", [1, 19, 20, 21, 27])
@@ -76,6 +45,60 @@ def test_lora_too(sd3_folder, config, monkeypatch):
         "cooldown_steps": 2, "retain_batch_size": 2, "train": "lora", "rank": 2, "forget_range": (50, 1000),
     }  # fmt: skip
     unlearn(config("whole", **options))
+    stop_at(monkeypatch, 2)
+    with pytest.raises(Interrupted):
+        unlearn(config(**options))
+    unlearn(config(resume=True, **options))
+    assert config().output.read_bytes() == config("whole").output.read_bytes()
+
+
+QUICK = ("salun",)  # its mask is in the checkpoint, and it needs no surrogate; `test_training` resumes all of them
+
+
+@pytest.mark.parametrize(
+    "recipe", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in pixel_recipes() if n != "default"]
+)
+def test_every_recipe_goes_on_to_the_same_bytes_and_is_verified_and_exported(recipe, config, monkeypatch, tmp_path):
+    """With two targets, and without surrogates where the recipe needs none."""
+    images.write_image(torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(9)) * 2 - 1, tmp_path / "b.png")
+    needs = pixel_recipes()[recipe].objective.needs_surrogate
+    options = {
+        "recipe": recipe, "target": (tmp_path / "target.png", tmp_path / "b.png"), "max_train_steps": 4,
+        "learning_rate": 1e-4, "cooldown_steps": None, "stop_margin": None,
+        "surrogate": (tmp_path / "surrogate.png",) * 2 if needs else (),
+    }  # fmt: skip
+    notes = []
+    whole = unlearn(config("whole", **options), Progress(note=notes.append))
+    assert any("no surrogate" in note for note in notes) != needs
+    stop_at(monkeypatch, 2)
+    with pytest.raises(Interrupted):
+        unlearn(config(**options))
+    monkeypatch.undo()
+    assert unlearn(config(resume=True, **options)).table == whole.table
+    assert config().output.read_bytes() == config("whole").output.read_bytes()
+    made = Patch.load(whole.output).provenance
+    assert (len(made.targets), len(made.surrogates)) == (2, 2 * needs)
+    judged = verify(VerifyConfig(
+        model=config().model, patch=whole.output, level="quick", draws=2, controls=8, paired=16, sampler_steps=2,
+        max_rate=0.5, similarity="pixels", cache=False,
+    ))  # fmt: skip
+    assert [t.id for t in judged.targets] == made.targets
+    figures = {check.figure for check in judged.checks}
+    assert ("nearer_surrogate" in figures) == needs
+    exported = export(ExportConfig(model=config().model, patch=whole.output, output=tmp_path / "exported"))
+    assert (exported.output / "model_index.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["esd", "concept-ablation", "salun"])
+def test_under_a_prompt_too(recipe, sd3_folder, config, monkeypatch):
+    options = {
+        "model": str(sd3_folder), "recipe": recipe, "prompt": ("a red square",), "retain_count": 12,
+        "max_train_steps": 4, "rank": 2, "cooldown_steps": None, "stop_margin": None, "surrogate": (),
+        "retain_batch_size": 2,
+    }  # fmt: skip
+    whole = unlearn(config("whole", **options))
+    assert whole.replaced  # nothing was to take its place
     stop_at(monkeypatch, 2)
     with pytest.raises(Interrupted):
         unlearn(config(**options))
@@ -165,8 +188,6 @@ def test_a_run_of_another_version_is_refused_in_a_sentence(config, monkeypatch):
 
 
 def test_what_the_machine_does_otherwise_is_said(config, monkeypatch):
-    from unforget.core.types import Progress
-
     stopped(config, monkeypatch)
     notes = []
     unlearn(config(resume=True, micro_batch=1), Progress(note=notes.append))
@@ -225,3 +246,24 @@ def test_later_patches_begin_with_earlier_ones(config, tmp_path):
     assert len(list(second.folder.glob("target-*.png"))) == 2
     with pytest.raises(UsageError, match="is forgotten already"):
         unlearn(config("third", patch=(first.output,)))
+
+
+def test_targets_with_and_without_surrogates_lie_side_by_side(config, tmp_path):
+    """A run without a surrogate, and one that begins with its patch and has one: each target keeps its own."""
+    first = unlearn(config("first", recipe="siss", max_train_steps=2, cooldown_steps=0, stop_margin=None, surrogate=()))
+    assert [p.name for p in first.folder.glob("*-*.png")] == ["target-0.png"]
+    options = {"target": config().surrogate, "surrogate": config().target, "patch": (first.output,)}
+    notes = []
+    second = unlearn(config("second", max_train_steps=2, **options), Progress(note=notes.append))
+    assert any("1 target(s) of the earlier patches cannot be looked at again" in note for note in notes)
+    shutil.copy(first.folder / "target-0.png", second.folder / "target-1.png")  # as a user would who has it
+    pairs = [(t.name, s and s.name) for t, s in pictures(second.output)]
+    assert pairs == [("target-0.png", "surrogate-0.png"), ("target-1.png", None)]
+    asked = VerifyConfig(
+        model=config().model, patch=second.output, level="quick", draws=2, controls=8, paired=16, sampler_steps=2,
+        max_rate=0.5, similarity="pixels", cache=False,
+    )  # fmt: skip
+    checks = verify(asked).checks
+    own, earlier = Patch.load(second.output).provenance.targets[0], Patch.load(first.output).provenance.targets[0]
+    assert {c.target for c in checks if c.figure == "nearer_surrogate"} == {own}
+    assert {c.target for c in checks if c.figure == "recall"} == {own, earlier}

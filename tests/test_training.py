@@ -1,4 +1,5 @@
 import itertools
+import json
 import math
 import statistics
 import sys
@@ -7,10 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from unforget import families
 from unforget.core.objectives import CleanSpace, PosteriorSwap
 from unforget.core.recipe import Recipe
 from unforget.core.types import Instance, Pool
 from unforget.errors import CannotRun
+from unforget.families.recipes import pixel_recipes
 from unforget.unlearning.batches import batches
 from unforget.unlearning.compute import Compute, adam, matched_rate, mixed
 from unforget.unlearning.prepare import Prepared, encoded, neighbours
@@ -75,6 +78,58 @@ def test_training_lowers_the_forget_loss_and_logs_every_step(tiny, scene):
     assert [r["step"] for r in rows] == list(range(1, 61))
     assert {"forget", "retain", "cosine", "margin", "learning_rate"} <= rows[0].keys()
     assert not any(p.requires_grad for p in tiny.network.parameters())
+
+
+FEW = {"max_train_steps": 4, "forget_batch_size": 2, "retain_batch_size": 3, "learning_rate": 1e-3, "rank": 2}
+
+
+def resumed(model, prepared, how):
+    """Weights after four updates, and after two that were saved and two that went on from there, on equal models."""
+    ends = []
+    for stop in (4, 2):
+        patched = model()
+        base = patched.frozen_reference(how.train)
+        trainer = Trainer(patched, base, prepared, how, seed=0, compute=Compute())
+        saved = next(trainer.state() for _ in trainer if trainer.done == stop)
+        if stop < 4:
+            figures, tensors = saved
+            saved = json.loads(json.dumps(figures)), {n: t.clone() for n, t in tensors.items()}
+            again = model()
+            trainer = Trainer(
+                again, again.frozen_reference(how.train), prepared, how, seed=0, compute=Compute(), resume=saved
+            )
+            assert [row["step"] for row in trainer] == [3, 4]
+        ends.append([w.detach().clone() for w in trainer.weights])
+    return ends
+
+
+@pytest.mark.parametrize("name", pixel_recipes())
+def test_every_recipe_moves_weights_and_goes_on_as_if_it_had_never_stopped(tiny, scene, name):
+    how = pixel_recipes()[name].model_copy(update={**FEW, "stop_margin": None})
+    prepared = replace(scene, encoded=(*scene.encoded, Instance(scene.retain.x_0[2], scene.retain.x_0[3], "u")),
+                       prior_counts=torch.ones(2, 1))  # fmt: skip
+    before = [w.detach().clone() for w in tiny.trainable(how.train)]
+    whole, parts = resumed(tiny.copy, prepared, how)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    moved = torch.cat([(a != b).flatten() for a, b in zip(whole, before, strict=True)]).float().mean()
+    assert float(moved) == pytest.approx(0.5, abs=0.02) if how.saliency else float(moved) > 0.8
+
+
+@pytest.mark.parametrize("name", ["salun", "esd", "concept-ablation"])
+def test_under_a_prompt_with_a_lora_too(sd3_folder, name):
+    def model():
+        made = families.load(str(sd3_folder))
+        made.prompt_ids(["a red square"])
+        return made
+
+    g, family = torch.Generator().manual_seed(0), model()
+    target, surrogate, *retain = torch.randn(5, *family.latent_shape, generator=g)
+    instance = Instance(target, surrogate, "t", (0, 1))
+    pool = Pool(torch.stack(retain), torch.tensor([0, 1, 0]))
+    how = family.spec.recipes[name].model_copy(update=FEW)
+    whole, parts = resumed(model, Prepared((instance,), (instance,), pool, pool[:0], torch.ones(1, 2)), how)
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+    assert any(w.any() for w in whole[1::2])  # B, which began with zeros
 
 
 @pytest.mark.parametrize("scope", ["bottleneck", "full"])

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from unforget.api import edit_surrogate, export, show, unlearn, verify
     from unforget.config import EditConfig, ExportConfig, UnlearnConfig, VerifyConfig
+    from unforget.core.objectives import BaseObjective
     from unforget.core.recipe import Recipe
     from unforget.errors import UnforgetError
 
 __version__ = "0.1.0"
 __all__ = [
+    "BaseObjective",
     "EditConfig",
     "ExportConfig",
     "Recipe",
@@ -31,6 +33,7 @@ __all__ = [
 _HOME = {
     **dict.fromkeys(("edit_surrogate", "unlearn", "verify", "export", "show"), "api"),
     **dict.fromkeys(("EditConfig", "UnlearnConfig", "ExportConfig", "VerifyConfig"), "config"),
+    "BaseObjective": "core.objectives",
     "Recipe": "core.recipe",
     "UnforgetError": "errors",
 }

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from pydantic import TypeAdapter
@@ -16,6 +16,7 @@ from unforget.config import writable as writable
 from unforget.config.base import option_of
 from unforget.core import distributed
 from unforget.core.devices import spoken
+from unforget.core.objectives import BaseObjective, Objective
 from unforget.core.recipe import Recipe
 from unforget.core.types import Family, Progress
 from unforget.errors import UsageError
@@ -53,12 +54,47 @@ def read(path: Path, family: Family, config: ImageConfig, progress: Progress) ->
     return images.read_image(path, family.image_shape, resize=config.resize, note=progress.note)
 
 
-def recipe_of(config: UnlearnConfig) -> Recipe:
-    """The recipe that a run follows: the named one of the model's family, with the changes of the configuration."""
+def recipe_of(config: UnlearnConfig, objective: BaseObjective | None = None) -> Recipe:
+    """The recipe that a run follows: the named one of the model's family, with the changes of the configuration.
+
+    An objective of your own takes the place of the recipe's. UsageError if the two do not fit together, or if the
+    objective forgets a prompt and none is given.
+    """
     spec = families.spec_of(config.model)
     recipe = resolve_recipe(spec.recipes, config)
+    if objective is not None:
+        recipe = recipe.model_copy(update={"objective": _own(objective, config)})
+    if recipe.objective.needs_prompt and not config.prompt:
+        kind = recipe.objective.kind
+        raise UsageError(f"{kind} forgets a prompt, and none is given", "Give --prompt, or another --recipe.")
+    if recipe.sequential and config.max_train_steps is None:  # as many for each
+        recipe = recipe.model_copy(update={"max_train_steps": recipe.max_train_steps * len(config.target)})
+    if not recipe.objective.needs_surrogate and not config.surrogate:
+        recipe = _without_surrogates(recipe, config)
     families.check_scope(spec, recipe.train)
     return recipe
+
+
+def _without_surrogates(recipe: Recipe, config: UnlearnConfig) -> Recipe:
+    """Batches show none, and no margin stops the run, unless the user wants it by the nearest other image."""
+    if config.surrogate_share:
+        raise UsageError("surrogate_share needs a surrogate, and none is given", "Give --surrogate, or leave it out.")
+    return recipe.model_copy(update={"surrogate_share": 0.0, "stop_margin": config.stop_margin})
+
+
+def _own(objective: BaseObjective, config: RecipeOptions) -> BaseObjective:
+    """An objective from Python, if nothing else was said of objectives and its name is not one of ours."""
+    if not isinstance(objective, BaseObjective):
+        raise UsageError(f"{objective!r} is no objective", "Give an instance of a subclass of unforget.BaseObjective.")
+    named = {"objective", "weighting"}
+    for name in RecipeOptions.model_fields:
+        which = option_of(RecipeOptions.model_fields[name]).of[:1] or (name,)
+        if which[0] in named and getattr(config, name) is not None:
+            raise UsageError(f"{name} is said of another objective than the one given", f"Leave {name} out.")
+    known = {kind.model_fields["kind"].default: kind for kind in get_args(get_args(Objective)[0])}
+    if known.get(objective.kind, type(objective)) is not type(objective):
+        raise UsageError(f"the kind '{objective.kind}' is that of another objective", "Give it another kind.")
+    return objective
 
 
 FIELDS = {
@@ -113,6 +149,13 @@ def editor_of(config: EditConfig) -> Editor:
     given = {name: value for name, value in said.items() if value}
     editor: Editor = TypeAdapter(Editor).validate_python({"kind": config.method, **given})
     return editor
+
+
+def pictures(patch: Path) -> list[tuple[Path, Path | None]]:
+    """The targets in the folder of the run that made a patch, each with its surrogate, if it has one."""
+    targets = sorted(patch.with_suffix(".run").glob("target-*.png"))
+    pairs = ((t, t.with_name(t.name.replace("target", "surrogate", 1))) for t in targets)
+    return [(target, surrogate if surrogate.is_file() else None) for target, surrogate in pairs]
 
 
 def salted(base_digest: str) -> str:

@@ -1,18 +1,20 @@
 """`unlearn`: targets in, a patch out, and beside it the folder of the run."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unforget.api.common import load, read, recipe_of, salted, versions, writable
+from unforget.api.common import load, pictures, read, recipe_of, salted, versions, writable
 from unforget.api.computing import compute_of
 from unforget.config import Policy, UnlearnConfig
 from unforget.core import distributed
 from unforget.core.devices import chosen
 from unforget.core.metrics import rms
+from unforget.core.objectives import BaseObjective
 from unforget.core.passes import Count, is_large
 from unforget.core.recipe import Recipe
 from unforget.core.registration import misfit
@@ -26,7 +28,7 @@ from unforget.unlearning.compute import Compute
 from unforget.unlearning.prepare import RunInputs, prompt_ids
 from unforget.unlearning.run import Trained, run
 from unforget.unlearning.run_directory import RunDirectory, check_start
-from unforget.verification.context import Finding, Role, VerifyContext
+from unforget.verification.context import Finding, Role, VerifyContext, known_surrogate
 from unforget.verification.probes.reconstruct import Reconstruct
 from unforget.verification.probes.replaced import Replaced, as_drawn, what_is_shown
 
@@ -46,7 +48,7 @@ class Unlearned:
     drawn: list[dict[str, Any]]  # shares of what is drawn under each given prompt, before and after
     drift: dict[str, float]  # under the same seed, over a few seeds (`num_validation_images`), RMS
     forgotten: bool  # whether every row returns the surrogate, and no draw under a given prompt is the target
-    replaced: bool  # whether what is drawn under each given prompt is the surrogate, not just something else
+    replaced: bool  # whether what is drawn under each given prompt is the surrogate, if there is one
 
     @property
     def code(self) -> ExitCode:
@@ -54,18 +56,26 @@ class Unlearned:
         return ExitCode.OK if self.forgotten and self.replaced else ExitCode.FAILED
 
 
-def unlearn(config: UnlearnConfig, progress: Progress | None = None) -> Unlearned:
-    """Make the model generate the surrogates instead of the targets, and write the difference as a patch."""
+def unlearn(
+    config: UnlearnConfig, progress: Progress | None = None, *, objective: BaseObjective | None = None
+) -> Unlearned:
+    """Make the model generate the surrogates instead of the targets, and write the difference as a patch.
+
+    An `objective` of your own takes the place of the recipe's; the patch and the run record its kind and its fields.
+    """
     progress = progress or Progress()
     folder = config.output.with_suffix(".run")
     check_start(folder, resume=config.resume, force=config.force)
     for path in (config.output, folder) if not config.resume else ():
         writable(path, config.force)
-    recipe, patched = recipe_of(config), load(config, progress)
+    recipe, patched = recipe_of(config, objective), load(config, progress)
     compute = compute_of(config, patched.network)
     base_digest = digest(patched.network.state_dict())
     stack = Stack.load(config.patch, config.scale)
     inputs = _inputs(config, patched, stack, salted(base_digest), progress)
+    inputs = replace(inputs, needs_surrogate=recipe.objective.needs_surrogate)
+    if not inputs.replaces:
+        progress.note("no surrogate: what comes back is compared with the nearest other image of the retain set")
     root = stack.before(patched.network)
     stack.apply(patched.network, name=config.model)
     promised = _recorded(config, recipe, inputs, stack, base_digest)
@@ -128,9 +138,8 @@ def _earlier(
     found: dict[str, Instance] = {}
     for path, patch in zip(config.patch, stack.patches, strict=True):
         rows = prompt_ids(family, patch.provenance.all_prompts)
-        folder = path.with_suffix(".run")
-        sides = (sorted(folder.glob(f"{side}-*.png")) for side in ("target", "surrogate"))
-        for pair in zip(*sides, strict=False):
+        whole = [(target, surrogate) for target, surrogate in pictures(path) if surrogate]
+        for pair in whole:
             target, surrogate = (read(p, family, config, progress) for p in pair)
             id = images.image_id(target, salt)
             if id in patch.provenance.all_targets:
@@ -225,13 +234,17 @@ def _before_and_after(
     cases = _prompted(context)
     unrelated = before[~torch.isin(turns, torch.tensor([id for _, id in cases], dtype=torch.long))]
     drawn = [_drawn(context, case, _drawn_count(count), unrelated) for case in cases]
-    for k, instance in enumerate(context.instances):
+    made = trained.patch.provenance
+    unknown = () if made.surrogates else made.targets  # those of earlier patches have theirs
+    instances = [replace(i, surrogate=i.target) if i.id in unknown else i for i in context.instances]
+    for k, instance in enumerate(instances):
         images.write_image(instance.target, folder / f"target-{k}.png")
-        images.write_image(instance.surrogate, folder / f"surrogate-{k}.png")
+        for surrogate in known_surrogate(instance):
+            images.write_image(surrogate, folder / f"surrogate-{k}.png")
     title = f"{output.name}: {trained.steps} steps, stopped by {trained.stopped}"
-    rows = evidence_rows(context.instances, [*findings, *drawn, pairs])
+    rows = evidence_rows(instances, [*findings, *drawn, pairs])
     images.write_image(sheet(title, rows), folder / "sheet.png")
-    return {**judged(findings, drawn), "drift": _spread(rms(before, after))}
+    return {**judged(findings, drawn, unknown), "drift": _spread(rms(before, after))}
 
 
 def _drawn_count(count: int) -> int:
@@ -248,8 +261,8 @@ def _drawn(context: VerifyContext, case: tuple[Instance, int], count: int, unrel
     return Finding(Replaced.kind, instance.id, *figures, prompt=context.prompt(prompt_id), images=made)
 
 
-def judged(findings: list[Finding], drawn: list[Finding]) -> dict[str, Any]:
-    """The tables, and what they come to."""
+def judged(findings: list[Finding], drawn: list[Finding], unknown: Collection[str] = ()) -> dict[str, Any]:
+    """The tables, and what they come to; nothing takes the place of a target whose surrogate is `unknown`."""
     table = [{
         "target": f.target, "probe": f"{f.probe}@{f.timestep:g}", "prompt": f.prompt,
         "before": {k: f.base[k] for k in SHOWN}, "after": {k: f.candidate[k] for k in SHOWN},
@@ -259,7 +272,8 @@ def judged(findings: list[Finding], drawn: list[Finding]) -> dict[str, Any]:
     prompted = {f.target for f in findings if f.prompt}
     counted = [f.candidate["nearer_surrogate"] for f in findings if f.prompt or f.target not in prompted]
     gone = all(share >= 0.5 for share in counted) and not any(f.candidate["target"] for f in drawn)
-    replaced = all(check.outcome != "failed" for f in drawn for check in Replaced().judge(f, Policy(), known=True))
+    checks = (c for f in drawn if f.target not in unknown for c in Replaced().judge(f, Policy(), known=True))
+    replaced = all(check.outcome != "failed" for check in checks)
     return {"table": table, "drawn": shares, "forgotten": gone, "replaced": replaced}
 
 

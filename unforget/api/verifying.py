@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from unforget.api.common import load, options, read, salted, versions, writable
+from unforget.api.common import load, options, pictures, read, salted, versions, writable
 from unforget.config import Policy, VerifyConfig
 from unforget.core import distributed
 from unforget.core.types import Family, Instance, Progress
@@ -21,7 +21,7 @@ from unforget.reports.markdown import markdown
 from unforget.unlearning.prepare import prompt_ids
 from unforget.verification import compare as verification
 from unforget.verification import probes
-from unforget.verification.context import VerifyContext
+from unforget.verification.context import VerifyContext, known_surrogate
 from unforget.verification.report import Report
 from unforget.verification.similarity import backend
 
@@ -52,7 +52,7 @@ def compare(
         backend(text).check()
     made = [provenance(path) for path in config.patch]
     base_digest = digest(base.network.state_dict())
-    instances, surrogates_known = _read_instances(config, base, base_digest, made, progress)
+    instances = _read_instances(config, base, base_digest, made, progress)
     must_retain = tuple(read(p, base, config, progress) for p in config.must_retain)
     stay = retain_prompt_ids(config, base, instances[0].prompt_ids)
     candidate.prompt_ids(base.prompts)  # the same ids in both tables
@@ -63,7 +63,7 @@ def compare(
     )  # fmt: skip
     result, findings = verification.compare(
         context, probes.suite(config, prompted=len(instances[0].prompt_ids) > 1),
-        known=[i.id for i in instances] if surrogates_known else (),
+        known=[i.id for i in instances if known_surrogate(i)],
         promised=list(dict.fromkeys(t for m in made for t in m.all_targets)), progress=progress,
         settings=config.model_dump(mode="json", include=set(Policy.model_fields) - PRIVATE), versions=versions(),
     )  # fmt: skip
@@ -79,12 +79,12 @@ def retain_prompt_ids(config: VerifyConfig, base: Family, given: tuple[int, ...]
 
 def _read_instances(
     config: VerifyConfig, base: Family, base_digest: str, made: list[Provenance], progress: Progress
-) -> tuple[tuple[Instance, ...], bool]:
-    """The targets with their surrogates, and whether those are known."""
+) -> tuple[Instance, ...]:
+    """The targets with their surrogates; one whose surrogate is not known has itself."""
     targets, surrogates = list(config.target), list(config.surrogate)
-    for beside in [path.with_suffix(".run") for path in config.patch] if not targets else ():
-        targets += sorted(beside.glob("target-*.png"))
-        surrogates += sorted(beside.glob("surrogate-*.png"))
+    for pair in (p for path in config.patch for p in pictures(path)) if not targets else ():
+        targets.append(pair[0])
+        surrogates.append(pair[1] or pair[0])  # equal ones: none is known
     if not targets:
         raise UsageError("no target to look for", "Give --target FILE; the patch holds only digests of its targets.")
     read_targets, read_surrogates = ([read(p, base, config, progress) for p in of] for of in (targets, surrogates))
@@ -96,7 +96,7 @@ def _read_instances(
     rows = prompt_ids(base, config.prompt or [p for m in made for p in m.all_prompts])
     triples = zip(read_targets, read_surrogates or read_targets, ids, strict=True)
     once = {id: Instance(target, surrogate, id, rows) for target, surrogate, id in triples}
-    return tuple(once.values()), bool(surrogates)
+    return tuple(once.values())
 
 
 def _write(config: VerifyConfig, result: Report, rows: list[Row]) -> None:

@@ -9,6 +9,8 @@ from pydantic import field_validator, model_validator
 from unforget.config.base import MACHINE, Config, DrawConfig, PatchedConfig, beside, option, paired
 from unforget.core.strategy import Scope, Span
 
+REDIRECTED = ("objective", "surrogate", "random-surrogate")
+REGRESSED = (*REDIRECTED, "neggrad", "erasediff", "siss", "retrack", "esd", "concept-ablation")
 SWAP, LORA, CLEAN = ("objective", "posterior-swap"), ("train", "lora"), ("weighting", "clean-space")
 change = partial(option, default=None, words="the recipe's")
 
@@ -18,8 +20,18 @@ class RecipeOptions(Config):
 
     PANEL: ClassVar[str] = "Recipe"
 
-    recipe: str = option("Recipe to begin with: default (ours) or paper (arXiv:2603.10445).", "default")
-    objective: Literal["posterior-swap", "surrogate"] | None = change("What the network learns at noised targets.")
+    recipe: str = option(
+        "Recipe to begin with: default (ours), paper (arXiv:2603.10445), or a baseline: random-surrogate, naive, "
+        "neggrad, erasediff, salun, siss, retrack; where there are prompts, esd, concept-ablation. docs/recipes.md has "
+        "papers and equations.",
+        "default",
+    )
+    objective: (
+        Literal[
+            "posterior-swap", "surrogate", "random-surrogate", "neggrad", "erasediff", "siss", "retrack", "esd",
+            "concept-ablation",
+        ] | None
+    ) = change("What the network learns at noised targets.")  # fmt: skip
     target_prior: float | None = change(
         "How many times more often than the base drew it a target counts.", of=SWAP, gt=0
     )
@@ -28,16 +40,25 @@ class RecipeOptions(Config):
         "Divide the forget loss by the size of a small edit, so that it is learnt as well as a large one.", of=SWAP
     )
     distil: bool | None = change(
-        "Retain what the base predicts at retain images, not the images themselves.", of=("objective", "surrogate")
+        "Retain what the base predicts at retain images, not the images themselves.", of=REGRESSED
     )
+    one_noise: bool | None = change("Use one timestep and one noise an update, for both batches.", of=REDIRECTED)
+    mixture: float | None = change(
+        "Share of the noised images that are targets, not retain images.", of=("objective", "siss"), gt=0, lt=1
+    )
+    nearest: int | None = change(
+        "Number of retain images that a target is led to, the nearest ones.", of=("objective", "retrack"), ge=1,
+        le=10_000,
+    )  # fmt: skip
+    negative_guidance: float | None = change("How far to lead away from the prompt.", of=("objective", "esd"), ge=0)
     weighting: Literal["clean-space", "linear", "uniform"] | None = change("How losses are weighted by timestep.")
     weighting_cap: float | None = change("Largest weight of a timestep.", of=CLEAN, gt=0)
     weighting_beta: float | None = change(
         "Slope of the weight over timesteps.", of=("weighting", "linear"), gt=0, le=1e-3
     )
     retain_weight: float | None = change("Weight of the retain loss.", of=(*CLEAN, "uniform"), ge=0)
-    surgery: Literal["sum", "project", "pcgrad", "erasediff", "fixed-norm", "forget-only"] | None = change(
-        "How the forget gradient and the retain gradient become one step."
+    surgery: Literal["sum", "project", "pcgrad", "erasediff", "fixed-norm", "forget-only", "retain-only"] | None = (
+        change("How the forget gradient and the retain gradient become one step.")
     )
     surgery_eta: float | None = change(
         "Least weight per unit of the forget gradient.", of=("surgery", "erasediff"), ge=0
@@ -46,6 +67,9 @@ class RecipeOptions(Config):
         "Norm of the forget gradient as a share of the retain gradient's.", of=("surgery", "fixed-norm"), gt=0
     )
     train: Scope | None = change("Which weights are trained.")
+    saliency: float | None = change(
+        "Share of these weights that move: those that the loss at the targets moves most.", gt=0, le=1
+    )
     rank: int | None = change("Rank of the LoRA.", of=LORA, ge=1, le=1024)
     lora_alpha: int | None = change(
         "Alpha of the LoRA, whose change is scaled by alpha / rank; follows --rank.", of=LORA, ge=1
@@ -58,6 +82,7 @@ class RecipeOptions(Config):
     max_train_steps: int | None = change("Largest number of updates.", ge=1, le=100_000)
     warmup_steps: int | None = change("Updates over which the learning rate rises.", ge=0)
     cooldown_steps: int | None = change("Last updates, over which the learning rate falls.", ge=0)
+    sequential: bool | None = change("Forget several targets one after another, with equal shares of all updates.")
     train_batch_size: int | None = change("Noised targets in a batch.", ge=1, le=1024)
     retain_batch_size: int | None = change("Retain images in a batch.", ge=1, le=1024)
     neighbour_share: float | None = change("Share of the retain batch that is nearest to the targets.", ge=0, le=1)

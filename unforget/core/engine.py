@@ -21,11 +21,12 @@ class Optimization:
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
     max_grad_norm: float = 1.0  # of the combined gradient, over all parameters at once
     micro_batch: int | None = None
+    masks: list[Tensor] | None = None  # of each parameter, which of its numbers move; all if None
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one update, counted from 1, saw and did: losses and gradients are those before it."""
+    """What one update, counted from 1, saw and did: losses and gradients are those before it; 0 where none is taken."""
 
     number: int
     forget: float
@@ -41,15 +42,20 @@ class Step:
 
 
 def run(
-    batches: Iterable[tuple[Noised, Noised]], forget: Loss, retain: Loss, *, surgery: Callable[[Gram], Weights],
-    optimization: Optimization, done: int = 0,
+    batches: Iterable[tuple[Noised, Noised]], forget: Loss | None, retain: Loss | None, *,
+    surgery: Callable[[Gram], Weights], optimization: Optimization, done: int = 0,
 ) -> Iterator[Step]:  # fmt: skip
-    """Minimise two mean losses over the optimizer's parameters, an update a pair of batches; steps follow on `done`."""
+    """Minimise two mean losses over the optimizer's parameters, an update a pair of batches; steps follow on `done`.
+
+    A loss that the surgery does not use may be None: its batch is not looked at.
+    """
     optimizer, micro_batch = optimization.optimizer, optimization.micro_batch
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     for number, (forget_batch, retain_batch) in enumerate(batches, done + 1):
-        forget_loss, g_f = _gradient(forget, forget_batch, parameters, micro_batch)
-        retain_loss, g_r = _gradient(retain, retain_batch, parameters, micro_batch)
+        forget_loss, g_f = gradient(forget, forget_batch, parameters, micro_batch)
+        retain_loss, g_r = gradient(retain, retain_batch, parameters, micro_batch)
+        for g, mask in zip((*g_f, *g_r), 2 * (optimization.masks or []), strict=False):
+            g *= mask
         gram = Gram(_dot(g_f, g_f), _dot(g_f, g_r), _dot(g_r, g_r))
         weights = surgery(gram)
         for p, f, r in zip(parameters, g_f, g_r, strict=True):
@@ -65,15 +71,17 @@ def run(
         yield step
 
 
-def _gradient(
-    loss: Loss, batch: Noised, parameters: list[nn.Parameter], micro_batch: int | None
+def gradient(
+    loss: Loss | None, batch: Noised, parameters: list[nn.Parameter], micro_batch: int | None
 ) -> tuple[float, list[Tensor]]:
     """Mean loss over the batch and its gradient, a few images at a time, of which several processes take turns."""
     total, gradient = 0.0, [torch.zeros_like(p) for p in parameters]
+    if loss is None:
+        return total, gradient
     size = len(batch.x_0)
-    mine = [column[distributed.rank() :: distributed.world_size()] for column in vars(batch).values()]
-    parts = zip(*(torch.split(column, micro_batch or size) for column in mine), strict=True) if len(mine[0]) else ()
-    for part in (Noised(*columns) for columns in parts):
+    mine = batch[distributed.rank() :: distributed.world_size()]
+    few = micro_batch or size
+    for part in (mine[i : i + few] for i in range(0, len(mine.x_0), few)):
         share = len(part.x_0) / size
         value = loss(part) * share
         for sum_, g in zip(gradient, torch.autograd.grad(value, parameters, allow_unused=True), strict=True):

@@ -6,7 +6,7 @@ is zero.
 """
 
 import math
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -38,7 +38,13 @@ def _ratio(a: float, b: float) -> float:
     return a / b if b > 0 else 0.0
 
 
-class Sum(Strategy):
+class Rule(Strategy):
+    """What all rules share."""
+
+    uses: ClassVar[tuple[str, ...]] = ("forget", "retain")  # the losses whose gradients are taken
+
+
+class Sum(Rule):
     """Add both gradients."""
 
     kind: Literal["sum"] = "sum"
@@ -47,7 +53,7 @@ class Sum(Strategy):
         return Weights(1.0, 1.0)
 
 
-class Project(Strategy):
+class Project(Rule):
     """Take out of the forget gradient what opposes the retain gradient (arXiv:2603.10445)."""
 
     kind: Literal["project"] = "project"
@@ -56,7 +62,7 @@ class Project(Strategy):
         return Weights(1.0, 1.0 - _ratio(min(gram.fr, 0.0), gram.rr))
 
 
-class PCGrad(Strategy):
+class PCGrad(Rule):
     """Project each gradient off the other where they conflict (arXiv:2001.06782, algorithm 1)."""
 
     kind: Literal["pcgrad"] = "pcgrad"
@@ -66,7 +72,7 @@ class PCGrad(Strategy):
         return Weights(1.0 - _ratio(conflict, gram.ff), 1.0 - _ratio(conflict, gram.rr))
 
 
-class EraseDiff(Strategy):
+class EraseDiff(Rule):
     """Forget only as far as the retain gradient does not already (arXiv:2401.05779)."""
 
     kind: Literal["erasediff"] = "erasediff"
@@ -76,7 +82,7 @@ class EraseDiff(Strategy):
         return Weights(max(self.eta - _ratio(gram.fr, gram.ff), 0.0), 1.0)
 
 
-class FixedNorm(Strategy):
+class FixedNorm(Rule):
     """Scale the forget gradient to a share of the retain gradient's norm (SISS, arXiv:2503.01034)."""
 
     kind: Literal["fixed-norm"] = "fixed-norm"
@@ -86,13 +92,26 @@ class FixedNorm(Strategy):
         return Weights(self.share * math.sqrt(_ratio(gram.rr, gram.ff)), 1.0)
 
 
-class ForgetOnly(Strategy):
-    """Ignore the retain gradient: what NegGrad does, for comparison."""
+class ForgetOnly(Rule):
+    """Take no retain gradient: what NegGrad does, for comparison."""
 
     kind: Literal["forget-only"] = "forget-only"
+    uses: ClassVar[tuple[str, ...]] = ("forget",)
 
     def __call__(self, gram: Gram) -> Weights:
         return Weights(1.0, 0.0)
 
 
-Surgery = Annotated[Sum | Project | PCGrad | EraseDiff | FixedNorm | ForgetOnly, Field(discriminator="kind")]
+class RetainOnly(Rule):
+    """Take no forget gradient: what naive deletion does, for comparison."""
+
+    kind: Literal["retain-only"] = "retain-only"
+    uses: ClassVar[tuple[str, ...]] = ("retain",)
+
+    def __call__(self, gram: Gram) -> Weights:
+        return Weights(0.0, 1.0)
+
+
+Surgery = Annotated[
+    Sum | Project | PCGrad | EraseDiff | FixedNorm | ForgetOnly | RetainOnly, Field(discriminator="kind")
+]

@@ -71,6 +71,9 @@ class Noised:
     x_s: Tensor  # what each must become: its surrogate, or x_0 itself for what is to be retained
     prompt_ids: Tensor
 
+    def __getitem__(self, which: Tensor | slice) -> Noised:
+        return Noised(*(column[which] for column in vars(self).values()))
+
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A network's answer at (x_t, timestep, prompt_ids), in its own parameterization."""

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unforget.core.recipe import Recipe
-from unforget.families.spec import PAPER, Config, FamilySpec
+from unforget.families.recipes import pixel_recipes
+from unforget.families.spec import Config, FamilySpec
 
 
 def bottleneck(network: Any) -> Iterator[nn.Parameter]:
@@ -53,7 +53,7 @@ SPEC = FamilySpec(
     prompted=False,
     autoencoder="",
     scopes=("bottleneck", "full"),
-    recipes={"default": Recipe(), "paper": PAPER},
+    recipes=pixel_recipes(),
     formats=("diffusers", "transformer"),
     task="unconditional-image-generation",
     architecture=lambda config: "ddpm-unet",

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from unforget.errors import UsageError
 from unforget.families import sd
-from unforget.families.spec import FamilySpec, Setting, latent_recipes
+from unforget.families.recipes import latent_recipes
+from unforget.families.spec import FamilySpec, Setting
 
 CLASSES = 1000
 """Of ImageNet, which the stock pipeline counts on: the next number is no class."""

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from unforget.families.layouts.unet import SD_LAYOUT
-from unforget.families.spec import Config, FamilySpec, Setting, latent_recipes
+from unforget.families.recipes import latent_recipes
+from unforget.families.spec import Config, FamilySpec, Setting
 
 
 def embed(pipeline: Any, prompt: str, device: torch.device) -> tuple[Tensor]:

@@ -9,7 +9,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from unforget.families.layouts.sd3 import LAYOUT
-from unforget.families.spec import Config, FamilySpec, Setting, latent_recipes
+from unforget.families.recipes import latent_recipes
+from unforget.families.spec import Config, FamilySpec, Setting
 
 ABSENT = 256
 """Tokens of zeros that the pipeline puts where T5 is missing (its `max_sequence_length`)."""

@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from unforget.core.objectives import CleanSpace, Linear, PosteriorSwap, Surrogate
 from unforget.core.recipe import Recipe
-from unforget.core.strategy import Span
 from unforget.core.types import Scope
 from unforget.errors import UsageError
 
@@ -19,33 +17,6 @@ if TYPE_CHECKING:
 
 Config = Mapping[str, Any]
 """Of a network, as diffusers writes it."""
-PAPER = Recipe(
-    objective=Surrogate(), train="full", learning_rate=5e-6, max_train_steps=240, warmup_steps=0, cooldown_steps=0,
-    forget_batch_size=8, retain_batch_size=8, neighbour_share=0, forget_range=(1, 1000), stop_margin=None,
-)  # fmt: skip
-"""arXiv:2603.10445 on google/ddpm-celebahq-256; its learning rate belongs to a model of 114 M parameters."""
-
-
-def latent_recipes(*, taper: Span, forget_range: Span, updates: int = 180) -> dict[str, Recipe]:
-    """Those of text-to-image models on latents, at noise levels where their images are told apart.
-
-    A prompt says at pure noise what will be drawn, so forgetting reaches up to there. The paper's is that for Stable
-    Diffusion 3, whose learning rate belongs to 2 B weights.
-    """
-    weighting = CleanSpace(cap=1.0, retain=200.0)
-    return {
-        "default": Recipe(
-            objective=PosteriorSwap(weighting=weighting, taper=taper, normalize_edit=True), train="lora",
-            learning_rate=None, update_share=0.05, max_train_steps=updates, cooldown_steps=round(0.61 * updates),
-            forget_batch_size=4, retain_batch_size=12, surrogate_share=0.5, forget_range=forget_range, stop_margin=None,
-        ),
-        "paper": PAPER.model_copy(
-            update={
-                "objective": Surrogate(weighting=Linear(beta=2e-4)), "train": "lora", "learning_rate": 1e-5,
-                "max_train_steps": 100,
-            }
-        ),
-    }  # fmt: skip
 
 
 class Setting(NamedTuple):
@@ -89,7 +60,7 @@ class FamilySpec:
     prompted: bool = True  # whether prompts say what is drawn
     everyday: tuple[str, ...] = ()  # prompts of what is to be retained, instead of the built-in list
     scopes: tuple[Scope, ...] = ("lora", "full")  # which weights can be trained, the default first
-    recipes: Mapping[str, Recipe]  # by name; there is a `default` and a `paper`
+    recipes: Mapping[str, Recipe]  # by name: `pixel_recipes` or `latent_recipes`
     formats: tuple[str, ...]  # of export
     task: str = "text-to-image"  # what the hub calls what it does
     architecture: Callable[[Config], str]  # ModelSpec's name of a network with a configuration

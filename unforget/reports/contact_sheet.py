@@ -9,7 +9,7 @@ from unforget.core.types import Instance
 from unforget.files.images import to_pil
 from unforget.surrogate.ranking import Candidate
 from unforget.verification import probes
-from unforget.verification.context import ROLES, Finding
+from unforget.verification.context import ROLES, Finding, known_surrogate
 
 Row = tuple[str, Sequence[tuple[Tensor, str]]]
 CELL = (96, 256)
@@ -67,9 +67,8 @@ def evidence_rows(instances: Sequence[Instance], findings: Sequence[Finding]) ->
     headings = {probe.kind: probe.heading for probe in probes.load() if probe.heading}
     rows: list[Row] = []
     for k, instance in enumerate(instances):
-        rows.append(
-            (f"target {k + 1} and its surrogate", [(instance.target, "target"), (instance.surrogate, "surrogate")])
-        )
+        cells = [(instance.target, "target"), *((image, "surrogate") for image in known_surrogate(instance))]
+        rows.append((f"target {k + 1}{' and its surrogate' if cells[1:] else ''}", cells))
         own = [f for f in findings if f.target == instance.id and f.images]
         rows += [_pairs(f, headings[f.probe]) for f in own if f.probe in headings]
     rows += [

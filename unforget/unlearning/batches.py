@@ -19,13 +19,14 @@ def batches(
 ) -> Iterator[tuple[Noised, Noised]]:  # fmt: skip
     """Pairs (forget batch, retain batch), from update `first` on; every draw comes from one CPU generator.
 
-    Targets take turns, each under every prompt of its own. Of a retain batch, `neighbour_share` are images near a
+    Targets take turns, each under every prompt of its own, or, if `sequential`, have equal shares of all updates, one
+    after another. Of a retain batch, `neighbour_share` are images near a
     target, the rest any; where they have prompts, some are shown without, as guidance asks.
     """
     targets, surrogates, asked = cases(instances)
     near = round(recipe.retain_batch_size * recipe.neighbour_share) if len(neighbours) else 0
     for step in range(first, recipe.max_train_steps):
-        turn = (torch.arange(recipe.forget_batch_size) + step * recipe.forget_batch_size) % len(targets)
+        turn = _turns(instances, recipe, step)
         # Others of the batch at each step, so that every target takes its turn on both sides.
         arrived = (torch.arange(recipe.forget_batch_size) + step) % recipe.forget_batch_size
         arrived = arrived < round(recipe.surrogate_share * recipe.forget_batch_size)
@@ -45,6 +46,17 @@ def cases(instances: Sequence[Instance], draws: int = 1) -> tuple[Tensor, Tensor
     rows = [(i.target, i.surrogate, id) for i in instances for id in i.prompt_ids for _ in range(draws)]
     targets, surrogates, prompt_ids = zip(*rows, strict=True)
     return torch.stack(targets), torch.stack(surrogates), torch.tensor(prompt_ids)
+
+
+def _turns(instances: Sequence[Instance], recipe: Recipe, step: int) -> Tensor:
+    """Rows of `cases` that a forget batch shows."""
+    ids = [i.id for i in instances for _ in i.prompt_ids]
+    rows = torch.arange(len(ids))
+    if recipe.sequential:
+        order = list(dict.fromkeys(ids))
+        now = order[step * len(order) // recipe.max_train_steps]
+        rows = rows[[id == now for id in ids]]
+    return rows[(torch.arange(recipe.forget_batch_size) + step * recipe.forget_batch_size) % len(rows)]
 
 
 def _choose(pool: Pool, count: int, generator: torch.Generator) -> Pool:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from unforget.core import passes
-from unforget.core.objectives import Surrogate
 from unforget.core.passes import WITH_GRADIENTS, Count
 from unforget.core.recipe import Recipe
 from unforget.core.sampling import visited
 from unforget.surrogate.editors import EDITS, automatic_passes
+from unforget.unlearning import saliency
 from unforget.unlearning.prepare import ALIKE, lookalikes, retain_turns
 from unforget.unlearning.trainer import CHECK_EVERY, DRAWS, MARGIN_AT, STEPS
 
@@ -39,7 +39,8 @@ def run_passes(model: Any, work: Work, recipe: Recipe, *, checkpointing: bool) -
     alike = len(set(turns) - set(work.prompts) - {""}) if len(given) > 1 and not work.retain else 0
     # One id stands for all that are not empty: guidance asks no more.
     most = passes.drawn(model, [1] * min(ALIKE, alike) * lookalikes(model), calls)
-    edits = Count() if work.surrogates else work.targets * automatic_passes(model, given[-1])
+    made = work.targets * (recipe.objective.needs_surrogate and not work.surrogates)
+    edits = made * automatic_passes(model, given[-1]) if made else Count()
     return {
         "retain set": Count.of(drawn), EDITS: edits, "look-alikes to retain": Count(0, most),
         "training": _trained(recipe, checkpointing), "margin": _margins(model, recipe, work.targets, given),
@@ -54,11 +55,13 @@ def _steps(recipe: Recipe) -> Count:
 
 
 def _trained(recipe: Recipe, checkpointing: bool) -> Count:
-    """Both batches; all objectives but the paper's ask the base at each image."""
-    paper = recipe.objective if isinstance(recipe.objective, Surrogate) else None
-    answers = recipe.forget_batch_size * (paper is None) + recipe.retain_batch_size * (paper is None or paper.distil)
-    images = recipe.forget_batch_size + recipe.retain_batch_size
-    return (images * (WITH_GRADIENTS + checkpointing) + answers) * _steps(recipe)
+    """Of both batches what the surgery uses, what the objective asks the base of them, and the saliency once."""
+    sizes = {"forget": recipe.forget_batch_size, "retain": recipe.retain_batch_size}
+    answers = dict(zip(sizes, recipe.objective.base_passes(), strict=True))
+    trained = WITH_GRADIENTS + checkpointing
+    update = sum(sizes[side] * (trained + answers[side]) for side in recipe.surgery.uses)
+    once = 0 if recipe.saliency is None else saliency.IMAGES * trained
+    return update * _steps(recipe) + Count.of(once)
 
 
 def _margins(model: Any, recipe: Recipe, targets: int, given: tuple[int, ...]) -> Count:

@@ -30,7 +30,7 @@ class RunInputs:
     """What a run is to do, read and checked; images are (C, H, W) in [-1, 1]."""
 
     targets: tuple[Tensor, ...]
-    surrogates: tuple[Tensor, ...] = ()  # made when there are none
+    surrogates: tuple[Tensor, ...] = ()  # made when there are none, if the objective needs them
     prompts: tuple[str, ...] = ()  # under which the targets are forgotten; everywhere without any
     retain: Tensor | None = None  # (N, C, H, W); drawn from the base when None
     retain_prompts: tuple[str, ...] = ()
@@ -41,6 +41,7 @@ class RunInputs:
     seed: int = 0
     salt: str = ""  # of the ids of images
     earlier: tuple[Instance, ...] = ()  # of the patches that the run begins with: shown again at the end
+    needs_surrogate: bool = True
 
     def __post_init__(self) -> None:
         for k, (target, surrogate) in enumerate(zip(self.targets, self.surrogates, strict=False), 1):
@@ -48,6 +49,11 @@ class RunInputs:
                 raise UsageError(f"surrogate {k} is its target", "Make one with `unforget edit-surrogate`.")
         if len({images.image_id(t) for t in self.targets}) < len(self.targets):
             raise UsageError("a target is given twice", "Give each picture once.")
+
+    @property
+    def replaces(self) -> bool:
+        """Whether there is an image in the place of each target."""
+        return bool(self.surrogates) or self.needs_surrogate
 
 
 @dataclass(frozen=True)
@@ -124,8 +130,14 @@ def retain_turns(model: Any, prompts: Sequence[str], retain_prompts: Sequence[st
 def _with_surrogates(
     base: Family, inputs: RunInputs, retain: Pool, progress: Progress
 ) -> tuple[tuple[Instance, ...], Pool]:
-    """Targets with their surrogates, and all edits that were made on the way: they are near the targets."""
+    """Targets with their surrogates, and all edits that were made on the way: they are near the targets.
+
+    Where none is needed, what a target is compared with meanwhile is the nearest image that is no copy of it.
+    """
     ids, surrogates, edits = prompt_ids(base, inputs.prompts), list(inputs.surrogates), []
+    if not inputs.replaces:
+        distances = pairwise_rms(torch.stack(inputs.targets), retain.x_0)
+        surrogates = list(retain.x_0[distances.where(distances >= inputs.near_copy, torch.inf).argmin(1)])
     for target in () if surrogates else inputs.targets:
         everywhere = torch.ones(1, *base.image_shape[1:])
         canvas = Canvas(base, target, everywhere, seed=inputs.seed, drawn=retain.x_0, prompt_id=ids[-1])

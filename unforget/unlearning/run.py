@@ -47,7 +47,8 @@ def run(
     if compute.gradient_checkpointing:
         patched.network.enable_gradient_checkpointing()  # type: ignore[operator]
     trainer = Trainer(patched, base, prepared, recipe, seed=inputs.seed, compute=compute, resume=directory.saved())
-    surrogates = [images.image_id(i.surrogate, inputs.salt) for i in prepared.instances[: len(inputs.targets)]]
+    own = prepared.instances[: len(inputs.targets)] if inputs.replaces else ()
+    surrogates = [images.image_id(i.surrogate, inputs.salt) for i in own]
 
     def patch() -> Patch:
         made = record.model_copy(update={"surrogates": surrogates, "steps": trainer.done})

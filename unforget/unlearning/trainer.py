@@ -16,6 +16,7 @@ from unforget.errors import CannotRun
 from unforget.unlearning.batches import batches, cases
 from unforget.unlearning.compute import Compute, adam, matched_rate, mixed
 from unforget.unlearning.prepare import Prepared
+from unforget.unlearning.saliency import masks
 
 CHECK_EVERY = 20  # updates between two looks at the margin
 MARGIN_AT = (250, 400, 550)  # timesteps at which the margin is measured
@@ -101,8 +102,14 @@ class Trainer:
             surrogates=recipe.surrogate_share > 0,
         )  # fmt: skip
         self.micro_batch = compute.in_one_pass(patched.image_shape)
+        self.masks: list[Tensor] | None = None
         if resume is not None:
             self._restore(resume)
+        elif recipe.saliency is not None:
+            self.masks = masks(
+                self.predict, self.weights, prepared.encoded, base.schedule, recipe.saliency, seed=seed,
+                micro_batch=self.micro_batch,
+            )  # fmt: skip
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Train; gives the figures of every update, after it. If a loss is NaN the last good weights stay."""
@@ -127,15 +134,22 @@ class Trainer:
 
     def _steps(self) -> Iterator[engine.Step]:
         context, recipe, predict, objective = self.context, self.recipe, self.predict, self.recipe.objective
-        pairs = batches(
+        drawn = batches(
             context.instances, context.retain, self.prepared.neighbours, context.schedule, recipe,
             generator=self.generator, first=self.done,
         )  # fmt: skip
-        optimization = engine.Optimization(self.optimizer, self.scheduler, recipe.max_grad_norm, self.micro_batch)
+        pairs = (objective.pair(forget, retain, context, self.generator) for forget, retain in drawn)
+        losses: dict[str, engine.Loss] = {
+            "forget": lambda batch: objective.forget(predict, batch, context),
+            "retain": lambda batch: objective.retain(predict, batch, context),
+        }
+        taken = {name: losses[name] for name in recipe.surgery.uses}
+        optimization = engine.Optimization(
+            self.optimizer, self.scheduler, recipe.max_grad_norm, self.micro_batch, self.masks
+        )
         return engine.run(
-            pairs, lambda batch: objective.forget(predict, batch, context),
-            lambda batch: objective.retain(predict, batch, context),
-            surgery=recipe.surgery, optimization=optimization, done=self.done,
+            pairs, taken.get("forget"), taken.get("retain"), surgery=recipe.surgery, optimization=optimization,
+            done=self.done,
         )  # fmt: skip
 
     def _look(self) -> None:
@@ -149,6 +163,7 @@ class Trainer:
     def state(self) -> Saved:
         """Where training is, between two updates."""
         tensors = {f"weight.{i}": w.detach() for i, w in enumerate(self.weights)}
+        tensors |= {f"mask.{i}": mask for i, mask in enumerate(self.masks or ())}
         tensors["generator"] = self.generator.get_state()
         numbers: dict[str, Any] = {}
         for i, weight in enumerate(self.weights):
@@ -168,6 +183,8 @@ class Trainer:
         self.margin, self.margin_before = f["margin"], f["margin_before"]
         known = {**tensors, **f["optimizer"]}
         self.generator.set_state(tensors["generator"])
+        if self.recipe.saliency is not None:
+            self.masks = [tensors[f"mask.{i}"].to(w.device) for i, w in enumerate(self.weights)]
         for i, weight in enumerate(self.weights):
             weight.copy_(known[f"weight.{i}"])
             prefix = f"optimizer.{i}."

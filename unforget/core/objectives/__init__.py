@@ -1,7 +1,7 @@
 """What is to be learnt: two losses, forget and retain, both minimised; one objective a file.
 
-An objective regresses the network at a noised image to a goal that is affine in what the model says now. It has two
-methods, `forget(patched, batch, context)` and `retain(patched, batch, context)`, which return a scalar each.
+An objective regresses the network at noised images to a goal. It has two methods, `forget(patched, batch, context)` and
+`retain(patched, batch, context)`, which return a scalar each; `BaseObjective` has what else may be said of one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
+from unforget.core.objectives.base import BaseObjective, Regression
+from unforget.core.objectives.concept_ablation import ConceptAblation
+from unforget.core.objectives.erasediff import UniformNoise
+from unforget.core.objectives.esd import ESD
+from unforget.core.objectives.neggrad import NegGrad
 from unforget.core.objectives.posterior_swap import PosteriorSwap
+from unforget.core.objectives.random_surrogate import RandomSurrogate
+from unforget.core.objectives.retrack import ReTrack
+from unforget.core.objectives.siss import SISS
 from unforget.core.objectives.surrogate import Surrogate
 from unforget.core.objectives.weighting import CleanSpace, Linear, Uniform, Weighting
 
@@ -21,9 +29,15 @@ if TYPE_CHECKING:
     from unforget.core.schedule import Schedule
     from unforget.core.types import Instance, Pool, Predict
 
-Objective = Annotated[Surrogate | PosteriorSwap, Field(discriminator="kind")]
+Objective = Annotated[
+    PosteriorSwap | Surrogate | RandomSurrogate | NegGrad | UniformNoise | SISS | ReTrack | ESD | ConceptAblation,
+    Field(discriminator="kind"),
+]
 
-__all__ = ["CleanSpace", "Context", "Linear", "Objective", "PosteriorSwap", "Surrogate", "Uniform", "Weighting"]
+__all__ = [
+    "ESD", "SISS", "BaseObjective", "CleanSpace", "ConceptAblation", "Context", "Linear", "NegGrad", "Objective",
+    "PosteriorSwap", "RandomSurrogate", "ReTrack", "Regression", "Surrogate", "Uniform", "UniformNoise", "Weighting",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from unforget.core.objectives.base import BaseObjective
 from unforget.core.objectives.weighting import CleanSpace, Weighting, regression
-from unforget.core.strategy import Span, Strategy
+from unforget.core.strategy import Span
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +40,7 @@ LARGE_EDIT = 0.35
 """Mean square, in what the network works on, from which on an edit is large: it is not damped."""
 
 
-class PosteriorSwap(Strategy):
+class PosteriorSwap(BaseObjective):
     """Move each target's share of the base's belief to its surrogate, and keep the rest of the belief."""
 
     kind: Literal["posterior-swap"] = "posterior-swap"
@@ -49,6 +50,10 @@ class PosteriorSwap(Strategy):
     )
     taper: Span = Field((550, 650), description="timesteps between which the swap tapers off to nothing")
     normalize_edit: bool = Field(False, description="divide the forget loss by the mean square of a small edit")
+
+    def base_passes(self) -> tuple[int, int]:
+        """The belief is a change of what the base says."""
+        return 1, 1
 
     def forget(self, patched: Predict, batch: Noised, context: Context) -> Tensor:
         """Distance to the swapped belief at noised targets."""
