@@ -159,7 +159,7 @@ def test_of_a_cameras_file_the_first_picture_counts(tmp_path, pixels):
 
 def test_a_folder_says_what_is_read_and_what_is_not(tmp_path, pixels):
     picture, notes = Image.fromarray(pixels), []
-    for name in ("b.png", "a.jpg", "c.tif", "cats/one.webp", "cats/deep/two.gif", "d.AVIF", ".hidden/x.png", "._b.png"):
+    for name in ("b.png", "a.jpg", "c.tif", "cats/one.webp", "cats/deep/two.gif", "d.BMP", ".hidden/x.png", "._b.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         picture.save(tmp_path / name) if name != "._b.png" else (tmp_path / name).write_text("of a Mac")
     (tmp_path / "cats" / "notes.txt").write_text("x")
