@@ -94,8 +94,9 @@ _ODD = re.compile(
     "[^\t\n\x20-\x7e\xa0-\u061b\u061d-\u200a\u200c\u200d\u2010-\u2027\u202f-\u205f\u2070-\ud7ff\ue000-\ufefe"
     "\uff00-\ufff8\ufffc\ufffd\U00010000-\U000dffff]"
 )
-_COMMAND = re.compile(r":(?=:[A-Za-z])|#(?=#\w*\[)|_(?=(?:start|end):\d)")
-"""Where a command begins that CI systems read from a log: `::error::`, `##[error]`, `##vso[`, `section_start:1:`."""
+_COMMAND = re.compile(r":(?=:[A-Za-z])|#(?=#\w*\\?\[)|_(?=(?:start|end):\d)")
+"""Where a command begins that CI systems read from a log: `::error::`, `##[error]`, `##vso[`, `section_start:1:`; a
+bracket may be escaped for rich already."""
 
 
 def printable(text: str) -> str:

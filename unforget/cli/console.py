@@ -29,8 +29,8 @@ class _Console(Console):
         return super().render_str(printable(text), **options)
 
 
-err = _Console(stderr=True, highlight=False, quiet=PROCESS > 0)
-out = _Console(highlight=False)
+err = _Console(stderr=True, highlight=False, emoji=False, quiet=PROCESS > 0)
+out = _Console(highlight=False, emoji=False)
 UNPARSED: type[Exception] = typer.BadParameter.__mro__[2]
 """What the parser raises: typer gives no name to the class of all its errors."""
 SIGNS = {"at least": "\u2265", "at most": "\u2264"}

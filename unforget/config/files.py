@@ -57,7 +57,8 @@ def read(file: Path | None) -> dict[str, Any]:
     try:
         if file.stat().st_size > LARGEST:
             raise ValueError("too large")
-        return {name.replace("-", "_"): value for name, value in tomllib.loads(file.read_text()).items()}
+        found = tomllib.loads(file.read_text(encoding="utf-8-sig"))
+        return {name.replace("-", "_"): value for name, value in found.items()}
     except (OSError, ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise UsageError(f"cannot read the configuration '{file}': {reason}", "Give a TOML file.") from None
@@ -113,6 +114,13 @@ def sentence(error: ValidationError, kind: type[Config]) -> str:
 
 def check_paths(config: Config, *read: Path | None) -> None:
     """Refuse at once what cannot be read, or could not be written after the work; `read` are inputs beside its own."""
+    try:
+        _check_paths(config, *read)
+    except OSError as error:  # a name that is too long, or links that go round
+        raise UsageError(f"'{error.filename}' is no path: {error.strerror}", "Give another.") from None
+
+
+def _check_paths(config: Config, *read: Path | None) -> None:
     inputs = [*_inputs(config), *(path for path in read if path is not None)]
     force, resume = getattr(config, "force", False), getattr(config, "resume", False)
     known: list[Path] = []

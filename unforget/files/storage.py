@@ -248,7 +248,7 @@ def digest(state: Mapping[str, Tensor]) -> str:
 def read_lines(path: Path) -> tuple[str, ...]:
     """The lines of a text file that are not empty: prompts."""
     try:
-        lines = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+        lines = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read '{path}': {error}", "Give a text file with one prompt a line.") from None
     if not lines:
