@@ -216,16 +216,26 @@ def test_what_fails_while_libraries_are_imported(tiny_folder, picture, name, wha
     assert not said
 
 
+SPEAKING = """
+import unforget.cli
+run = unforget.cli._run
+def first():
+    print("here", flush=True)
+    run()
+unforget.cli._run = first
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_at_any_moment(tiny_folder, picture, tmp_path, number):
-    """Before the first second, too: while Python itself starts, the signal ends it as it ends any program."""
+    """From the first moment on that is ours: while Python itself starts, a signal ends it as it ends any program."""
     code = 130 if number == signal.SIGINT else 143
     args = ["unlearn", "--model", str(tiny_folder), "-t", str(picture), "-s", str(picture), "-o", "x.patch"]
     for delay in [0, 0.01, 0.03, 0.1, 0.2, 0.4, 0.7, 1, 1.5, 2]:
-        process = start(*args, before="print('here', flush=True)", cwd=tmp_path)
-        process.stdout.readline()
-        time.sleep(0.05 + delay)
+        process = start(*args, before=SPEAKING, cwd=tmp_path)
+        assert process.stdout.readline()
+        time.sleep(delay)
         process.send_signal(number)
         errors = process.communicate(timeout=60)[1]
         assert process.returncode in (code, 2), (delay, errors)  # 2: the surrogate is the target

@@ -1,18 +1,16 @@
 """How the program ends, whatever happens: a sentence, a way out, an exit code that is never somebody else's.
 
-Nothing heavy is imported here, so that this much works while the rest is still being imported, or cannot be.
+Next to nothing is imported here, so that signals are heard at once, and all this works while the rest is still being
+imported, or cannot be.
 """
 
 from __future__ import annotations
 
 import io
 import os
-import platform
 import re
 import signal
 import sys
-import tempfile
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -98,6 +96,9 @@ def _explained(error: BaseException) -> UnforgetError:
 
 def _kept(error: BaseException) -> str:
     """Keep the traceback in a file of the user's own; a sentence that names it."""
+    import platform
+    import tempfile
+
     try:
         number, name = tempfile.mkstemp(prefix="unforget-crash-", suffix=".txt")
         with os.fdopen(number, "w", encoding="utf-8", errors="backslashreplace") as file:
@@ -110,6 +111,8 @@ def _kept(error: BaseException) -> str:
 
 def _traceback(error: BaseException) -> str:
     """Without tokens, and without the user's name where that is in the path of the home folder."""
+    import traceback
+
     home = str(Path("~").expanduser()) if "HOME" in os.environ else ""
     lines = "".join(traceback.format_exception(error)).splitlines()
     text = redacted("\n".join(printable(found) for found in lines)) + "\n"
