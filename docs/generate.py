@@ -7,7 +7,7 @@ import json
 import re
 from pathlib import Path
 
-COMMANDS = ("", "edit-surrogate", "unlearn", "verify", "export", "show")
+COMMANDS = ("", "edit-surrogate", "unlearn", "verify", "export", "show", "cache")
 
 
 def reference() -> str:

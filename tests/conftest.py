@@ -36,6 +36,14 @@ DATA = Path(__file__).parent / "data"
 PLANTED = Path(__file__).parents[1] / "examples" / "faces" / "planted"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_secret_of_the_users(tmp_path_factory):
+    """Entries of a test's cache are signed by the tests' own secret."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.getbasetemp() / "state"))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch, tmp_path_factory):
     """No test sees the user's cache or the network."""

@@ -141,7 +141,9 @@ def test_one_patch_in_full_is_exact_and_half_of_it_is_half(patch, network):
 def test_a_patch_of_bits_is_no_patch(patch, tmp_path):
     """Deltas of earlier versions, which no longer go on."""
     write_tensors(
-        patch.tensors, {HEADER: json.dumps({**patch.provenance.model_dump(), "holds": "bits"})}, tmp_path / "a"
+        patch.tensors,
+        {HEADER: json.dumps({**patch.provenance.model_dump(), "format": 2, "holds": "bits"})},
+        tmp_path / "a",
     )
     with pytest.raises(UsageError, match="not a patch of this version: holds"):
         Patch.load(tmp_path / "a")

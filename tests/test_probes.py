@@ -1,5 +1,6 @@
 """Probes on tiny models: what each is sensitive to, beside the stock pipelines where they do the same."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -152,6 +153,38 @@ def test_a_damaged_cache_is_made_again(context, tmp_path, monkeypatch):
     context._draws.clear()
     context._figures.clear()
     assert context.floor(400, 0) == first
+
+
+def test_a_floor_of_zero_in_the_cache_is_not_believed(context, tmp_path, monkeypatch):
+    """With it no image would ever count as recalled."""
+    monkeypatch.setenv("UNFORGET_CACHE", str(tmp_path))
+    context.cache, context.base_digest = True, "digest"
+    first, probe = context.floor(400, 0), Reconstruct(timesteps=(400,), draws=4)
+    (found,) = probe(context)
+    assert first > 0
+    for path in tmp_path.glob("control-*"):
+        entry = json.loads(path.read_text())
+        path.write_text(json.dumps({**entry, "figures": dict.fromkeys(entry["figures"], 0.0)}))
+    context._draws.clear()
+    context._figures.clear()
+    (again,) = probe(context)
+    assert again.base == found.base
+    assert context.floor(400, 0) == first
+
+
+@pytest.mark.parametrize("changes", [
+    {"retain_prompt_ids": (0, 0)}, {"seed": 1}, {"policy": {"false_positive_rate": 0.005}}, {"policy": {"controls": 9}},
+    {"policy": {"paired": 17}}, {"policy": {"similarity": ("pixels", "structure")}}, {"policy": {"sampler_steps": 5}},
+], ids=str)  # fmt: skip
+def test_a_floor_is_keyed_by_all_that_made_it(context, tmp_path, monkeypatch, changes):
+    monkeypatch.setenv("UNFORGET_CACHE", str(tmp_path))
+    context.cache, context.base_digest = True, "digest"
+    context.floor(400, 0)
+    if "policy" in changes:
+        changes = {"policy": Policy(**{**SMALL, **changes["policy"]})}
+    other = dataclasses.replace(context, **changes, _draws={}, _whole={}, _figures={})
+    other.floor(400, 0)
+    assert len(list(tmp_path.glob("control-*"))) == 2
 
 
 def test_half_of_the_candidates_noise_is_its_own(context):

@@ -400,7 +400,7 @@ def test_an_empty_report_has_every_format():
 def test_ci_examples_are_yaml_that_keeps_the_reports(name):
     text = (CI / name).read_text()
     assert yaml.safe_load(text)
-    assert "unforget verify --model models/base --patch patches/face.patch --policy unforget.toml" in text
+    assert "unforget verify --no-cache --model models/base --patch patches/face.patch --policy unforget.toml" in text
     assert all(file in text for file in ("report.json", "junit.xml", "report.html"))
 
 

@@ -165,7 +165,7 @@ def test_missing_or_foreign_is_an_error_never_a_fresh_start(config, monkeypatch)
     other = config("b")
     shutil.copytree(folder, other.output.with_suffix(".run"))
     rewrite(other.output.with_suffix(".run") / "run.json", inputs={})
-    with pytest.raises(UsageError, match="another one"):
+    with pytest.raises(UsageError, match="damaged"):
         unlearn(config("b", resume=True))
     assert (folder / "checkpoint.safetensors").read_bytes() == before
 

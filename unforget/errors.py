@@ -21,7 +21,7 @@ class ExitCode(enum.IntEnum):
     INTERRUPTED = 130
     """Stopped by the user (SIGINT)."""
     TERMINATED = 143
-    """Told to stop (SIGTERM)."""
+    """Told to stop (SIGTERM, or SIGHUP when its terminal is gone)."""
 
 
 class UnforgetError(Exception):
@@ -67,6 +67,8 @@ class NothingChanged(UnforgetError):
     code = ExitCode.FAILED
 
 
+SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "UNFORGET_SALT", "UNFORGET_CACHE_KEY")
+"""Variables of the environment that hold one."""
 HIDDEN = "***"
 """What stands in a message where a secret stood."""
 _SECRETS = (
@@ -79,10 +81,33 @@ _SECRETS = (
 
 def redacted(text: str, *secrets: str | None) -> str:
     """The text without secrets, those of the environment included, and without what looks like a token or password."""
-    known = [*secrets, *(os.environ.get(n) for n in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "UNFORGET_SALT"))]
+    known = [*secrets, *(os.environ.get(n) for n in SECRETS)]
     for secret in sorted(filter(None, known), key=len, reverse=True):
         for form in (secret, repr(secret)[1:-1]):
             text = text.replace(form, HIDDEN)
     for pattern, instead in _SECRETS:
         text = pattern.sub(instead, text)
     return text
+
+
+_ODD = re.compile(
+    "[^\t\n\x20-\x7e\xa0-\u061b\u061d-\u200a\u200c\u200d\u2010-\u2027\u202f-\u205f\u2070-\ud7ff\ue000-\ufefe"
+    "\uff00-\ufff8\ufffc\ufffd\U00010000-\U000dffff]"
+)
+_COMMAND = re.compile(r":(?=:[A-Za-z])|#(?=#\w*\\?\[)|_(?=(?:start|end):\d)")
+"""Where a command begins that CI systems read from a log: `::error::`, `##[error]`, `##vso[`, `section_start:1:`; a
+bracket may be escaped for rich already."""
+
+
+def printable(text: str) -> str:
+    """The text as it may go to a terminal, a log or a report: nothing in it commands any of them.
+
+    A code stands for each character that XML forbids, that controls, that is not seen, or that turns the reading
+    direction, and for one of a command of a CI system. Lines and tabs stay. JSON stays the same JSON.
+    """
+    text = _ODD.sub(lambda odd: _code(odd[0]), text.replace("\r\n", "\n"))
+    return _COMMAND.sub(lambda found: _code(found[0]), text)
+
+
+def _code(character: str) -> str:
+    return f"\\u{ord(character):04x}" if character <= "\uffff" else f"\\U{ord(character):08x}"

@@ -6,7 +6,7 @@ model=$1 patch=$2
 shift 2
 
 code=0
-unforget verify --model "$model" --patch "$patch" --policy unforget.toml --report report.json --junit junit.xml --html report.html || code=$?
+unforget verify --no-cache --model "$model" --patch "$patch" --policy unforget.toml --report report.json --junit junit.xml --html report.html || code=$?
 
 case $code in
     0) echo "passed: publishing" ;;

@@ -9,9 +9,9 @@ from unforget.api.computing import memory_plan
 from unforget.api.editing import Edited, edit_surrogate
 from unforget.api.exporting import Exported, export
 from unforget.api.planning import plan_unlearn, plan_verify, unlearn_passes, verify_passes
+from unforget.api.showing import show
 from unforget.api.unlearning import Unlearned, unlearn
 from unforget.api.verifying import compare, verify
-from unforget.exports.show import look as show
 
 __all__ = [
     "Edited", "Exported", "Unlearned", "compare", "edit_surrogate", "editor_of", "export",

@@ -1,7 +1,8 @@
 """What every command needs: a model, an image, a place to write, and strategies in the place of flat options."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
@@ -11,21 +12,51 @@ from pydantic import TypeAdapter
 from torch import Tensor
 
 from unforget import families
-from unforget.config import EditConfig, ImageConfig, ModelConfig, RecipeOptions, UnlearnConfig, VerifyConfig
-from unforget.config import writable as writable
+from unforget.config import (
+    Config,
+    EditConfig,
+    ImageConfig,
+    ModelConfig,
+    RecipeOptions,
+    UnlearnConfig,
+    VerifyConfig,
+    check_paths,
+    outputs,
+    run_folder,
+)
 from unforget.config.base import option_of
 from unforget.core import distributed
 from unforget.core.devices import spoken
 from unforget.core.objectives import BaseObjective, Objective
 from unforget.core.recipe import Recipe
 from unforget.core.types import Family, Progress
-from unforget.errors import UsageError
-from unforget.files import images
+from unforget.errors import UnforgetError, UsageError, redacted
+from unforget.files import cache, images
+from unforget.files.locks import claimed
 from unforget.surrogate.editors import Editor
+
+
+@contextmanager
+def holding_outputs(config: Config) -> Iterator[None]:
+    """Refuse (`UsageError`) what cannot be written in the end, and keep other processes from writing it meanwhile."""
+    check_paths(config)
+    with claimed([path for path, kind in outputs(config) if kind not in ("appended", "part")]):
+        yield
+
+
+@contextmanager
+def noted(progress: Progress, what: object) -> Iterator[None]:
+    """A failure to write is a note where a verdict stands: that is told all the same."""
+    try:
+        yield
+    except Exception as error:
+        reason = error.message if isinstance(error, UnforgetError) else getattr(error, "strerror", None) or repr(error)
+        progress.note(f"{what} could not be written: {redacted(str(reason))}")
 
 
 def load(config: ModelConfig, progress: Progress) -> Family:
     """The model that a configuration names, on the device and on as many threads as it says."""
+    cache.limit()  # a wrong one is told before any work
     if config.threads:
         torch.set_num_threads(config.threads)
     return families.load(config.model, options(config, progress=progress))
@@ -153,7 +184,7 @@ def editor_of(config: EditConfig) -> Editor:
 
 def pictures(patch: Path) -> list[tuple[Path, Path | None]]:
     """The targets in the folder of the run that made a patch, each with its surrogate, if it has one."""
-    targets = sorted(patch.with_suffix(".run").glob("target-*.png"))
+    targets = sorted(run_folder(patch).glob("target-*.png"))
     pairs = ((t, t.with_name(t.name.replace("target", "surrogate", 1))) for t in targets)
     return [(target, surrogate if surrogate.is_file() else None) for target, surrogate in pairs]
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unforget.api.common import editor_of, load, read, writable
+from unforget.api.common import editor_of, holding_outputs, load, read
 from unforget.config import EditConfig
 from unforget.core.types import Family, Progress
 from unforget.errors import UsageError
@@ -30,9 +30,11 @@ class Edited:
 
 def edit_surrogate(config: EditConfig, progress: Progress | None = None) -> Edited:
     """Make candidates for a target's surrogate, rank them, write the best one and a contact sheet."""
-    progress = progress or Progress()
-    shown = config.output.with_suffix(".sheet.png")
-    writable(config.output, config.force)
+    with holding_outputs(config):
+        return _edited(config, progress or Progress())
+
+
+def _edited(config: EditConfig, progress: Progress) -> Edited:
     family, editor = load(config, progress), editor_of(config)
     target = read(config.target, family, config, progress)
     donor = read(config.donor, family, config, progress) if config.donor else None
@@ -47,11 +49,11 @@ def edit_surrogate(config: EditConfig, progress: Progress | None = None) -> Edit
     if number > len(ranked):
         raise UsageError(f"there is no candidate {number}, only {len(ranked)}", f"Give --pick 1 to {len(ranked)}.")
     images.write_image(ranked[number - 1].image, config.output)
-    images.write_image(candidate_sheet(target, ranked, number), shown)
+    images.write_image(candidate_sheet(target, ranked, number), config.sheet)
     if not ranked[number - 1].accepted:
         progress.note("the candidate is too near the target or of another quality; look at the sheet before using it")
     rows = [{"pick": i, **{k: v for k, v in asdict(c).items() if k != "image"}} for i, c in enumerate(ranked, 1)]
-    return Edited(config.output, shown, number, rows)
+    return Edited(config.output, config.sheet, number, rows)
 
 
 def _mask(config: EditConfig, family: Family, *, soft: bool) -> Tensor:

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from unforget import families
-from unforget.api.common import options, versions, writable
-from unforget.config import ExportConfig
+from unforget.api.common import holding_outputs, options, versions
+from unforget.config import ExportConfig, run_folder
 from unforget.core.types import Progress
 from unforget.errors import CannotRun, UsageError
 from unforget.exports import card, hub, placement
@@ -34,18 +34,21 @@ def export(config: ExportConfig, progress: Progress | None = None) -> Exported:
     UsageError if what is asked for does not go together, or a file is not what it should be; CannotRun if the base is
     another one, rounding loses the change, or the export does not read back.
     """
-    writable(config.output, config.force)
+    with holding_outputs(config):
+        return _exported(config, progress or Progress())
+
+
+def _exported(config: ExportConfig, progress: Progress) -> Exported:
     inputs = [Path(config.model), *config.patch, *filter(None, [config.report])]
     placement.check_replaceable(config.output, inputs)
     if config.card_images is not None and not config.card_images.is_dir():
         raise UsageError(f"there is no folder '{config.card_images}'", "Give --card-images a folder of pictures.")
     if config.threads:
         torch.set_num_threads(config.threads)
-    progress = progress or Progress()
     request = ExportRequest(
         config.model, options(config, progress=progress), Stack.load(config.patch, config.scale), config.format,
         config.dtype, config.max_shard_size, config.seed, config.force_rounding,
-        Verified.of(config.report) if config.report else None, config.patch[-1].with_suffix(".run") / "verify.json",
+        Verified.of(config.report) if config.report else None, run_folder(config.patch[-1]) / "verify.json",
         versions(),
     )  # fmt: skip
     try:

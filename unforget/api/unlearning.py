@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unforget.api.common import load, pictures, read, recipe_of, salted, versions, writable
+from unforget.api.common import holding_outputs, load, noted, pictures, read, recipe_of, salted, versions
 from unforget.api.computing import compute_of
-from unforget.config import Policy, UnlearnConfig
+from unforget.config import Policy, UnlearnConfig, run_folder
 from unforget.core import distributed
 from unforget.core.devices import chosen
 from unforget.core.metrics import rms
@@ -63,12 +63,13 @@ def unlearn(
 
     An `objective` of your own takes the place of the recipe's; the patch and the run record its kind and its fields.
     """
-    progress = progress or Progress()
-    folder = config.output.with_suffix(".run")
-    check_start(folder, resume=config.resume, force=config.force)
-    for path in (config.output, folder) if not config.resume else ():
-        writable(path, config.force)
-    recipe, patched = recipe_of(config, objective), load(config, progress)
+    with holding_outputs(config):
+        check_start(config.folder, resume=config.resume, force=config.force)
+        return _unlearned(config, recipe_of(config, objective), progress or Progress())
+
+
+def _unlearned(config: UnlearnConfig, recipe: Recipe, progress: Progress) -> Unlearned:
+    patched = load(config, progress)
     compute = compute_of(config, patched.network)
     base_digest = digest(patched.network.state_dict())
     stack = Stack.load(config.patch, config.scale)
@@ -77,9 +78,9 @@ def unlearn(
     if not inputs.replaces:
         progress.note("no surrogate: what comes back is compared with the nearest other image of the retain set")
     root = stack.before(patched.network)
-    stack.apply(patched.network, name=config.model)
+    stack.apply(patched.network, name=config.model, note=progress.note)
     promised = _recorded(config, recipe, inputs, stack, base_digest)
-    directory = RunDirectory(folder, promised, _environment(config, compute), config.checkpointing_steps)
+    directory = RunDirectory(config.folder, promised, _environment(config, compute), config.checkpointing_steps)
     distributed.barrier()
     if not config.resume:
         directory.begin()
@@ -95,9 +96,10 @@ def unlearn(
     made = Stack((final,)).digest({**plain(patched.network), **root})
     Patch(final.tensors, final.provenance.model_copy(update={"patched_digest": made})).save(config.output)
     ended: dict[str, Any] = {"steps": trained.steps, "stopped": trained.stopped, "margin": trained.margin}
-    ended |= _before_and_after(trained, patched, config.output, config.num_validation_images, progress)
-    directory.finish({**ended, "digest": made})
-    return Unlearned(config.output, folder, **ended)
+    ended |= _before_and_after(trained, patched, config, progress)
+    with noted(progress, "the record of the run's end"):
+        directory.finish({**ended, "digest": made})
+    return Unlearned(config.output, config.folder, **ended)
 
 
 def _inputs(config: UnlearnConfig, family: Family, stack: Stack, salt: str, progress: Progress) -> RunInputs:
@@ -173,7 +175,11 @@ def _ids(pictures: tuple[Tensor, ...], salt: str) -> list[str]:
 
 def _environment(config: UnlearnConfig, compute: Compute) -> dict[str, Any]:
     """What may change when a run goes on, at the price of its last bits."""
-    machine = {"device": chosen(config.device), "threads": config.threads, "processes": distributed.world_size()}
+    machine = {
+        "device": chosen(config.device),
+        "threads": torch.get_num_threads(),
+        "processes": distributed.world_size(),
+    }
     return {**asdict(compute), **machine, **versions()}
 
 
@@ -194,7 +200,7 @@ def _remembered(ended: dict[str, Any], output: Path) -> Unlearned:
     known = dict(ended)
     if not output.is_file() or provenance(output).patched_digest != known.pop("digest", None):
         raise UsageError(f"the run ended, but '{output}' is not its patch any more", "Start again with --force.")
-    return Unlearned(output, output.with_suffix(".run"), **known)
+    return Unlearned(output, run_folder(output), **known)
 
 
 def shown_count(asked: int | None, model: Any) -> int:
@@ -218,14 +224,12 @@ def _shown_probe(count: int) -> Reconstruct:
     return Reconstruct(draws=count, calibrated=False)
 
 
-def _before_and_after(
-    trained: Trained, patched: Family, output: Path, asked: int | None, progress: Progress
-) -> dict[str, Any]:
+def _before_and_after(trained: Trained, patched: Family, config: UnlearnConfig, progress: Progress) -> dict[str, Any]:
     """The table, the drift, and whether all is forgotten; writes the contact sheet, and the images for `verify`."""
-    base, folder = trained.base, output.with_suffix(".run")
+    base = trained.base
     stay = tuple(dict.fromkeys(trained.prepared.retain.prompt_ids.tolist()))
     context = VerifyContext(base, patched, trained.prepared.instances, retain_prompt_ids=stay, advance=progress.advance)
-    count = shown_count(asked, base)
+    count = shown_count(config.num_validation_images, base)
     progress.stage("before and after", shown_passes(context, count).least)
     findings = _shown_probe(count)(context)
     noise, turns = context.noise("sample", count), context.retain_turns(count)
@@ -237,13 +241,14 @@ def _before_and_after(
     made = trained.patch.provenance
     unknown = () if made.surrogates else made.targets  # those of earlier patches have theirs
     instances = [replace(i, surrogate=i.target) if i.id in unknown else i for i in context.instances]
-    for k, instance in enumerate(instances):
-        images.write_image(instance.target, folder / f"target-{k}.png")
-        for surrogate in known_surrogate(instance):
-            images.write_image(surrogate, folder / f"surrogate-{k}.png")
-    title = f"{output.name}: {trained.steps} steps, stopped by {trained.stopped}"
-    rows = evidence_rows(instances, [*findings, *drawn, pairs])
-    images.write_image(sheet(title, rows), folder / "sheet.png")
+    with noted(progress, f"the pictures in '{config.folder}'"):
+        for k, instance in enumerate(instances):
+            images.write_image(instance.target, config.folder / f"target-{k}.png")
+            for surrogate in known_surrogate(instance):
+                images.write_image(surrogate, config.folder / f"surrogate-{k}.png")
+        title = f"{config.output.name}: {trained.steps} steps, stopped by {trained.stopped}"
+        rows = evidence_rows(instances, [*findings, *drawn, pairs])
+        images.write_image(sheet(title, rows), config.folder / "sheet.png")
     return {**judged(findings, drawn, unknown), "drift": _spread(rms(before, after))}
 
 

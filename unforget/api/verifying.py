@@ -1,12 +1,13 @@
 """`verify`: base and candidate side by side, and a verdict."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from unforget.api.common import load, options, pictures, read, salted, versions, writable
-from unforget.config import Policy, VerifyConfig
+from unforget.api.common import holding_outputs, load, noted, options, pictures, read, salted, versions
+from unforget.config import Policy, VerifyConfig, run_folder
 from unforget.core import distributed
 from unforget.core.types import Family, Instance, Progress
 from unforget.errors import CannotRun, UsageError
@@ -29,17 +30,19 @@ PRIVATE = {"target", "surrogate", "must_retain", "prompt", "retain_prompts", "al
 """Settings that name files, prompts or targets: they stay out of the report."""
 
 
-def verify(config: VerifyConfig, progress: Progress | None = None) -> Report:
-    """Put base and candidate side by side and judge: is every target forgotten, is the rest retained?"""
+def verify(
+    config: VerifyConfig, progress: Progress | None = None, told: Callable[[Report], object] = lambda report: None
+) -> Report:
+    """Put base and candidate side by side and judge: is every target forgotten, is the rest retained?
+
+    `told` is given the verdict before any file is written; a file that then cannot be written is a note.
+    """
     progress = progress or Progress()
-    for path in (config.report, config.junit, config.html, config.save_images):
-        if path is not None:
-            writable(path, config.force)
-    if config.summary and not config.summary.parent.is_dir():
-        raise UsageError(f"there is no folder '{config.summary.parent}'", "Make it first.")
-    base = load(config, progress)
-    result, rows = compare(config, base, _candidate(config, base), progress)
-    _write(config, result, rows)
+    with holding_outputs(config):
+        base = load(config, progress)
+        result, rows = compare(config, base, _candidate(config, base, progress), progress)
+        told(result)
+        _write(config, result, rows, progress)
     return result
 
 
@@ -99,35 +102,40 @@ def _read_instances(
     return tuple(once.values())
 
 
-def _write(config: VerifyConfig, result: Report, rows: list[Row]) -> None:
+def _write(config: VerifyConfig, result: Report, rows: list[Row], progress: Progress) -> None:
     """Every form that was asked for, and the JSON beside the last patch, for its export. Images only on request."""
-    beside = config.patch[-1].with_suffix(".run") if config.patch else None
-    if beside is not None and beside.is_dir():
-        result.save(beside / "verify.json")
-    if config.report:
-        result.save(config.report)
-    if config.junit:
-        write_bytes(junit(result).encode(), config.junit)
-    if config.html:
-        write_bytes(page(result, rows if config.save_images else ()).encode(), config.html)
-    if config.save_images:
-        config.save_images.mkdir(exist_ok=True)
-        images.write_image(sheet(result.summary, rows), config.save_images / "sheet.png")
+    beside = run_folder(config.patch[-1]) if config.patch else None
     step = os.environ.get("GITHUB_STEP_SUMMARY")
-    summary = config.summary or (Path(step) if step else None)
-    if summary and distributed.is_main():
-        try:
-            with summary.open("a", encoding="utf-8") as file:
-                file.write(markdown(result) + "\n")
-        except OSError as error:
-            raise CannotRun(f"cannot write the summary '{summary}': {error.strerror}", "Give --summary FILE.") from None
+    wanted: list[tuple[Path | None, Callable[[Path], object]]] = [
+        (beside / "verify.json" if beside and beside.is_dir() else None, result.save),
+        (config.report, result.save),
+        (config.junit, lambda path: write_bytes(junit(result).encode(), path)),
+        (config.html, lambda path: write_bytes(page(result, rows if config.save_images else ()).encode(), path)),
+        (config.save_images, lambda path: _save_images(result, rows, path)),
+        (config.summary or (Path(step) if step else None), lambda path: _append_summary(result, path)),
+    ]
+    for path, write in wanted:
+        if path is not None:
+            with noted(progress, f"'{path}'"):
+                write(path)
 
 
-def _candidate(config: VerifyConfig, base: Family) -> Family:
+def _save_images(result: Report, rows: list[Row], folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    images.write_image(sheet(result.summary, rows), folder / "sheet.png")
+
+
+def _append_summary(result: Report, path: Path) -> None:
+    if distributed.is_main():
+        with path.open("a", encoding="utf-8") as file:
+            file.write(markdown(result) + "\n")
+
+
+def _candidate(config: VerifyConfig, base: Family, progress: Progress) -> Family:
     """The model to judge: the base with the patch on, or whatever `export` writes, of the same architecture."""
     if config.patch:
         family = base.copy()
-        Stack.load(config.patch, config.scale).apply(family.network, name=config.model)
+        Stack.load(config.patch, config.scale).apply(family.network, name=config.model, note=progress.note)
         return family
     assert config.candidate is not None
     family = shipped.load(config.candidate, config.model, options(config, base))

@@ -3,16 +3,31 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
-from unforget.cli.commands import app
+from unforget.cli import ending
 
 __all__ = ["app", "main"]
 
 
 def main() -> None:
     """The console script."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0":
+    ending.guarded(_run)
+
+
+def _run() -> None:
+    if ending.PROCESS:
         sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 (of several processes one speaks)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    sys.exit(app())
+    from unforget.cli.commands import app
+
+    app()
+
+
+def __getattr__(name: str) -> Any:
+    if name != "app":
+        raise AttributeError(f"module 'unforget.cli' has no attribute '{name}'")
+    from unforget.cli.commands import app
+
+    return app

@@ -1,14 +1,22 @@
 """The commands. Each calls the function of its name with the configuration that its options make; nothing heavy is
 imported before that is known to be sound."""
 
+from __future__ import annotations
+
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from unforget import __version__
 from unforget.cli import console
 from unforget.cli.options import SETTINGS, Commands, command
+
+if TYPE_CHECKING:
+    from unforget.api import Unlearned
+    from unforget.verification.report import Report
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DryRun = Annotated[
@@ -51,8 +59,8 @@ def edit_surrogate(config: Any, *, as_json: AsJson = False) -> None:
         console.print_json(vars(result))
     else:
         console.err.print(console.candidates_table(result.candidates))
-        console.err.print(f"All candidates: {result.sheet}; take another with --pick N --force.")
-        typer.echo(str(result.output))
+        console.err.print(f"All candidates: {escape(str(result.sheet))}; take another with --pick N --force.")
+        console.say(str(result.output))
 
 
 @command(app, "unlearn", "UnlearnConfig")
@@ -78,13 +86,19 @@ def unlearn(
         return
     with console.console_progress() as progress:
         result = api.unlearn(config, progress)
+    with console.whatever_fails():
+        _tell(result, as_json)
+    console.leave(result.code)
+
+
+def _tell(result: Unlearned, as_json: bool) -> None:
     if as_json:
         console.print_json(vars(result))
     else:
         console.err.print(console.before_after(result.table))
         console.err.print(
             f"{result.steps} steps, stopped by {result.stopped}; same-seed drift: "
-            f"median {result.drift['median']:.3f}. Look at {result.folder / 'sheet.png'}."
+            f"median {result.drift['median']:.3f}. Look at {escape(str(result.folder / 'sheet.png'))}."
         )
         for row in result.drawn:
             console.err.print(console.drawn(row), soft_wrap=True)
@@ -97,8 +111,7 @@ def unlearn(
                 "[red]The target is gone, but something else than the surrogate is drawn.[/] Raise --max-train-steps, "
                 "or give a --surrogate that the model can draw: look at the sheet."
             )
-        typer.echo(str(result.output))
-    console.leave(result.code)
+        console.say(str(result.output))
 
 
 @command(app, "verify", "VerifyConfig")
@@ -116,16 +129,26 @@ def verify(config: Any, *, as_json: AsJson = False, dry_run: DryRun = False) -> 
         console.err.print(console.costs_table(plan))
         console.print_json({**config.model_dump(mode="json"), **plan})
         return
-    with console.console_progress() as progress:
-        result = api.verify(config, progress)
+    with ExitStack() as bar:
+        progress = bar.enter_context(console.console_progress())
+
+        def tell(result: Report) -> None:
+            bar.close()
+            with console.whatever_fails():
+                _judged(result, as_json)
+
+        result = api.verify(config, progress, tell)
+    console.leave(result.exit_code)
+
+
+def _judged(result: Report, as_json: bool) -> None:
     if as_json:
-        typer.echo(result.model_dump_json(indent=2))
+        console.say(result.text())
     else:
         console.err.print(console.checks_table(result))
         for noted in result.robustness:
-            console.err.print(f"{noted.target[:8]} {noted.probe}: {noted.sentence}", soft_wrap=True)
-        typer.echo(f"{result.verdict}: {result.summary}")
-    console.leave(result.exit_code)
+            console.err.print(escape(f"{noted.target[:8]} {noted.probe}: {noted.sentence}"), soft_wrap=True)
+        console.say(f"{result.verdict}: {result.summary}")
 
 
 @command(app, "export", "ExportConfig")
@@ -143,7 +166,29 @@ def export(config: Any, *, as_json: AsJson = False) -> None:
     if as_json:
         console.print_json({"output": str(done.output), "url": done.url, **done.manifest.model_dump(mode="json")})
     else:
-        typer.echo(done.url or str(done.output))
+        console.say(done.url or str(done.output))
+
+
+@app.command(context_settings=SETTINGS)
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Remove all entries.")] = False, as_json: AsJson = False
+) -> None:
+    """Say where the cache lies, what it holds, and how much it may.
+
+    It holds images that models drew, perhaps targets among them, and figures. $UNFORGET_CACHE says where it lies,
+    $UNFORGET_CACHE_SIZE how much it may take, such as 4GiB; what was not used for longest goes first.
+
+    Example: unforget cache --clear
+    """
+    from unforget.files import cache as kept
+
+    removed = kept.clear() if clear else None
+    sizes = [path.lstat().st_size for path in kept.entries()]
+    found = {"folder": kept.cache_folder(), "entries": len(sizes), "bytes": sum(sizes), "limit": kept.limit()}
+    if as_json:
+        console.print_json({**found, **({"removed": removed} if clear else {})})
+    else:
+        console.out.print(console.cache_table(found, removed))
 
 
 @app.command(context_settings=SETTINGS)
@@ -155,11 +200,10 @@ def show(
 
     Example: unforget show face.patch
     """
-    with console.errors():
-        from unforget.api import show as look
+    from unforget import api
 
-        found = look(path)
-        if as_json:
-            console.print_json(found.said)
-        else:
-            console.out.print(console.shown(found))
+    found = api.show(path)
+    if as_json:
+        console.print_json(found.said)
+    else:
+        console.out.print(console.shown(found))

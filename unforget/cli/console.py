@@ -3,42 +3,68 @@
 from __future__ import annotations
 
 import json
-import os
-import re
-import signal
-import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
+from rich.text import Text
 
-from unforget.errors import ExitCode, Terminated, UnforgetError, redacted
+from unforget.cli.ending import PROCESS, line, told
+from unforget.errors import UsageError, printable, redacted
 
 if TYPE_CHECKING:
     from unforget.core.types import Progress
     from unforget.exports.show import Shown
     from unforget.verification.report import Check, Report
 
-PROCESS = int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
-"""Which of several processes this is, as a launcher says; the first one alone speaks, but for errors."""
-err = Console(stderr=True, highlight=False, quiet=PROCESS > 0)
-out = Console(highlight=False)
+
+class _Console(Console):
+    """Prints no text that commands a terminal or a log."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
+
+
+err = _Console(stderr=True, highlight=False, emoji=False, quiet=PROCESS > 0)
+out = _Console(highlight=False, emoji=False)
+UNPARSED: type[Exception] = typer.BadParameter.__mro__[2]
+"""What the parser raises: typer gives no name to the class of all its errors."""
 SIGNS = {"at least": "\u2265", "at most": "\u2264"}
 COLOURS = {"failed": "red", "inconclusive": "yellow"}
-LESS_MEMORY = "Give a smaller --micro-batch; a run of `unlearn` goes on with --resume."
 OF_A_PATCH = {"base", "digest", "targets", "surrogates", "prompts", "earlier", "recipe", "seed", "steps", "versions"}
+
+
+def say(text: str) -> None:
+    """A result on stdout."""
+    typer.echo(printable(text))
 
 
 def print_json(value: dict[str, Any]) -> None:
     """The result on stdout, for machines."""
-    typer.echo(json.dumps(value, indent=2, default=str))
+    say(json.dumps(value, indent=2, default=str))
+
+
+@contextmanager
+def whatever_fails() -> Iterator[None]:
+    """For what is said of a verdict, which stands: that a disk is full is said, and no more."""
+    try:
+        yield
+    except OSError as error:
+        told(error)
+
+
+def cache_table(found: dict[str, Any], removed: int | None) -> Table:
+    """Where the cache lies and what it holds."""
+    table = Table(Column(style="bold"), Column(overflow="fold"), show_header=False, box=None, pad_edge=False)
+    table.add_row("folder", escape(str(found["folder"] or "none: there is no home folder; set $UNFORGET_CACHE")))
+    table.add_row("entries", f"{found['entries']:,}" + ("" if removed is None else f" ({removed:,} removed)"))
+    table.add_row("size", f"{found['bytes'] / 2**20:,.1f} MiB of {found['limit'] / 2**20:,.1f} MiB")
+    return table
 
 
 def before_after(rows: list[dict[str, Any]]) -> Table:
@@ -169,7 +195,7 @@ def console_progress() -> Iterator[Progress]:
             bar.update(task, advance=n, total=figures.get("of"), figures="  ".join(shown))
 
         def note(sentence: str) -> None:
-            err.print(f"note: {escape(redacted(sentence))}", style="yellow", soft_wrap=True)
+            err.print(f"note: {escape(line(redacted(sentence)))}", style="yellow", soft_wrap=True)
 
         yield Progress(stage, advance, note)
 
@@ -187,41 +213,20 @@ def old_names() -> Iterator[None]:
 @contextmanager
 def errors() -> Iterator[None]:
     """Turn what went wrong into a sentence, a way out and an exit code."""
-    mine = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _terminate) if mine else None
     try:
         yield
-    except UnforgetError as error:
-        _fail(error.message, error.hint, error.code, error)
-    except KeyboardInterrupt as error:
-        _fail("interrupted", "", ExitCode.INTERRUPTED, error)
-    except OSError as error:
-        what = f"{error.strerror or error}" + (f": '{Path(error.filename).name}'" if error.filename else "")
-        _fail(f"cannot read or write: {what}", "Check the disk and the permissions.", ExitCode.CANNOT_RUN, error)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search(r"out of memory|allocate memory", str(error)):
+    except (typer.Exit, SystemExit):
+        raise
+    except BaseException as error:
+        if not isinstance(error, UNPARSED):
+            raise typer.Exit(told(error)) from None
+        if type(error).__name__ == "NoArgsIsHelpError":  # it shows the help
             raise
-        _fail("out of memory", LESS_MEMORY, ExitCode.CANNOT_RUN, error)
-    finally:
-        if mine:
-            signal.signal(signal.SIGTERM, before)
+        path = error.ctx.command_path if getattr(error, "ctx", None) else "unforget"  # type: ignore[attr-defined]
+        sentence = error.format_message()  # type: ignore[attr-defined]
+        raise typer.Exit(told(UsageError(sentence, f"See `{path} --help`."))) from None
 
 
 def leave(code: int) -> NoReturn:
     """End with a verdict. Of several processes the first one's counts: a launcher stops all when one says no."""
     raise typer.Exit(0 if PROCESS else code)
-
-
-def _terminate(number: int, frame: FrameType | None) -> NoReturn:
-    raise Terminated("told to stop")
-
-
-def _fail(message: str, hint: str, code: ExitCode, error: BaseException) -> NoReturn:
-    if os.environ.get("UNFORGET_DEBUG") == "1":
-        raise error
-    where = f"process {PROCESS}: " if PROCESS else ""
-    loud = Console(stderr=True, highlight=False)
-    loud.print(f"[bold red]error:[/] {where}{escape(redacted(message))}", soft_wrap=True)
-    if hint:
-        loud.print(f"  {escape(hint)}", soft_wrap=True)
-    raise typer.Exit(code) from None

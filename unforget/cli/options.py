@@ -42,6 +42,18 @@ class Commands(typer.core.TyperGroup):
         single.command(name, cls=Command, context_settings=SETTINGS)(_generated(*BODIES[name]))
         return name, typer.main.get_command(single), rest
 
+    def make_context(self, *given: Any, **more: Any) -> Any:
+        with errors():
+            return super().make_context(*given, **more)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Parse what follows and run the command: whatever comes of it has one of our exit codes."""
+        with errors():
+            try:
+                return super().invoke(ctx)
+            except SystemExit as left:  # no command of ours leaves so: its code would pass for a verdict
+                raise RuntimeError("a library ended the program") from left
+
 
 class Command(typer.core.TyperCommand):
     """Takes the options of earlier versions for the new ones."""
@@ -51,7 +63,7 @@ class Command(typer.core.TyperCommand):
 
         known = {name for param in self.params for name in (*param.opts, *param.secondary_opts)}
         words = list(args)
-        with errors(), old_names():
+        with old_names():
             for k, word in enumerate(args):
                 name, given, value = word.partition("=")
                 name = name.replace("_", "-")
@@ -85,10 +97,9 @@ def _generated(body: Callable[..., None], config: str) -> Callable[..., None]:
 
     def run(ctx: typer.Context, **values: Any) -> None:
         given = {n: values[n] for n in fields if getattr(ctx.get_parameter_source(n), "name", "") != "DEFAULT"}
-        with errors():
-            with old_names():
-                config = _checked(model, given, values["config"], values.get("policy"))
-            body(config, **{n: values[n] for n in more})
+        with old_names():
+            config = _checked(model, given, values["config"], values.get("policy"))
+        body(config, **{n: values[n] for n in more})
 
     parameters = [_keyword("ctx", typer.Context, inspect.Parameter.empty), *fields.values()]
     parameters += [_keyword("config", ConfigFile), *more.values()]
@@ -113,7 +124,7 @@ def _checked(model: type[Config], given: dict[str, Any], file: Path | None, poli
     for kind in made.require if judges else ():
         if kind not in KINDS:
             raise UsageError(f"there is no probe '{kind}'", f"Give one of {', '.join(KINDS)}.")
-    configs.check_paths(made)
+    configs.check_paths(made, file, configs.policy_file(policy) if judges else None)
     return made
 
 

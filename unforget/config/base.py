@@ -33,7 +33,7 @@ class Option:
     panel: str = ""  # heading of the help under which it stands; that of its class if empty
     of: tuple[str, ...] = ()  # the field that chooses a strategy, and the choices that have this option
     reads: str = ""  # what must lie at the path: file, folder, patch
-    writes: bool = False  # whether the path is written, and must be free
+    writes: str = ""  # what is written there: a file, a folder, either, or a file that is appended to
     hidden: bool = False  # whether only files and Python can say it
 
 
@@ -136,6 +136,10 @@ class Config(BaseModel):
         if wrong := self.misplaced({name: getattr(self, name) for name in chosen}):
             raise ValueError(wrong)
         return self
+
+    def written_beside(self) -> dict[Path, str]:
+        """What is written although no option names it, and what that is, as in `Option.writes`."""
+        return {}
 
     def misplaced(self, chosen: Mapping[str, str | None]) -> str:
         """A sentence about an option that was given and that its chosen strategy does not have; empty if all fit."""
@@ -246,6 +250,11 @@ def paired(target: tuple[Path, ...], surrogate: tuple[Path, ...]) -> None:
     """Refuse surrogates that are not one a target."""
     if surrogate and len(surrogate) != len(target):
         raise ValueError(f"{len(target)} target(s) but {len(surrogate)} surrogate(s)")
+
+
+def run_folder(patch: Path) -> Path:
+    """Where the run of a patch lies: face.patch has face.run; whatever else it is called, face-1.0 has face-1.0.run."""
+    return patch.with_suffix(".run") if patch.suffix == ".patch" else patch.with_name(f"{patch.name}.run")
 
 
 def beside(field: str, suffix: str) -> Callable[[dict[str, Any]], Path]:

@@ -25,7 +25,7 @@ class EditConfig(DrawConfig):
 
     target: Path = option("Image to replace.", names=("-t",), reads="file")
     output: Path = option(
-        "PNG file to write.", beside("target", ".surrogate.png"), "TARGET.surrogate.png", names=("-o",), writes=True
+        "PNG file to write.", beside("target", ".surrogate.png"), "TARGET.surrogate.png", names=("-o",), writes="file"
     )
     mask: Path | None = option(
         "Edit where this image is white.", None, "everywhere, an ellipse for a donor", reads="file"
@@ -49,3 +49,12 @@ class EditConfig(DrawConfig):
         "Sampler steps of the editor.", None, "20, 50 for repaint", of=DRAWN, ge=2, le=1000
     )
     pick: int | None = option("Take this candidate of the contact sheet.", None, "the best", ge=1)
+
+    @property
+    def sheet(self) -> Path:
+        """The contact sheet of all candidates."""
+        return self.output.with_name(f"{self.output.name.removesuffix('.png')}.sheet.png")
+
+    def written_beside(self) -> dict[Path, str]:
+        """The contact sheet."""
+        return {self.sheet: "file"}

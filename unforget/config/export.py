@@ -17,7 +17,7 @@ class ExportConfig(PatchedConfig):
 
     patch: tuple[Path, ...] = option("Patch to put on the base; repeats, in order.", reads="patch", min_length=1)
     output: Path = option(
-        "Folder to write; a .safetensors file for transformer and single-file.", names=("-o",), writes=True
+        "Folder to write; a .safetensors file for transformer and single-file.", names=("-o",), writes="either"
     )
     format: Literal["diffusers", "lora", "peft", "kohya", "transformer", "single-file"] = option(
         "diffusers: a folder for `from_pretrained`. lora: for `load_lora_weights`. peft: for `PeftModel`. "

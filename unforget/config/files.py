@@ -1,6 +1,7 @@
 """From options, TOML files and policies to a checked configuration; and whether the paths that it names will do."""
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,9 @@ from unforget.errors import UsageError
 
 C = TypeVar("C", bound=Config)
 LARGEST = 64 << 20  # bytes from which on a TOML file is not read
+PARTS = re.compile(r".*\.(safetensors|bin|model)|(.*[_.])?(config|index|tokenizer|vocab|unforget)\.json|merges\.txt")
+PICTURES = re.compile(r".*\.(png|jpe?g|jfif|webp|avif|tiff?|bmp|gif)", re.IGNORECASE)
+"""Files of a folder that is read, a model or pictures: other outputs may lie there, too."""
 
 
 def build(kind: type[C], given: Mapping[str, Any], file: Path | None = None) -> C:
@@ -24,7 +28,7 @@ def resolve(given: Mapping[str, Any], file: Path | None = None, policy: Path | N
 
     The policy is an `unforget.toml`, or a `pyproject.toml` with `[tool.unforget]`; the one in this folder if None.
     """
-    agreed, given = read_policy(policy), _stated(given)
+    agreed, given = read_policy(policy_file(policy)), _stated(given)
     if "target" in given:
         agreed.pop("surrogate", None)  # the policy's belong to its own targets
     return VerifyConfig(**{**agreed, **read(file), **given})
@@ -41,15 +45,20 @@ def read(file: Path | None) -> dict[str, Any]:
     try:
         if file.stat().st_size > LARGEST:
             raise ValueError("too large")
-        return named({name.replace("-", "_"): value for name, value in tomllib.loads(file.read_text()).items()})
+        found = tomllib.loads(file.read_text(encoding="utf-8-sig"))
+        return named({name.replace("-", "_"): value for name, value in found.items()})
     except (OSError, ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise UsageError(f"cannot read the configuration '{file}': {reason}", "Give a TOML file.") from None
 
 
-def read_policy(path: Path | None) -> dict[str, Any]:
+def policy_file(given: Path | None) -> Path | None:
+    """The policy that was given, or the one in this folder, if there is one."""
+    return given or next((p for p in (Path("unforget.toml"), Path("pyproject.toml")) if _holds(p)), None)
+
+
+def read_policy(found: Path | None) -> dict[str, Any]:
     """The keys that a policy sets, its paths made relative to its own folder."""
-    found = path or next((p for p in (Path("unforget.toml"), Path("pyproject.toml")) if _holds(p)), None)
     if found is None:
         return {}
     table = read(found)
@@ -74,23 +83,98 @@ def _holds(path: Path) -> bool:
     return path.is_file() and (path.name != "pyproject.toml" or "unforget" in read(path).get("tool", {}))
 
 
-def check_paths(config: Config) -> None:
-    """Refuse at once what cannot be read, or could not be written after the work."""
+def check_paths(config: Config, *read: Path | None) -> None:
+    """Refuse at once what cannot be read, or could not be written after the work; `read` are inputs beside its own."""
+    try:
+        _check_paths(config, *read)
+    except OSError as error:  # a name that is too long, or links that go round
+        raise UsageError(f"'{error.filename}' is no path: {error.strerror}", "Give another.") from None
+
+
+def _check_paths(config: Config, *read: Path | None) -> None:
+    inputs = [*_inputs(config), *(path for path in read if path is not None)]
+    force, resume = getattr(config, "force", False), getattr(config, "resume", False)
+    known: list[Path] = []
+    for path, kind in outputs(config):
+        for other in known:
+            if _same(path, other):
+                raise UsageError(f"'{path}' would be written twice", "Give each output a name of its own.")
+        for given in inputs:
+            if _would_replace(path, kind, given):
+                raise UsageError(f"'{path}' would replace '{given}', which is read", "Give another output.")
+        writable(path, force or resume or kind in ("run", "part"), kind)
+        known.append(path)
+
+
+def outputs(config: Config) -> list[tuple[Path, str]]:
+    """What a command writes, and what each is, as in `Option.writes`."""
+    fields = type(config).model_fields.items()
+    named = [(getattr(config, name), option_of(field).writes) for name, field in fields if option_of(field).writes]
+    return [(path, kind) for path, kind in named if path is not None] + list(config.written_beside().items())
+
+
+def _inputs(config: Config) -> list[Path]:
+    """What a command reads, as far as it lies here; UsageError for a file or folder that does not."""
+    found = []
     for name, field in type(config).model_fields.items():
-        option, value = option_of(field), getattr(config, name)
-        for path in value if isinstance(value, tuple) else filter(None, [value]):
-            if option.writes and not getattr(config, "resume", False):
-                writable(path, getattr(config, "force", False))
-            elif option.reads and not (path.is_dir() if option.reads == "folder" else path.is_file()):
-                raise UsageError(f"there is no {option.reads} '{path}'", "Check the path.")
+        what, value = option_of(field).reads, getattr(config, name)
+        for path in (value if isinstance(value, tuple) else filter(None, [value])) if what else ():
+            if not (path.is_dir() if what == "folder" else path.is_file()):
+                raise UsageError(f"there is no {what} '{path}'", "Check the path.")
+            found.append(path)
+    more = [getattr(config, name, None) for name in ("model", "candidate", "pipeline_config", "editor_model")]
+    more += [text.partition("=")[2] for text in getattr(config, "similarity", ())]
+    return found + [Path(ref) for ref in more if ref and Path(ref).exists()]
 
 
-def writable(path: Path, force: bool) -> None:
-    """Refuse before any work what could not be written after it: it exists, or its folder does not or is read-only."""
-    if path.exists() and not force:
+def _would_replace(output: Path, kind: str, given: Path) -> bool:
+    """Whether writing loses an input: the file itself, one in the folder of a run, a part of a model, a picture."""
+    if _same(output, given):
+        return True
+    if kind == "run":
+        return output.resolve() in given.resolve().parents
+    inside = output.is_file() and given.is_dir() and given.resolve() in output.resolve().parents
+    parts = PARTS if (given / "model_index.json").exists() else PICTURES
+    return inside and parts.fullmatch(output.name) is not None
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve() or (one.exists() and other.exists() and one.samefile(other))
+
+
+def writable(path: Path, force: bool, kind: str = "file") -> None:
+    """Refuse before any work what could not be written after it; `kind` is as in `Option.writes`.
+
+    It exists, is a folder where a file is to be or a file where a folder is, or its folder is missing or read-only.
+    """
+    file = kind in ("file", "appended") or (kind == "either" and path.suffix == ".safetensors")
+    if (file and path.is_dir()) or not path.name:
+        raise UsageError(f"'{path}' is a folder", "Give the name of a file.")
+    if kind in ("folder", "run") and path.exists() and not path.is_dir():
+        raise UsageError(f"'{path}' is a file, and is to be a folder", "Give another --output.")
+    if kind != "appended" and path.exists() and not force:
         raise UsageError(f"'{path}' exists", "Say --force to overwrite it, or give another --output.")
     home = path.parent
+    if kind == "part" and not home.exists():  # it is made with the folder
+        return
     if not home.is_dir():
         raise UsageError(f"there is no folder '{home}'", "Make it first.")
-    if not os.access(home, os.W_OK):
-        raise UsageError(f"the folder '{home}' cannot be written", "Give another --output.")
+    if kind == "appended" and path.exists():
+        if not os.access(path, os.W_OK):
+            raise UsageError(f"'{path}' cannot be written", "Give another file.")
+        return
+    _try_to_write(path)
+
+
+def _try_to_write(path: Path) -> None:
+    """Make a file beside it and remove it: what rights, mounts and lengths of names allow is told by nothing else."""
+    trial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with trial.open("xb"):
+            pass
+        trial.unlink()
+    except FileExistsError:
+        return
+    except OSError as error:
+        reason = f"'{path.name}' cannot be written into '{path.parent}': {error.strerror}"
+        raise UsageError(reason, "Give another --output.") from None

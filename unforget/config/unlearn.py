@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import field_validator, model_validator
 
-from unforget.config.base import MACHINE, Config, DrawConfig, PatchedConfig, beside, option, paired
+from unforget.config.base import MACHINE, Config, DrawConfig, PatchedConfig, beside, option, paired, run_folder
 from unforget.core.strategy import Scope, Span
 
 REDIRECTED = ("objective", "surrogate", "random-surrogate")
@@ -110,7 +110,7 @@ class UnlearnConfig(RecipeOptions, DrawConfig, PatchedConfig):
     surrogate: tuple[Path, ...] = option(
         "Image to generate instead, one for each target, in order.", (), "made", names=("-s",), reads="file"
     )
-    output: Path = option("Patch to write.", beside("target", ".patch"), "TARGET.patch", names=("-o",), writes=True)
+    output: Path = option("Patch to write.", beside("target", ".patch"), "TARGET.patch", names=("-o",), writes="file")
     retain: Path | None = option("Folder of retain images.", None, "drawn from the base", reads="folder")
     patch: tuple[Path, ...] = option(
         "Patch to begin with, which the new one will hold; repeats.", (), "none", reads="patch"
@@ -146,7 +146,16 @@ class UnlearnConfig(RecipeOptions, DrawConfig, PatchedConfig):
     @model_validator(mode="after")
     def _together(self) -> Self:
         paired(self.target, self.surrogate)
-        which, folder = self.resume_from_checkpoint, self.output.with_suffix(".run")
-        if which not in (None, "latest") and Path(str(which)).resolve() != folder.resolve():
-            raise ValueError(f"'{which}' is not the run of {self.output}, which is '{folder}'")
+        which = self.resume_from_checkpoint
+        if which not in (None, "latest") and Path(str(which)).resolve() != self.folder.resolve():
+            raise ValueError(f"'{which}' is not the run of {self.output}, which is '{self.folder}'")
         return self
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return run_folder(self.output)
+
+    def written_beside(self) -> dict[Path, str]:
+        """The folder of the run."""
+        return {self.folder: "run"}

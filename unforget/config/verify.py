@@ -105,13 +105,19 @@ class ReportConfig(Config):
 
     PANEL: ClassVar[str] = "Reports"
 
-    report: Path | None = option("JSON report to write.", None, "none", writes=True)
-    junit: Path | None = option("JUnit XML to write.", None, "none", writes=True)
-    html: Path | None = option("HTML page to write.", None, "none", writes=True)
-    summary: Path | None = option("File to append a summary in Markdown to.", None, "$GITHUB_STEP_SUMMARY")
-    save_images: Path | None = option(
-        "Folder to write the images to, which then stand in the page, too.", None, "none", writes=True
+    report: Path | None = option("JSON report to write.", None, "none", writes="file")
+    junit: Path | None = option("JUnit XML to write.", None, "none", writes="file")
+    html: Path | None = option("HTML page to write.", None, "none", writes="file")
+    summary: Path | None = option(
+        "File to append a summary in Markdown to.", None, "$GITHUB_STEP_SUMMARY", writes="appended"
     )
+    save_images: Path | None = option(
+        "Folder to write the images to, which then stand in the page, too.", None, "none", writes="folder"
+    )
+
+    def written_beside(self) -> dict[Path, str]:
+        """The sheet of the images."""
+        return {self.save_images / "sheet.png": "part"} if self.save_images else {}
 
 
 class VerifyConfig(ReportConfig, Policy, PatchedConfig, ImageConfig):

@@ -1,5 +1,6 @@
 """Which device computes: by name, or the first accelerator that is there."""
 
+import platform
 from typing import Any
 
 import torch
@@ -30,6 +31,15 @@ def spoken(name: str) -> str:
     """A device as people know it: the card's own name where torch can tell it."""
     tell = getattr(getattr(torch, torch.device(name).type), "get_device_name", None)
     return f"{name} ({tell(name)})" if tell else name
+
+
+def machine(name: str) -> list[object]:
+    """What the last bits of a sum depend on, beside the numbers: processor, threads, card, and how it multiplies."""
+    tell = getattr(getattr(torch, torch.device(name).type), "get_device_name", None)
+    return [
+        platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.get_num_threads(), torch.device(name).type,
+        tell(name) if tell else "", torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32,
+    ]  # fmt: skip
 
 
 def memory(name: str) -> int:

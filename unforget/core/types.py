@@ -105,6 +105,9 @@ class Family(Protocol):
     def predict(self, x_t: Tensor, timestep: Tensor, prompt_ids: Tensor) -> Tensor: ...
     def prompt_ids(self, prompts: Sequence[str]) -> Tensor: ...  # (len(prompts),); new ones are embedded and added
     def unload_text_encoders(self) -> None: ...  # what only `prompt_ids` needs
+    def made_by(
+        self, prompts: Sequence[str]
+    ) -> list[Any]: ...  # all that draws depend on but weights and noise, as JSON
     def encode(self, pictures: Tensor) -> Tensor: ...  # to x_0: the mean of a posterior, not a draw from it
     def decode(self, x_0: Tensor) -> Tensor: ...  # to images in [-1, 1]
     def sampling_timesteps(self, steps: int) -> list[float]: ...  # that `denoise` visits, from noisy to clean

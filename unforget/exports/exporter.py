@@ -88,7 +88,7 @@ def _job(request: ExportRequest, family: Family, form: Format, out: Path, progre
     row, state = family.spec, family.network.state_dict()
     if request.format not in row.formats:
         raise UsageError(f"a {row.name} has no {request.format}", f"It has the formats {', '.join(row.formats)}.")
-    request.stack.check(family.network, request.model)
+    request.stack.check(family.network, request.model, request.options.note)
     origin = weights.source(request.model, family, request.options.pipeline_config)
     if not origin.tensors:
         # Pickled, or under names that the loader translated: laid down once as they are in memory.

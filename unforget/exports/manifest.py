@@ -4,13 +4,13 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from unforget.errors import UsageError
 from unforget.files.patch import Provenance
-from unforget.files.storage import read_json
+from unforget.files.storage import BadFile, checksummed, read_json, undamaged
 from unforget.verification.report import Report, Verdict
 
 MAX_REPORT = 2**24
@@ -68,10 +68,13 @@ class Verified(_Record):
     def of(cls, path: Path) -> Self:
         """From a JSON report; UsageError if the file is none."""
         try:
-            found = Report.model_validate(read_json(path, most=MAX_REPORT))
+            found = Report.model_validate(undamaged(read_json(path, most=MAX_REPORT)))
             content = path.read_bytes()
-        except (OSError, ValidationError, ValueError):
-            raise UsageError(f"'{path}' is not a report of `unforget verify`", "Give what --report wrote.") from None
+        except (OSError, ValidationError, ValueError) as error:
+            reason = f": {error}" if type(error) is BadFile else ""
+            raise UsageError(
+                f"'{path}' is not a report of `unforget verify`{reason}", "Give what --report wrote, or verify again."
+            ) from None
         return cls(
             **found.model_dump(include={"verdict", "level", "summary", "candidate_digest", "versions"}),
             targets={t.id: t.verdict for t in found.targets}, report_digest=hashlib.sha256(content).hexdigest(),
@@ -102,6 +105,10 @@ class ExportManifest(_Record):
         """Ids of all targets of all patches, in order."""
         return list(dict.fromkeys(t for part in self.patches for t in part.provenance.all_targets))
 
+    def said(self) -> dict[str, Any]:
+        """As JSON, with a checksum."""
+        return checksummed(self.model_dump(mode="json"))
+
     def header(self) -> dict[str, str]:
         """As an entry in the header of a safetensors file."""
-        return {HEADER: json.dumps(self.model_dump(mode="json"), sort_keys=True)}
+        return {HEADER: json.dumps(self.said(), sort_keys=True)}

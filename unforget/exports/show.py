@@ -1,6 +1,7 @@
 """What a file or folder says of itself: a patch, an export, or anybody's safetensors file."""
 
 import contextlib
+import json
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from unforget.errors import UsageError
 from unforget.exports.manifest import HEADER, ExportManifest, Verified
 from unforget.files.patch import HEADER as PATCH
 from unforget.files.patch import Patch
-from unforget.files.storage import BadFile, Digested, Lazy, open_tensors
+from unforget.files.storage import BadFile, Digested, Lazy, open_tensors, undamaged
 
 FACTORS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 WRONG = "Give a patch, an export, or a .safetensors file."
@@ -28,8 +29,11 @@ class Shown:
     said: dict[str, Any]
 
 
-def look(path: Path) -> Shown:
-    """What a file or folder says of itself; UsageError if it cannot be read, or says nothing."""
+def look(path: Path, report: Path) -> Shown:
+    """What a file or folder says of itself; UsageError if it cannot be read, or says nothing.
+
+    `report` is where that of `unforget verify` lies for a patch, if there is one.
+    """
     if path.is_dir():
         if (made := families.hints(path).made) is not None:
             return Shown("export", _manifest(made, path))
@@ -39,7 +43,7 @@ def look(path: Path) -> Shown:
     try:
         opened = open_tensors(path)
         if PATCH in opened.metadata:
-            return Shown("patch", _patch(path))
+            return Shown("patch", _patch(path, report))
         content = _content(opened.tensors)
         if HEADER in opened.metadata:
             return Shown("export", {**_manifest(opened.metadata[HEADER], path), **content})
@@ -54,19 +58,22 @@ def look(path: Path) -> Shown:
 
 
 def _manifest(value: Any, path: Path) -> dict[str, Any]:
-    read = ExportManifest.model_validate_json if isinstance(value, str) else ExportManifest.model_validate
     try:
-        return read(value).model_dump(mode="json")
+        said = undamaged(json.loads(value) if isinstance(value, str) else value, always=False)
+        return ExportManifest.model_validate(said).model_dump(mode="json")
     except ValidationError as error:
         where = ".".join(str(p) for p in error.errors()[0]["loc"]) or "its header"
         raise UsageError(f"'{path}' is not an export of this version: {where}", WRONG) from None
+    except (ValueError, RecursionError) as error:
+        reason = error if isinstance(error, BadFile) else "its header is no JSON"
+        raise UsageError(f"what '{path}' says of itself cannot be read: {reason}", WRONG) from None
 
 
-def _patch(path: Path) -> dict[str, Any]:
-    """What a patch says, and what `unforget verify` said of it, where its report lies beside."""
+def _patch(path: Path, report: Path) -> dict[str, Any]:
+    """What a patch says, and what `unforget verify` said of it."""
     patch, verified = Patch.load(path), None
     with contextlib.suppress(UsageError):  # there is none, or it is not one
-        verified = Verified.of(path.with_suffix(".run") / "verify.json").model_dump(mode="json")
+        verified = Verified.of(report).model_dump(mode="json")
     content = _content({name: Lazy.of(t) for name, t in patch.tensors.items()})
     return {**patch.provenance.model_dump(mode="json"), **content, "verified": verified}
 

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from unforget.core import passes
+from unforget.core import devices, passes
 from unforget.core.schedule import Schedule
 from unforget.core.types import UNCONDITIONAL, Scope
 from unforget.errors import CannotRun, UsageError
@@ -19,6 +20,7 @@ from unforget.families import offload
 from unforget.families.loading import Hints, Options
 from unforget.families.scopes import check_precision, switch_adapter, trainable
 from unforget.families.spec import FamilySpec, Setting, is_guided, tokenizer
+from unforget.files.storage import digest
 
 ONE_PASS: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
 """How a pass is computed again; nothing in it is drawn."""
@@ -46,6 +48,7 @@ class DiffusionModel:
         self.latent_shape, self.image_shape = shapes(spec, self.network.config, factor, name, options.resolution)
         self.prompts: list[str] = [] if spec.prompted else [""]
         self._conditioning: list[list[Tensor]] = [[] for _ in self.prompts]
+        self._read, self._autoencoder = dict[int, str](), list[str]()
         self.prompt_ids([""])
         told = [t.dtype for t in self._conditioning[UNCONDITIONAL] if t.is_floating_point()]
         self.dtype = (told or [torch.float32 if self.vae is None else self.vae.dtype])[0]
@@ -126,6 +129,23 @@ class DiffusionModel:
                 f"the prompt '{prompt[:40]}...' has {found[short[0]]} tokens: {', '.join(short)} read the first "
                 f"{most[short[0]]}, as in the stock pipeline; {whole} reads it whole"
             )
+
+    def made_by(self, prompts: Sequence[str]) -> list[Any]:
+        """All that a draw under prompts depends on beside the network's weights, noise and steps, as JSON.
+
+        Text encoders count by what they made of the prompts, with or without T5; the autoencoder by its weights.
+        """
+        for id in {UNCONDITIONAL, *self.prompt_ids(prompts).tolist()} - set(self._read):
+            self._read[id] = digest({str(k): tensor for k, tensor in enumerate(self._conditioning[id])})
+        if self.vae is not None and not self._autoencoder:
+            self._autoencoder.append(digest(self.vae.state_dict()))
+        configs = [self.network.config, self.scheduler_config, None if self.vae is None else self.vae.config]
+        return [
+            self.spec.name, *(json.dumps(c and dict(c), sort_keys=True, default=str) for c in configs),
+            *self._autoencoder, self.image_shape, self.guidance, str(self.dtype), self.absent,
+            passes.drawn_in_one_pass(self), devices.machine(str(self.device)), self.batch_size,
+            [[prompt, self._read[self.prompts.index(prompt)]] for prompt in dict.fromkeys(["", *prompts])],
+        ]  # fmt: skip
 
     def unload_text_encoders(self) -> None:
         """Drop the text encoders: the prompts known so far stay."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -13,7 +13,17 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from torch import Tensor, nn
 
 from unforget.errors import CannotRun, UsageError
-from unforget.files.storage import BadFile, Digested, Opened, atomic_output, digest, open_tensors, write_tensors
+from unforget.files.storage import (
+    BadFile,
+    Digested,
+    Opened,
+    atomic_output,
+    checksummed,
+    digest,
+    open_tensors,
+    undamaged,
+    write_tensors,
+)
 
 HEADER = "unforget"
 """Key of our entry in the header of a safetensors file."""
@@ -36,7 +46,8 @@ class Provenance(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: Literal[2] = 2
+    format: Literal[2, 3] = 3
+    """From 3 on the header has a checksum."""
     holds: Literal["weights", "lora"] = "weights"
     """Whole weights as they are afterwards, or the factors of a LoRA."""
     base: str
@@ -90,14 +101,17 @@ def _opened(path: Path) -> tuple[Provenance, Opened]:
         raise UsageError(f"there is no patch '{path}'", "Make one with `unforget unlearn`.")
     try:
         opened = open_tensors(path)
-        return Provenance.model_validate_json(opened.metadata[HEADER]), opened
+        said = json.loads(opened.metadata[HEADER])
+        new = not isinstance(said, dict) or said.get("format") == 3
+        return Provenance.model_validate(undamaged(said, always=new)), opened
     except KeyError:
         raise UsageError(f"'{path}' is not a patch: its header does not say so", WRITTEN) from None
     except ValidationError as error:
         where = ".".join(str(p) for p in error.errors()[0]["loc"]) or "its header"
         raise UsageError(f"'{path}' is not a patch of this version: {where}", WRITTEN) from None
-    except BadFile as error:
-        raise UsageError(f"'{path}' is not a patch: {error}", WRITTEN) from None
+    except (ValueError, RecursionError) as error:
+        reason = error if isinstance(error, BadFile) else "its header is no JSON"
+        raise UsageError(f"'{path}' is not a patch: {reason}", WRITTEN) from None
 
 
 def _factors(name: str) -> list[str]:
@@ -131,9 +145,10 @@ class Patch:
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all; equal content is equal bytes."""
-        made = self.provenance.model_copy(update={"digest": digest(self.tensors)})
+        made = self.provenance.model_copy(update={"format": 3, "digest": digest(self.tensors)})
         with atomic_output(path) as beside:
-            write_tensors(self.tensors, {HEADER: json.dumps(made.model_dump(), sort_keys=True)}, beside)
+            header = json.dumps(checksummed(made.model_dump()), sort_keys=True)
+            write_tensors(self.tensors, {HEADER: header}, beside)
 
     @classmethod
     def load(cls, path: Path) -> Patch:
@@ -237,10 +252,15 @@ class Stack:
             found.add(name, self.merged(name, tensor) if changed else tensor)
         return found.hexdigest()
 
-    def check(self, network: nn.Module, name: str) -> None:
-        """CannotRun unless the network is the one that the patches were made for, and each has a place in it."""
-        state = network.state_dict()
-        found = digest(state)
+    @torch.no_grad()
+    def check(self, network: nn.Module, name: str, note: Callable[[str], object] = lambda sentence: None) -> None:
+        """CannotRun unless the network is the one that the patches were made for, each has a place in it, and makes
+        of it what it made where it was written; for a LoRA, whose sums another machine may round otherwise, a note.
+        """
+        state, digested = network.state_dict(), Digested()
+        for tensor_name, tensor in state.items():
+            digested.add(tensor_name, tensor)
+        found = digested.hexdigest()
         for patch in self.patches:
             made = patch.provenance
             if found != made.base_digest:
@@ -249,14 +269,25 @@ class Stack:
                     "Give the base that the patch names, or unlearn again on this one.",
                 )
             patch.check({n: t.shape for n, t in state.items()})
+            after = Digested(digested)
+            for changed in patch.names():
+                after.add(changed, patch.after(changed, state[changed]))
+            if after.hexdigest() == made.patched_digest or not made.patched_digest:
+                continue
+            sentence = f"with the patch on, {name} is {after.hexdigest()[:12]}, and was {made.patched_digest[:12]}"
+            if made.holds == "weights":
+                raise CannotRun(f"{sentence} where it was made", "Get the patch again, or unlearn again.")
+            note(f"{sentence} where it was made: sums of its factors are rounded otherwise here")
 
-    @torch.no_grad()
-    def apply(self, network: nn.Module, *, name: str = "the model") -> None:
+    def apply(
+        self, network: nn.Module, *, name: str = "the model", note: Callable[[str], object] = lambda sentence: None
+    ) -> None:
         """Put the patches on their base, in place, a tensor at a time; what `check` refuses stays as it is."""
-        self.check(network, name)
+        self.check(network, name, note)
         state = network.state_dict()
         for changed in self.names():
-            state[changed].copy_(self.merged(changed, state[changed]))
+            with torch.no_grad():
+                state[changed].copy_(self.merged(changed, state[changed]))
 
     def before(self, network: nn.Module) -> dict[str, Tensor]:
         """Copies of the tensors that change."""

@@ -41,13 +41,16 @@ class BadFile(ValueError):
 
 
 @contextlib.contextmanager
-def atomic_output(path: Path) -> Iterator[Path]:
+def atomic_output(path: Path, *, private: bool = False) -> Iterator[Path]:
     """A path to write to, beside the wanted one, that takes its place only when all was written and flushed.
 
     Whatever stops the writer, no reader ever sees half a file, and what was there before stays until then. Of several
-    processes the first one's file is taken.
+    processes the first one's file is taken. `private`: nobody else may read it.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    if private:  # before anything is in it, and not through somebody's link
+        beside.unlink(missing_ok=True)
+        os.close(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     try:
         yield beside
         if distributed.is_main():
@@ -78,6 +81,29 @@ def read_json(path: Path, *, most: int = MAX_JSON) -> Any:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError):
         raise BadFile(f"'{path.name}' is not JSON") from None
+
+
+def checksummed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON with a checksum of the rest in it, which tells damage, not malice."""
+    rest = {name: content for name, content in value.items() if name != "checksum"}
+    return {**rest, "checksum": _checksum(rest)}
+
+
+def undamaged(value: Any, *, always: bool = True) -> dict[str, Any]:
+    """JSON of `checksummed` without its checksum; BadFile if that does not fit or, where it is needed, is not there."""
+    if not isinstance(value, dict):
+        raise BadFile("it is no table")
+    rest = {name: content for name, content in value.items() if name != "checksum"}
+    if ("checksum" in value or always) and value.get("checksum") != _checksum(rest):
+        raise BadFile("it is damaged: its checksum does not fit")
+    return rest
+
+
+def _checksum(value: Mapping[str, Any]) -> str:
+    try:
+        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+    except RecursionError:
+        raise BadFile("it is nested too deeply") from None
 
 
 @dataclass(frozen=True)
@@ -193,10 +219,13 @@ def raw(tensor: Tensor) -> memoryview:
 
 
 class Digested:
-    """The digest of a set of tensors, one at a time and in any order: of the content, not of a file that holds it."""
+    """The digest of a set of tensors, one at a time and in any order: of the content, not of a file that holds it.
 
-    def __init__(self) -> None:
-        self._lines: dict[str, str] = {}
+    A name that comes again takes the place of what it was.
+    """
+
+    def __init__(self, like: Digested | None = None) -> None:
+        self._lines: dict[str, str] = dict(like._lines) if like else {}
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Take a tensor into account: its name, type, shape and bytes."""
@@ -219,7 +248,7 @@ def digest(state: Mapping[str, Tensor]) -> str:
 def read_lines(path: Path) -> tuple[str, ...]:
     """The lines of a text file that are not empty: prompts."""
     try:
-        lines = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+        lines = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read '{path}': {error}", "Give a text file with one prompt a line.") from None
     if not lines:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from unforget.errors import printable
 from unforget.files.images import to_pil
 from unforget.reports.contact_sheet import Row
 from unforget.reports.rendering import template
-from unforget.reports.words import printable
 from unforget.verification.report import Report
 
 

@@ -4,21 +4,16 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
+from unforget.errors import printable
 from unforget.verification.report import Check
 
-_ODD = re.compile("[^\t\n\r\x20-\x7e\xa0-\u2029\u202f-\u2065\u206a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 RANK = {"failed": 0, "inconclusive": 1, "passed": 2, "informational": 3}
 """Which outcome a reader sees first."""
 
 
-def printable(text: str) -> str:
-    """The text, with a code for each character that XML forbids, that controls, or that turns the reading direction."""
-    return _ODD.sub(lambda odd: f"\\u{ord(odd[0]):04x}", text)
-
-
 def one_line(text: str, longest: int = 300) -> str:
     """The text printable, on one line, and cut where it is long: a prompt may be a page."""
-    line = " ".join(printable(text).split())
+    line = printable(" ".join(text.split()))
     return line if len(line) <= longest else line[: longest - 1] + "…"
 
 

@@ -19,6 +19,8 @@ from unforget.unlearning.prepare import Prepared, RunInputs, prepare
 from unforget.unlearning.run_directory import RunDirectory
 from unforget.unlearning.trainer import Trainer
 
+STOPPING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -38,8 +40,8 @@ def run(
 ) -> Trained:  # fmt: skip
     """Train the weights of `patched`, the base until then, in place, or go on where the directory's run was.
 
-    SIGINT and SIGTERM stop it after the update in progress (`Interrupted`, `Terminated`). If a loss is NaN it leaves
-    the last good weights in the directory (`CannotRun`); if no weight moved it removes that (`NothingChanged`).
+    SIGINT, SIGTERM and SIGHUP stop it after the update in progress (`Interrupted`, `Terminated`). If a loss is NaN it
+    leaves the last good weights in the directory (`CannotRun`); if no weight moved it removes that (`NothingChanged`).
     """
     base = patched.frozen_reference(recipe.train)
     prepared = directory.prepared(base, lambda: prepare(base, inputs, progress))
@@ -86,13 +88,17 @@ def _train(trainer: Trainer, directory: RunDirectory, progress: Progress) -> Non
 
 
 class Patience:
-    """Lets the update in progress end when SIGINT or SIGTERM come; a second one does not wait. Main thread only."""
+    """Lets the update in progress end when SIGINT, SIGTERM or SIGHUP come; a second one does not wait.
+
+    Main thread only; a signal that is ignored, as nohup wants it, stays so.
+    """
 
     asked: int | None = None
 
     def __enter__(self) -> Self:
         main = threading.current_thread() is threading.main_thread()
-        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM) if main}
+        heard = [s for s in STOPPING if main and signal.getsignal(s) is not signal.SIG_IGN]
+        self._before = {s: signal.signal(s, self._ask) for s in heard}
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -106,4 +112,4 @@ class Patience:
 
     def leave(self, message: str, hint: str) -> NoReturn:
         """End as the signal wants it."""
-        raise (Terminated if self.asked == signal.SIGTERM else Interrupted)(message, hint)
+        raise (Interrupted if self.asked == signal.SIGINT else Terminated)(message, hint)

@@ -18,7 +18,18 @@ from torch import Tensor
 from unforget.core import distributed
 from unforget.core.types import Family, Instance, Pool
 from unforget.errors import UsageError
-from unforget.files.storage import BadFile, atomic_output, digest, open_tensors, read_json, write_json, write_tensors
+from unforget.files.storage import (
+    BadFile,
+    atomic_output,
+    checksummed,
+    digest,
+    open_tensors,
+    read_json,
+    undamaged,
+    write_bytes,
+    write_json,
+    write_tensors,
+)
 from unforget.unlearning.prepare import Prepared
 from unforget.unlearning.trainer import Saved
 
@@ -65,6 +76,7 @@ class RunDirectory:
         """Make the folder, without what an earlier run of that name left."""
         if distributed.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.chmod(0o700)  # it holds targets
             for pattern in FILES:
                 for path in self.folder.glob(pattern):
                     path.unlink()
@@ -72,12 +84,12 @@ class RunDirectory:
 
     def _write(self) -> None:
         parts = {"inputs": self.inputs, "environment": self.environment, "finished": self.finished}
-        write_json(parts, self._manifest)
+        write_json(checksummed(parts), self._manifest)
 
     def take_up(self) -> list[str]:
         """Go on with the run that is there, with the same inputs; says what is done otherwise than before."""
         with _whole(self._manifest):
-            found = read_json(self._manifest)
+            found = undamaged(read_json(self._manifest))
             inputs, before, self.finished = dict(found["inputs"]), dict(found["environment"]), found["finished"]
         other = [k for k in {**inputs, **self.inputs} if inputs.get(k) != self.inputs.get(k)]
         if other:
@@ -104,7 +116,7 @@ class RunDirectory:
         distributed.barrier()
         # Read back even if just made: sums depend on how tensors lie in memory, and a resumed run has only the file.
         with _whole(self._prepared):
-            values, tensors = self._open(self._prepared)
+            values, tensors, _ = self._open(self._prepared)
             base.prompt_ids(values["prompts"])
             return _unpacked(values, tensors)
 
@@ -112,7 +124,7 @@ class RunDirectory:
         """Store where the run is."""
         began = time.monotonic()
         if distributed.is_main():
-            self._store(self._checkpoint, *saved)
+            self._store(self._checkpoint, *saved, log=self._logged(None))
         self._saved, self._cost = time.monotonic(), time.monotonic() - began
 
     def saved(self) -> Saved | None:
@@ -120,7 +132,11 @@ class RunDirectory:
         if not distributed.broadcast(self._checkpoint.is_file()):
             return None
         with _whole(self._checkpoint):
-            return self._open(self._checkpoint)
+            values, tensors, log = self._open(self._checkpoint)
+        with _whole(self._log):
+            if log != self._logged(values["step"]):
+                raise BadFile("the log is damaged")
+        return values, tensors
 
     def due(self, step: int) -> bool:
         """Whether to save after an update."""
@@ -131,23 +147,28 @@ class RunDirectory:
     def log(self, done: int) -> Path:
         """The log, cut back to the updates that count."""
         if distributed.is_main():
-            lines = self._log.read_text().splitlines(keepends=True)[:done] if self._log.is_file() else []
-            with atomic_output(self._log) as beside:
-                beside.write_text("".join(lines))
+            write_bytes(b"".join(self._lines(done)), self._log)
         return self._log
 
-    def _store(self, path: Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        header = {"run": self._id, "digest": digest(tensors), "values": dict(values)}
+    def _logged(self, done: int | None) -> str:
+        """Digest of the log, as far as its updates count."""
+        return hashlib.sha256(b"".join(self._lines(done))).hexdigest()
+
+    def _lines(self, done: int | None) -> list[bytes]:
+        return self._log.read_bytes().splitlines(keepends=True)[:done] if self._log.is_file() else []
+
+    def _store(self, path: Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor], log: str = "") -> None:
+        header = checksummed({"run": self._id, "digest": digest(tensors), "values": dict(values), "log": log})
         with atomic_output(path) as beside:
             write_tensors(tensors, {HEADER: json.dumps(header)}, beside)
 
-    def _open(self, path: Path) -> Saved:
-        """Values and tensors of a file of this run, if it is whole and not another run's."""
+    def _open(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
+        """Values and tensors of a file of this run, and the digest of its log, if it is whole and not another run's."""
         opened = open_tensors(path)
-        tensors, header = opened.load(), json.loads(opened.metadata[HEADER])
+        tensors, header = opened.load(), undamaged(json.loads(opened.metadata[HEADER]))
         if header["digest"] != digest(tensors) or header["run"] != self._id:
             raise BadFile(f"'{path.name}' is damaged, or of another run")
-        return dict(header["values"]), tensors
+        return dict(header["values"]), tensors, header["log"]
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from unforget.core.metrics import WORKING_SIZE, rms
 from unforget.core.passes import Count
 from unforget.core.types import UNCONDITIONAL, Family, Instance
 from unforget.files import cache, images
+from unforget.files.storage import digest
 from unforget.verification.near_copies import EmbeddedImages, NearCopyDetector
 from unforget.verification.sequential import Decision, Plan, plan
 from unforget.verification.similarity import Backend, backend
@@ -163,12 +164,14 @@ class VerifyContext:
         turns = torch.tensor(prompt_ids)[torch.arange(first, count) % len(prompt_ids)]
         if role == "base" and self.cache:
             prompts = [self.prompt(i) for i in turns.tolist()]
-            return cache.cached(self._key("draws", first, prompts), lambda: self.run(self.base, noise, turns))
+            key = self._key("draws", prompts, first, prompts, digest({"": noise}))
+            return cache.cached(key, (len(turns), *self.base.image_shape), lambda: self.run(self.base, noise, turns))
         return self.run(self.models[role], noise, turns)
 
-    def _key(self, purpose: str, *more: object) -> list[object]:
-        made_by = [self.base_digest, self.seed, self.policy.sampler_steps]
-        return [purpose, *made_by, *more, self.base.image_shape, self.base.guidance]
+    def _key(self, purpose: str, prompts: Sequence[str], *more: object) -> list[object]:
+        """All that something depends on that the base makes under prompts."""
+        made_by = [self.base_digest, self.seed, self.policy.sampler_steps, self.base.made_by(prompts)]
+        return [purpose, *made_by, *more]
 
     def retain_turns(self, count: int) -> Tensor:
         """The retain prompts taking turns, (count,)."""
@@ -213,9 +216,12 @@ class VerifyContext:
         """Which images are near-copies of any target, (N,) of bool."""
         return torch.stack([self.detector.is_copy(shown, i.target) for i in self.instances]).any(0)
 
-    def control(self, key: list[object], make: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Figures of the base, made once, and read from the cache if they stand there. No image is stored."""
-        whole = [*self._key("control"), WORKING_SIZE, *key]
+    def control(self, prompt_id: int, key: list[object], make: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Figures of the base under a prompt, made once, and read from the cache if they stand there: no image is."""
+        compared = [backend.name for backend in self.backends], self.policy.false_positive_rate, WORKING_SIZE
+        turns, policy = [self.prompt(i) for i in self.retain_prompt_ids], (self.policy.controls, self.policy.paired)
+        prompt = self.prompt(prompt_id)
+        whole = self._key("control", [*turns, prompt], *compared, turns, *policy, prompt, *key)
         known = json.dumps(whole)
         if known not in self._figures:
             self._figures[known] = cache.cached_figures(whole, make) if self.cache else make()
@@ -239,8 +245,7 @@ class VerifyContext:
             return {"floor": float(rms(back, pictures).quantile(CONTROL_LEVEL))}
 
         targets = sorted(images.image_id(i.target) for i in self.instances)
-        key = [timestep, self.prompt(prompt_id), self.policy.controls, self.policy.paired, targets]
-        return self.control(["floor", *key], make)["floor"]
+        return self.control(prompt_id, ["floor", timestep, targets], make)["floor"]
 
 
 def shown(made: Mapping[Role, Tensor]) -> dict[Role, Tensor]:

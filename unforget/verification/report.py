@@ -1,12 +1,13 @@
 """What `verify` says: the versioned record that every format is drawn from. Holds ids, never images or paths."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from unforget.errors import ExitCode
-from unforget.files.storage import write_bytes
+from unforget.errors import ExitCode, printable
+from unforget.files.storage import checksummed, write_bytes
 
 Verdict = Literal["forgotten", "failed", "inconclusive", "allowed"]
 Outcome = Literal["passed", "failed", "inconclusive", "informational"]
@@ -132,13 +133,19 @@ class Report(_Record):
     candidate_digest: str
     versions: dict[str, str]
     seconds: dict[str, float]
-    """Time a probe took; all that differs between two runs of one command."""
+    """Time a probe took; all that differs between two runs of one command, beside the checksum."""
+    checksum: str = ""
+    """SHA-256 of the rest, as it is written: tells damage, not malice."""
 
     @property
     def passed(self) -> bool:
         """Whether every target is forgotten and the rest is retained."""
         return self.exit_code == ExitCode.OK
 
+    def text(self) -> str:
+        """The JSON, with its checksum."""
+        return printable(json.dumps(checksummed(json.loads(self.model_dump_json())), indent=2))
+
     def save(self, path: Path) -> None:
         """Write the JSON, complete or not at all."""
-        write_bytes((self.model_dump_json(indent=2) + "\n").encode(), path)
+        write_bytes((self.text() + "\n").encode(), path)

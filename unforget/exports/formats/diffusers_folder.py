@@ -57,7 +57,7 @@ class DiffusersFolder(Format):
         _write_shards(job, manifest, out / network)
         hints = families.hints(home) if home is not None else families.Hints()
         value = {k: v for k, v in hints.model_dump(mode="json").items() if v not in (None, [])}
-        write_json({**value, "made": manifest.model_dump(mode="json")}, out / "unforget.json")
+        write_json({**value, "made": manifest.said()}, out / "unforget.json")
 
     def load(self, job: Job, out: Path) -> Family:
         return weights.folder(out, job.options, job.merge.dtype, job.compute)

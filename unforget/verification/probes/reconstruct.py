@@ -58,7 +58,7 @@ class Reconstruct(Reconstruction):
             return reconstruction_figures(images[role], instance, floor)
 
         key = [self.kind, timestep, self.draws, prompt, image_id(instance.target), image_id(instance.surrogate), floor]
-        base = context.control(key, lambda: figures("base"))
+        base = context.control(prompt_id, key, lambda: figures("base"))
         candidate, start = figures("candidate"), context.start(timestep)
         return Finding(self.kind, instance.id, base, candidate, start, prompt, images=shown(images))
 

@@ -55,7 +55,7 @@ class Transforms(Probe):
         rates = rate_test(context, prompt_id, lambda drawn: context.detector.is_copy(drawn, picture, *instead))
         yield Finding(self.kind, variant.id, rates[0], rates[1], None, prompt, name, rates[2])
         key = [self.kind, name, self.timestep, self.draws, prompt, image_id(picture), floor]
-        both = context.control(key, lambda: figures(context.base)), figures(context.candidate)
+        both = context.control(prompt_id, key, lambda: figures(context.base)), figures(context.candidate)
         base, candidate = ({figure: of[figure] for figure in ("recall", "floor", "to_target")} for of in both)
         yield Finding(self.kind, variant.id, base, candidate, context.start(self.timestep), prompt, name)
 
