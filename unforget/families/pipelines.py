@@ -1,7 +1,7 @@
 """The stock pipeline of a family from a folder, the hub or a single file, with what it has of text encoders."""
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -94,9 +94,9 @@ def _snapshot(kind: Any, source: str, **how: Any) -> Path:
     return Path(kind.download(at.pop("pretrained_model_name_or_path"), **at, **how))
 
 
-def _extras(kind: Any) -> Collection[str]:
+def _extras(kind: Any) -> list[str]:
     """The parts of a pipeline's class that are never loaded."""
-    return EXTRAS.keys() & kind._get_signature_keys(kind)[0]
+    return [name for name in EXTRAS if name in kind._get_signature_keys(kind)[0]]
 
 
 def _dtypes(spec: FamilySpec, source: str, options: Options) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def _configured(spec: FamilySpec, path: str, options: Options) -> Iterator[Path]
 
         at = where(str(config))
         few = ["*.json", "*.txt", "*.model", "*.jinja"]
-        found = snapshot_download(at.pop("pretrained_model_name_or_path"), allow_patterns=few, **at)
+        found = snapshot_download(at["pretrained_model_name_or_path"], revision=at.get("revision"), allow_patterns=few)
         config = Path(found)
         check_single(Path(path), spec, config)
     with view(config, getattr(diffusers, spec.pipeline_class), classes(spec)) as seen:
@@ -172,9 +172,10 @@ def stock_editor(ref: str, name: str) -> Any:
 
     UsageError for one that does not; its parts may have the classes that its signature names.
     """
-    kind = getattr(diffusers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline)):
+    named = getattr(diffusers, name, None)
+    if not (isinstance(named, type) and issubclass(named, diffusers.DiffusionPipeline)):
         raise UsageError(f"'{ref}' is a {name}, which is no pipeline of diffusers", EDITORS)
+    kind: Any = named
     if not {"image", "prompt"} <= set(inspect.signature(kind.__call__).parameters):
         raise UsageError(f"'{ref}' is a {name}, which takes no picture and instruction", EDITORS)
     without = dict.fromkeys(_extras(kind))

@@ -69,8 +69,11 @@ def check(folder: Path, spec: FamilySpec, allow_pickle: bool, given: Collection[
     Pickled weights, where allowed, are left to torch's restricted unpickler.
     """
     with sound(folder):
-        for part in listed(folder, classes(spec)):
-            check_tables(part)
+        allowed = classes(spec)
+        for part in listed(folder, allowed):
+            for name, value in check_tables(part).items():
+                if part.loaded and (said := value.get("_class_name", part.class_name)) not in allowed[part.name]:
+                    raise BadFile(f"'{part.name}/{name}' is of a '{str(said)[:40]}'")
             if part.loaded and part.kind == "model" and part.name not in given:
                 made = _check_weights(part, allow_pickle)
                 if part.name == spec.network:
