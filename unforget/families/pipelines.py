@@ -16,7 +16,7 @@ from unforget.errors import CannotRun, UsageError
 from unforget.families.loading import Options, where
 from unforget.families.parts import ANY, EXTRAS, TOKENIZERS, classes
 from unforget.families.safety import check, check_editor, check_single
-from unforget.families.spec import FamilySpec, tokenizer
+from unforget.families.spec import FamilySpec, is_inside, tokenizer
 from unforget.families.view import view
 from unforget.files.storage import open_tensors
 
@@ -121,15 +121,13 @@ def _from_single_file(spec: FamilySpec, path: str, options: Options, parts: dict
     in one of a network alone, comes from the folder, if it has the weights: stock `from_single_file` looks for text
     encoders there under names that they do not have. It also fails on a file without T5 unless told that there is none.
     """
-    kind, layout = getattr(diffusers, spec.pipeline_class), spec.layout
-    assert layout is not None
+    kind = getattr(diffusers, spec.pipeline_class)
     with _configured(spec, path, options) as config:
         how = {"config": str(config), "local_files_only": True}
         rest = options.rest_dtype or dtype_of(spec, network_config(spec, str(config)))
-        held, made = open_tensors(Path(path)).tensors, {spec.autoencoder: spec.autoencoders[0]}
-        begins = {spec.autoencoder: layout.vae_prefix, **layout.text_encoders}
-        for name, class_name in (made | dict(spec.text_encoders)).items():
-            inside = any(n.startswith(begins[name]) for n in held)
+        held = open_tensors(Path(path)).tensors
+        for name, class_name in {spec.autoencoder: spec.autoencoders[0], **spec.text_encoders}.items():
+            inside = is_inside(spec, name, held)
             here = any((config / name).glob("*.safetensors"))
             if name in spec.optional and not (options.t5 and (inside or here)):
                 parts |= dict.fromkeys((name, tokenizer(name)))

@@ -20,8 +20,8 @@ import torch
 from torch.nn.modules import module as registrations
 
 from unforget.errors import CannotRun, UsageError
-from unforget.families.parts import STEMS, WORDS, Classes, Part, classes, listed, opened
-from unforget.families.spec import Setting
+from unforget.families.parts import EXTRAS, STEMS, WORDS, Classes, Part, classes, listed, opened
+from unforget.families.spec import Setting, is_inside
 from unforget.files.storage import BadFile, Lazy, open_tensors, read_json
 
 if TYPE_CHECKING:
@@ -97,7 +97,15 @@ def check_single(file: Path, spec: FamilySpec, config: Path) -> None:
         tables = {name: check_tables(part) for name, part in parts.items()}
         if missing := {spec.network, spec.autoencoder, *spec.text_encoders} - {"", *spec.optional, *parts}:
             raise BadFile(f"'{config}' describes no {min(missing)}")
-        made = {n: _made(parts[n], t["config.json"], PIECES) for n, t in tables.items() if "config.json" in t}
+        made = {
+            n: _made(parts[n], t["config.json"], PIECES)
+            for n, t in tables.items()
+            if "config.json" in t and n not in EXTRAS
+        }
+        for name in made.keys() - {spec.network}:
+            found = None if is_inside(spec, name, tensors) else opened(parts[name].home, STEMS[parts[name].library])
+            if found is not None:
+                _check_fits(parts[name], made[name], found.tensors)
         network = made[spec.network]
     except (BadFile, OSError, KeyError) as error:
         reason = error if isinstance(error, BadFile) else f"'{config}' is no diffusers folder"

@@ -146,6 +146,13 @@ def tokenizer(text_encoder: str) -> str:
     return text_encoder.replace("text_encoder", "tokenizer")
 
 
+def is_inside(spec: FamilySpec, part: str, names: Iterable[str]) -> bool:
+    """Whether a single file with tensors of such names holds an autoencoder or text encoder."""
+    assert spec.layout is not None
+    begin = {spec.autoencoder: spec.layout.vae_prefix, **spec.layout.text_encoders}[part]
+    return any(name.startswith(begin) for name in names)
+
+
 def is_guided(spec: FamilySpec, guidance: float | None) -> bool:
     """Whether a draw under a prompt asks the network twice at each step."""
     return guidance not in (None, 1) and not spec.distilled
