@@ -73,14 +73,14 @@ def unlearned(folder, home):
     )).output  # fmt: skip
 
 
-def test_a_folder_of_half_precision_is_exported_without_its_safety_checker(folder, tmp_path):
-    """It is not loaded, so it cannot be written; stock opens what is left."""
+def test_a_folder_of_half_precision_is_exported_with_all_its_parts(folder, tmp_path):
+    """Under the names that stock opens without being told of a variant; what is not loaded is copied."""
     half = halved(folder, tmp_path / "half")
     whole = export(ExportConfig(model=str(half), patch=unlearned(half, tmp_path), output=tmp_path / "whole")).output
-    assert json.loads((whole / "model_index.json").read_text())["safety_checker"] == [None, None]
-    opened = StableDiffusionPipeline.from_pretrained(whole, requires_safety_checker=False)
+    opened = StableDiffusionPipeline.from_pretrained(whole)
+    assert not list(whole.rglob("*fp16*"))
     assert load_file(whole / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"].dtype == torch.float16
-    assert opened.safety_checker is None
+    assert opened.safety_checker is not None
 
 
 def test_the_command_line(folder, picture, cli):

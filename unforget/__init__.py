@@ -4,6 +4,7 @@ The commands of the `unforget` tool as functions: `edit_surrogate`, `unlearn`, `
 configuration, and `show`. They are imported when first asked for, so that `import unforget` costs nothing.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,13 @@ __all__ = [
     "unlearn",
     "verify",
 ]
+
+for _name in (
+    "ORT_DISABLE_TELEMETRY", "HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK",
+    "DIFFUSERS_DISABLE_REMOTE_CODE", "DISABLE_SAFETENSORS_CONVERSION",
+):  # fmt: skip
+    os.environ.setdefault(_name, "1")  # read once, when the libraries are imported
+os.environ.setdefault("USE_HUB_KERNELS", "NO")
 
 _HOME = {
     **dict.fromkeys(("edit_surrogate", "unlearn", "verify", "export", "show"), "api"),

@@ -36,6 +36,7 @@ SPEC = FamilySpec(
     title="DiT",
     pipeline_class="DiTPipeline",
     network_class="DiTTransformer2DModel",
+    network_also=("Transformer2DModel",),
     everyday=tuple(f"class:{n}" for n in range(0, CLASSES, 8)),
     # Stable Diffusion's, at the same ratios of noise to image: its betas are linear.
     recipes=latent_recipes(taper=(436, 516), forget_range=(29, 1000), updates=360),

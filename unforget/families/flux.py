@@ -81,6 +81,5 @@ SPEC = FamilySpec(
     latent=lambda config: (config["in_channels"] // 4, 128),
     latent_side=lambda config: (2, 512),
     blocks=lambda config: config["num_layers"] + config["num_single_layers"],
-    passed={"feature_extractor": None, "image_encoder": None},
     layout=LAYOUT,
 )  # fmt: skip

@@ -71,6 +71,7 @@ SPEC = FamilySpec(
     title="FLUX.2 klein",
     pipeline_class="Flux2KleinPipeline",
     network_class="Flux2Transformer2DModel",
+    autoencoders=("AutoencoderKLFlux2",),
     to_x_0=to_x_0,
     to_latents=to_latents,
     gathered=2,

@@ -11,6 +11,7 @@ SPEC = replace(
     pipeline_class="LDMPipeline",
     also=(),
     autoencoder="vqvae",
+    autoencoders=("VQModel", "AutoencoderKL"),
     architecture=lambda config: "ldm-unet",
     aliases={"ldm-celebahq": "CompVis/ldm-celebahq-256"},
     unfit=lambda config: "is class-conditional" if config.get("num_class_embeds") else sd.unfit(config),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
+import io
+import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from unforget import families
 from unforget.errors import CannotRun, UnforgetError, UsageError
 from unforget.families import safety
+from unforget.families.parts import check_pointer
 from unforget.files.storage import BadFile, open_tensors, read_json
 
 if TYPE_CHECKING:
@@ -22,6 +25,11 @@ if TYPE_CHECKING:
 
     from unforget.core.types import Family
     from unforget.families.spec import FamilySpec
+
+
+LORA = re.compile(r"\blora_|[._]lora[._]|\bhada_w|\blokr_w")
+"""In names of tensors of an adapter."""
+ADAPTERS = ("adapter_config.json", "pytorch_lora_weights.safetensors")
 
 
 class Hints(BaseModel):
@@ -69,6 +77,8 @@ def load(ref: str, options: Options | None = None) -> Family:
     """
     options = options or Options()
     source, spec = examined(ref, options)
+    if source != ref and Path(ref).exists():
+        options.note(f"'{ref}' is taken for the alias; the folder or file of that name is ./{ref}")
     with opening(ref, source):
         return _opened(ref, source, spec, options)
 
@@ -84,6 +94,9 @@ def _opened(ref: str, source: str, spec: FamilySpec, options: Options) -> Family
     single = options.pipeline_config if Path(source).is_file() else None
     model = DiffusionModel(spec, pipeline, ref, options, hints(single or Path(source)))
     families.trim_memory(sum(p.numel() for p in model.network.parameters()))
+    if not bool(model.schedule.alphas.isfinite().all() and model.schedule.sigmas.isfinite().all()):
+        raise CannotRun(f"the scheduler of '{ref}' describes no noise", "Get the model again.")
+    model.sampling_timesteps(2)  # a scheduler that wants what it is not given says so before any work
     for part in pipeline.components.values():
         # The extremes tell of NaN and infinity, too, and take no memory.
         if not all(bool(e.isfinite()) for p in getattr(part, "parameters", list)() if p.numel() for e in p.aminmax()):
@@ -132,13 +145,10 @@ def hints(folder: Path) -> Hints:
 
 def editor(ref: str, device: str | torch.device = "cpu") -> tuple[Any, str]:
     """An instruction editor, any diffusers pipeline that takes an image and a prompt, and the name of its licence."""
-    from diffusers import DiffusionPipeline
+    from unforget.families.pipelines import stock_editor
 
     with opening(ref, ref):
-        pipeline = DiffusionPipeline.from_pretrained(**where(ref), use_safetensors=True)
-    if not {"image", "prompt"} <= set(inspect.signature(pipeline.__call__).parameters):
-        hint = "Give an instruction editor: FLUX.2-klein, FLUX.1-Kontext, Qwen-Image-Edit or InstructPix2Pix."
-        raise UsageError(f"'{ref}' is a {type(pipeline).__name__}, which takes no picture and instruction", hint)
+        pipeline = stock_editor(ref, _pipeline_class(ref, ref))
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device), _licence(ref)
 
@@ -167,16 +177,9 @@ def _source(ref: str) -> str:
 
 def _spec(source: str, ref: str) -> FamilySpec:
     """The row of what a source holds: by its pipeline class, or by the names of a single file's tensors."""
-    path = Path(source)
-    if path.is_file():
-        return _spec_of_single(path, ref)
-    if path.is_dir():
-        name = _class_name(path)
-    else:
-        from diffusers import DiffusionPipeline
-
-        with opening(ref, source):
-            name = DiffusionPipeline.load_config(**where(source))["_class_name"]
+    if Path(source).is_file():
+        return _spec_of_single(Path(source), ref)
+    name = _pipeline_class(source, ref)
     for spec in families.FAMILIES:
         if name in (spec.pipeline_class, *spec.also):
             return spec
@@ -186,13 +189,28 @@ def _spec(source: str, ref: str) -> FamilySpec:
     raise UsageError(f"'{ref}' is a {name}", instead[0] if instead else hint)
 
 
+def _pipeline_class(source: str, ref: str) -> str:
+    """What a folder or the hub calls the pipeline."""
+    if Path(source).is_dir():
+        return _class_name(Path(source))
+    from diffusers import DiffusionPipeline
+
+    with opening(ref, source):
+        return str(DiffusionPipeline.load_config(**where(source))["_class_name"])
+
+
 def _spec_of_single(file: Path, ref: str) -> FamilySpec:
     if file.suffix != ".safetensors":
         raise UsageError(f"'{ref}' is not a .safetensors file", "Convert the checkpoint to safetensors.")
     try:
+        check_pointer(file)
         names = set(open_tensors(file).tensors)
     except BadFile as error:
         raise UsageError(f"'{ref}' cannot be opened: {error}", "Get it again.") from None
+    if any(LORA.search(name) for name in names):
+        hint = "Give the model that it is for; `pipeline.fuse_lora()` and `save_pretrained` put it into one."
+        raise UsageError(f"'{ref}' is a LoRA (an adapter), not a model", hint)
+    safety.check_scales(names, f"'{ref}'")
     layouts = [(spec, spec.layout) for spec in families.FAMILIES if spec.layout is not None]
     for spec, layout in layouts:
         if layout.is_in(names):
@@ -203,9 +221,12 @@ def _spec_of_single(file: Path, ref: str) -> FamilySpec:
 
 def _class_name(folder: Path) -> str:
     index, hint = folder / "model_index.json", "Give the folder that `pipeline.save_pretrained` wrote."
+    if any((folder / name).is_file() for name in ADAPTERS):
+        raise UsageError(f"'{folder}' is a LoRA (an adapter), not a model", "Give the model that it is for.")
     if not index.is_file():
         raise UsageError(f"'{folder}' has no model_index.json", hint)
     try:
+        check_pointer(index)
         return str(read_json(index)["_class_name"])
     except (ValueError, KeyError, TypeError):
         raise UsageError(f"'{index}' does not name a pipeline class", hint) from None
@@ -235,6 +256,7 @@ def opening(ref: str, source: str) -> Iterator[None]:
 
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    given, sys.stdin = sys.stdin, io.StringIO()  # nobody answers what a library asks
     try:
         yield
     except UnforgetError:
@@ -244,13 +266,15 @@ def opening(ref: str, source: str) -> Iterator[None]:
             raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
         raise CannotRun(f"cannot open the model '{ref}': {reason}", _hint(source, str(error))) from error
+    finally:
+        sys.stdin = given
 
 
 def _hint(source: str, reason: str) -> str:
     if Path(source).is_dir():
         return "Check the files of that folder; the stock pipeline's `from_pretrained` must open it."
     if Path(source).is_file():
-        return "Offline a single file needs --pipeline-config DIR: a diffusers folder of that model without weights."
+        return "Check the file, and whether its --pipeline-config is of the same model, with what the file lacks."
     if "gated" in reason.lower() or "403" in reason or "401" in reason:
         return f"Accept its licence on huggingface.co/{source.partition('@')[0]}, set HF_TOKEN, or give a local folder."
     return (

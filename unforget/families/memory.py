@@ -236,7 +236,7 @@ def reckon(found: Blueprint, scope: Scope, rank: int, *, micro_batch: int, check
         p.requires_grad_(True)
     # What `compute.mixed` asks of attention.
     plain = half and not checkpointing and found.device.type == "cpu"
-    with contextlib.nullcontext() if plain else _FusedAttention():
+    with contextlib.nullcontext() if plain else FusedAttention():
         kept = _kept(found, micro_batch)
         if checkpointing:
             network.enable_gradient_checkpointing()
@@ -249,7 +249,7 @@ def reckon(found: Blueprint, scope: Scope, rank: int, *, micro_batch: int, check
     return Plan(int(RUNTIME), weights, base, 3 * mine, 2 * mine, kept, found.embedding())
 
 
-class _FusedAttention(TorchFunctionMode):
+class FusedAttention(TorchFunctionMode):
     """Attention as fused kernels do it, which torch has no meta tensors for: scores are computed again, not kept."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,6 +1,8 @@
 """The stock pipeline of a family from a folder, the hub or a single file, with what it has of text encoders."""
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +10,17 @@ import diffusers
 import torch
 import transformers
 from accelerate import init_empty_weights
+from diffusers.schedulers import KarrasDiffusionSchedulers
 
-from unforget.errors import CannotRun
+from unforget.errors import CannotRun, UsageError
 from unforget.families.loading import Options, where
-from unforget.families.safety import variant
-from unforget.families.spec import FamilySpec, tokenizer
+from unforget.families.parts import ANY, EXTRAS, TOKENIZERS, classes
+from unforget.families.safety import check, check_editor, check_single
+from unforget.families.spec import FamilySpec, is_inside, tokenizer
+from unforget.families.view import view
 from unforget.files.storage import open_tensors
 
+EDITORS = "Give an instruction editor: FLUX.2-klein, FLUX.1-Kontext, Qwen-Image-Edit or InstructPix2Pix."
 SMALL = 500_000_000
 """Weights up to which a network is computed in float32."""
 
@@ -23,7 +29,15 @@ def stock(spec: FamilySpec, source: str, options: Options) -> Any:
     """The loaded pipeline; parts that the row leaves out, and a network that was given, are not loaded."""
     parts = {**spec.passed, **({} if options.network is None else {spec.network: options.network})}
     opener = _from_single_file if Path(source).is_file() else _from_pretrained
-    return opener(spec, source, options, parts)
+    pipeline = opener(spec, source, options, parts)
+    for name in spec.text_encoders:
+        words, encoder = getattr(pipeline, tokenizer(name)), getattr(pipeline, name)
+        most = getattr(getattr(encoder, "config", None), "max_position_embeddings", None)
+        if words is not None and most and words.model_max_length > most:
+            words.model_max_length = most  # it was saved without a limit
+    if hasattr(pipeline, "tokenizer_max_length"):
+        pipeline.tokenizer_max_length = pipeline.tokenizer.model_max_length
+    return pipeline
 
 
 def network_class(spec: FamilySpec) -> Any:
@@ -50,16 +64,39 @@ def _from_pretrained(spec: FamilySpec, source: str, options: Options, parts: dic
 
     Stock `from_pretrained` refuses a folder without T5 unless told so; every part that is null in its index is.
     """
-    kind, at = getattr(diffusers, spec.pipeline_class), where(source)
-    index = kind.load_config(**at)
-    absent = [n for n in spec.text_encoders if index.get(n, [None])[0] is None]
-    absent += [] if options.t5 else spec.optional
-    absent += [tokenizer(n) for n in spec.text_encoders if n in absent or index.get(tokenizer(n), [None])[0] is None]
-    return kind.from_pretrained(
-        **at, use_safetensors=None if options.allow_pickle else True,
-        variant=variant(Path(source), spec.network) if Path(source).is_dir() else None,
-        **_dtypes(spec, source, options), **dict.fromkeys(absent), **parts,
-    )  # fmt: skip
+    kind = getattr(diffusers, spec.pipeline_class)
+    folder = Path(source) if Path(source).is_dir() else _downloaded(spec, kind, source, options, parts)
+    given = [n for n, part in parts.items() if part is not None]
+    with view(folder, kind, classes(spec), pickled=options.allow_pickle, given=given) as seen:
+        index = kind.load_config(seen)
+        absent = [n for n in spec.text_encoders if index.get(n, [None])[0] is None]
+        absent += [] if options.t5 else spec.optional
+        absent += [tokenizer(n) for n in spec.text_encoders if n in absent or tokenizer(n) not in index]
+        return kind.from_pretrained(
+            seen, use_safetensors=None if options.allow_pickle else True, local_files_only=True,
+            trust_remote_code=False, **_dtypes(spec, str(seen), options), **dict.fromkeys((*_extras(kind), *absent)),
+            **parts,
+        )  # fmt: skip
+
+
+def _downloaded(spec: FamilySpec, kind: Any, source: str, options: Options, parts: Mapping[str, Any]) -> Path:
+    """The hub's folder, looked at as one that lies here."""
+    left = {n: None for n in spec.optional if not options.t5}
+    safe = None if options.allow_pickle else True
+    folder = _snapshot(kind, source, use_safetensors=safe, **dict.fromkeys(_extras(kind)), **left, **parts)
+    check(folder, spec, options.allow_pickle, [*left, *parts])
+    return folder
+
+
+def _snapshot(kind: Any, source: str, **how: Any) -> Path:
+    """The folder that the hub's cache has of a repository, with what a pipeline's class is made of."""
+    at: dict[str, Any] = where(source)
+    return Path(kind.download(at.pop("pretrained_model_name_or_path"), **at, **how))
+
+
+def _extras(kind: Any) -> list[str]:
+    """The parts of a pipeline's class that are never loaded."""
+    return [name for name in EXTRAS if name in kind._get_signature_keys(kind)[0]]
 
 
 def _dtypes(spec: FamilySpec, source: str, options: Options) -> dict[str, Any]:
@@ -84,35 +121,83 @@ def _from_single_file(spec: FamilySpec, path: str, options: Options, parts: dict
     in one of a network alone, comes from the folder, if it has the weights: stock `from_single_file` looks for text
     encoders there under names that they do not have. It also fails on a file without T5 unless told that there is none.
     """
-    config = options.pipeline_config
-    local = config is not None and config.is_dir()
-    how = {"config": str(config), "local_files_only": local}
-    rest = options.rest_dtype or (dtype_of(spec, network_config(spec, str(config))) if local else torch.bfloat16)
-    held, layout = open_tensors(Path(path)).tensors, spec.layout
-    assert layout is not None
-    if not any(n.startswith(layout.vae_prefix) for n in held):
-        parts[spec.autoencoder] = _autoencoder(spec, path, config, rest)
-    for name, class_name in spec.text_encoders.items():
-        inside = any(n.startswith(layout.text_encoders[name]) for n in held)
-        here = config is not None and any((config / name).glob("model*.safetensors"))
-        if name in spec.optional and not (options.t5 and (inside or here)):
-            parts |= dict.fromkeys((name, tokenizer(name)))
-        elif not inside and here:
-            encoder = getattr(transformers, class_name)
-            parts[name] = encoder.from_pretrained(f"{config}/{name}", dtype=rest, use_safetensors=True)
-    if options.network_dtype not in (None, rest) and spec.network not in parts:
-        how_network = {"subfolder": spec.network, "dtype": options.network_dtype, **how}
-        parts[spec.network] = network_class(spec).from_single_file(path, **how_network)
-    pipeline = getattr(diffusers, spec.pipeline_class).from_single_file(path, dtype=rest, **how, **parts)
+    kind = getattr(diffusers, spec.pipeline_class)
+    with _configured(spec, path, options) as config:
+        how = {"config": str(config), "local_files_only": True}
+        rest = options.rest_dtype or dtype_of(spec, network_config(spec, str(config)))
+        held = open_tensors(Path(path)).tensors
+        for name, class_name in {spec.autoencoder: spec.autoencoders[0], **spec.text_encoders}.items():
+            inside = is_inside(spec, name, held)
+            here = any((config / name).glob("*.safetensors"))
+            if name in spec.optional and not (options.t5 and (inside or here)):
+                parts |= dict.fromkeys((name, tokenizer(name)))
+            elif not inside:
+                if not here:
+                    sentence = f"'{path}' holds no {name}, nor does '{options.pipeline_config}'"
+                    raise CannotRun(sentence, f"Give a --pipeline-config DIR with the weights of its {name}.")
+                library = diffusers if name == spec.autoencoder else transformers
+                opener = getattr(library, class_name).from_pretrained
+                parts[name] = opener(config / name, dtype=rest, use_safetensors=True, local_files_only=True)
+        if options.network_dtype not in (None, rest) and spec.network not in parts:
+            how_network = {"subfolder": spec.network, "dtype": options.network_dtype, **how}
+            parts[spec.network] = network_class(spec).from_single_file(path, **how_network)
+        pipeline = kind.from_single_file(path, dtype=rest, **how, **dict.fromkeys(_extras(kind)), **parts)
     for name in spec.text_encoders:
         if (encoder := getattr(pipeline, name)) is not None:
             encoder.eval()  # stock leaves T5 in training: it would drop a tenth of what it reads
     return pipeline
 
 
-def _autoencoder(spec: FamilySpec, path: str, config: Path | None, dtype: torch.dtype) -> Any:
-    """That of the folder; CannotRun if there is none, of which stock makes one without data."""
-    if config is None or not any((config / spec.autoencoder).glob("*.safetensors")):
-        sentence = f"'{path}' holds no {spec.autoencoder}, nor does '{config}'"
-        raise CannotRun(sentence, f"Give a --pipeline-config DIR with the weights of its {spec.autoencoder}.")
-    return diffusers.AutoencoderKL.from_pretrained(f"{config}/{spec.autoencoder}", dtype=dtype, use_safetensors=True)
+@contextmanager
+def _configured(spec: FamilySpec, path: str, options: Options) -> Iterator[Path]:
+    """What libraries see of the diffusers folder that says what a single file holds."""
+    config = options.pipeline_config
+    assert config is not None
+    if not config.is_dir():
+        from huggingface_hub import snapshot_download
+
+        at = where(str(config))
+        few = ["*.json", "*.txt", "*.model", "*.jinja"]
+        found = snapshot_download(at["pretrained_model_name_or_path"], revision=at.get("revision"), allow_patterns=few)
+        config = Path(found)
+        check_single(Path(path), spec, config)
+    with view(config, getattr(diffusers, spec.pipeline_class), classes(spec)) as seen:
+        yield seen
+
+
+def stock_editor(ref: str, name: str) -> Any:
+    """A diffusers pipeline that takes a picture and an instruction, from a folder or hub id, by the name of its class.
+
+    UsageError for one that does not; its parts may have the classes that its signature names.
+    """
+    named = getattr(diffusers, name, None)
+    if not (isinstance(named, type) and issubclass(named, diffusers.DiffusionPipeline)):
+        raise UsageError(f"'{ref}' is a {name}, which is no pipeline of diffusers", EDITORS)
+    kind: Any = named
+    if not {"image", "prompt"} <= set(inspect.signature(kind.__call__).parameters):
+        raise UsageError(f"'{ref}' is a {name}, which takes no picture and instruction", EDITORS)
+    without = dict.fromkeys(_extras(kind))
+    folder = Path(ref) if Path(ref).is_dir() else _snapshot(kind, ref, use_safetensors=True, **without)
+    allowed = signature(kind)
+    check_editor(folder, allowed)
+    if "requires_safety_checker" in kind._get_signature_keys(kind)[1]:
+        without["requires_safety_checker"] = False
+    with view(folder, kind, allowed) as seen:
+        return kind.from_pretrained(
+            seen, use_safetensors=True, local_files_only=True, trust_remote_code=False, **without
+        )
+
+
+def signature(kind: Any) -> dict[str, tuple[str, ...]]:
+    """The classes that the parts of a pipeline's class may have, by its annotations."""
+    found = {}
+    for name, types in kind._get_signature_types().items():
+        names = [getattr(t, "__name__", "") for t in types]
+        if "tokenizer" in name:
+            names += [*ANY, *(n for reads in TOKENIZERS.values() for n in reads)]
+        if "scheduler" in name:
+            names += [n for t in types for n in getattr(t, "_compatibles", [])] + [
+                s.name for s in KarrasDiffusionSchedulers
+            ]
+        found[name] = tuple(names)
+    return found

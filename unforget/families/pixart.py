@@ -42,6 +42,7 @@ SPEC = FamilySpec(
     title="PixArt-Sigma",
     pipeline_class="PixArtSigmaPipeline",
     network_class="PixArtTransformer2DModel",
+    network_also=("Transformer2DModel",),
     recipes=dit.SPEC.recipes,
     formats=("diffusers", "peft", "transformer"),
     architecture=lambda config: "pixart-ms-sigma-xl-2",

@@ -48,7 +48,9 @@ SPEC = FamilySpec(
     reference="https://github.com/NVlabs/Sana",
     lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
     aliases={"sana": "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"},
+    autoencoders=("AutoencoderDC",),
     sampler="DPMSolverMultistepScheduler",
+    schedulers=("FlowMatchEulerDiscreteScheduler",),
     # Euler, which begins anywhere: the second order remembers the steps before.
     sampler_options={"solver_order": 1},
     call=call,

@@ -59,5 +59,5 @@ SPEC = FamilySpec(
     layout=SD_LAYOUT,
     unfit=unfit,
     blocks=lambda config: 2 * len(config["block_out_channels"]) + 1,
-    passed={"safety_checker": None, "feature_extractor": None, "image_encoder": None, "requires_safety_checker": False},
+    passed={"requires_safety_checker": False},
 )  # fmt: skip

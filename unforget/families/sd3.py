@@ -75,6 +75,18 @@ def call(network: Any, x_t: Tensor, timestep: Tensor, conditioning: Sequence[Ten
     return answer
 
 
+def timesteps(sampler: Any, steps: int, latent_shape: tuple[int, int, int]) -> None:
+    """The scheduler's own, shifted by the number of squares where its configuration says so."""
+    from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+
+    if not sampler.config.get("use_dynamic_shifting"):
+        sampler.set_timesteps(steps)
+        return
+    ends = ("base_image_seq_len", 256), ("max_image_seq_len", 4096), ("base_shift", 0.5), ("max_shift", 1.16)
+    squares = latent_shape[1] * latent_shape[2] // 4
+    sampler.set_timesteps(steps, mu=calculate_shift(squares, *(sampler.config.get(*end) for end in ends)))
+
+
 def architecture(config: Config) -> str:
     """SD3 or SD3.5, by what its attention has."""
     if config.get("dual_attention_layers"):
@@ -99,6 +111,7 @@ SPEC = FamilySpec(
         "sd3.5-large": "stabilityai/stable-diffusion-3.5-large",
     },
     sampler="FlowMatchEulerDiscreteScheduler",
+    timesteps=timesteps,
     call=call,
     adapt=adapt,
     text_encoders={

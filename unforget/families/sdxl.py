@@ -59,5 +59,5 @@ SPEC = FamilySpec(
     unfit=sd.unfit,
     blocks=sd.SPEC.blocks,
     refused={"StableDiffusionXLImg2ImgPipeline": "A refiner draws no picture of its own: give the base model."},
-    passed={"feature_extractor": None, "image_encoder": None, "add_watermarker": False},
+    passed={"add_watermarker": False},
 )  # fmt: skip

@@ -57,6 +57,7 @@ class FamilySpec:
     also: tuple[str, ...] = ()  # others, of the same parts
     network: str = "transformer"  # the part that is trained: its name, its subfolder, the prefix of its LoRAs
     network_class: str
+    network_also: tuple[str, ...] = ()  # what diffusers called that class before
     prompted: bool = True  # whether prompts say what is drawn
     everyday: tuple[str, ...] = ()  # prompts of what is to be retained, instead of the built-in list
     scopes: tuple[Scope, ...] = ("lora", "full")  # which weights can be trained, the default first
@@ -65,9 +66,11 @@ class FamilySpec:
     task: str = "text-to-image"  # what the hub calls what it does
     architecture: Callable[[Config], str]  # ModelSpec's name of a network with a configuration
     sampler: str  # the class that `denoise` steps with
+    schedulers: tuple[str, ...] = ()  # that a folder may have besides that and those that diffusers makes of its like
     call: Callable[[Any, Tensor, Tensor, Sequence[Tensor], Setting], Tensor]
     """The network's answer at (network, x_t, timestep, conditioning, setting)."""
     autoencoder: str = "vae"  # its name in the pipeline; none for models that draw pixels
+    autoencoders: tuple[str, ...] = ("AutoencoderKL",)  # the classes that it may have
     to_x_0: Callable[[Any, Tensor], Tensor] = scaled
     """What the network works on, of (autoencoder, latents)."""
     to_latents: Callable[[Any, Tensor], Tensor] = unscaled  # its inverse
@@ -103,8 +106,7 @@ class FamilySpec:
     unfit: Callable[[Config], str] = lambda config: ""
     """Why a network of its class with a configuration is another kind of model; empty if it is not."""
     blocks: Callable[[Config], int] = lambda config: 1  # how many parts checkpointing splits the network into
-    passed: Mapping[str, Any] = field(default_factory=dict)
-    """What stock `from_pretrained` is given besides; a part that is None here is not loaded."""
+    passed: Mapping[str, Any] = field(default_factory=dict)  # what stock `from_pretrained` is given besides
     refused: Mapping[str, str] = field(default_factory=dict)
     """Pipeline classes that look like this family's and are not, with what to give instead."""
     layout: Layout | None = None  # the names in its original single file, if it has one
@@ -113,6 +115,13 @@ class FamilySpec:
 def tokenizer(text_encoder: str) -> str:
     """The tokenizer of a text encoder, by the names of the parts."""
     return text_encoder.replace("text_encoder", "tokenizer")
+
+
+def is_inside(spec: FamilySpec, part: str, names: Iterable[str]) -> bool:
+    """Whether a single file with tensors of such names holds an autoencoder or text encoder."""
+    assert spec.layout is not None
+    begin = {spec.autoencoder: spec.layout.vae_prefix, **spec.layout.text_encoders}[part]
+    return any(name.startswith(begin) for name in names)
 
 
 def is_guided(spec: FamilySpec, guidance: float | None) -> bool:

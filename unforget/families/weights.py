@@ -22,8 +22,8 @@ from unforget.core.types import LARGE
 from unforget.errors import CannotRun
 from unforget.families.layouts import Layout, from_original, originals
 from unforget.families.loading import Options
+from unforget.families.parts import STEMS, opened
 from unforget.families.pipelines import dtype_of, network_class
-from unforget.families.safety import STEMS, opened, variant
 from unforget.families.spec import FamilySpec
 from unforget.files.storage import BadFile, Lazy, Opened, open_tensors, read_json, write_json
 
@@ -62,7 +62,7 @@ def _stored(spec: FamilySpec, path: Path) -> Opened:
     if path.is_file():
         return open_tensors(path)
     part = path / spec.network
-    return opened(part if part.is_dir() else path, STEM, variant(path, spec.network)) or Opened({}, {})
+    return opened(part if part.is_dir() else path, STEM) or Opened({}, {})
 
 
 def load(ref: str, options: Options) -> Family:

@@ -16,12 +16,11 @@ from unforget.exports.formats.base import OPEN, Format, Job, check_written, head
 from unforget.exports.manifest import PATH, ExportManifest
 from unforget.exports.rounding import DTYPES
 from unforget.families import weights
-from unforget.files.storage import BadFile, Digested, open_tensors, read_json, write_json, write_tensors
+from unforget.families.parts import INDEX, classes, is_own, listed
+from unforget.families.spec import FamilySpec
+from unforget.files.storage import BadFile, Digested, open_tensors, write_json, write_tensors
 
 STEM = "diffusion_pytorch_model"
-WEIGHTS = re.compile(r"[\w-]+?(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-"""Files with weights, and indexes of such; a variant has a word more between two dots."""
-TEXTS = (".json", ".txt", ".model", ".jinja")
 CONTENT = ("vocab.json", "tokenizer.json")
 """Large files of words, in which a slash is a word."""
 LICENCES = re.compile(r"(LICEN[CS]E|NOTICE)[\w-]*(\.(md|txt))?", re.IGNORECASE)
@@ -36,14 +35,14 @@ class DiffusersFolder(Format):
     usage = f"{OPEN}here{{options}})"
 
     def size(self, job: Job) -> int:
-        files = copies(job.origin.home, job.family.network)[0] if job.origin.home else {}
+        files = copies(job.origin.home, job.family)[0] if job.origin.home else {}
         return super().size(job) + sum(f.stat().st_size for f in files.values())
 
     def write(self, job: Job, manifest: ExportManifest, out: Path) -> None:
         network, home, missing = job.family.network, job.origin.home, list[str]()
         (out / network).mkdir(parents=True)
         if home is not None:
-            files, missing = copies(home, network)
+            files, missing = copies(home, job.family)
             for to, start in files.items():
                 (out / to).parent.mkdir(exist_ok=True)
                 shutil.copyfile(start, out / to)  # follows links, of which the hub's cache is made
@@ -63,33 +62,23 @@ class DiffusersFolder(Format):
         return weights.folder(out, job.options, job.merge.dtype, job.compute)
 
 
-def copies(home: Path, network: str) -> tuple[dict[Path, Path], list[str]]:
+def copies(home: Path, family: FamilySpec) -> tuple[dict[Path, Path], list[str]]:
     """What of a base's folder goes into the new one, but for the weights of the network, by its place there.
 
-    And the parts whose weights are in no form that can be copied.
+    The files that loaders read, weights under the one name that is read, and licences. And the parts whose weights are
+    in no form that can be copied.
     """
-    said = [f for f in home.iterdir() if f.name == "model_index.json" or (LICENCES.fullmatch(f.name) and f.is_file())]
+    said = [f for f in home.iterdir() if f.name == INDEX or (LICENCES.fullmatch(f.name) and is_own(f, home))]
     found, missing = {Path(f.name): f for f in said}, []
-    if not (home / network).is_dir():  # all in the root, as old DDPM repositories
-        found[Path(network, "config.json")] = home / "config.json"
-        found[Path("scheduler", "scheduler_config.json")] = home / "scheduler_config.json"
-        return found, []
-    for part in _parts(home):
-        files = [f for f in sorted((home / part).iterdir()) if f.is_file()] if (home / part).is_dir() else []
-        held = [f for f in files if WEIGHTS.fullmatch(f.name)]
-        texts = [f for f in files if f.suffix in TEXTS and ".index." not in f.name]
-        if part != network:
-            texts += held
-            if not held and any(f.name == "config.json" for f in files):
-                missing.append(part)
-        found |= {Path(part, f.name): f for f in texts}
+    for part in listed(home, classes(family)):
+        found |= {Path(part.name, f.name): f for f in part.files()}
+        if part.name == family.network or part.kind != "model":
+            continue
+        weights = part.weights()
+        found |= {Path(part.name, name): file for name, file in weights.items()}
+        if not weights:
+            missing.append(part.name)
     return found, missing
-
-
-def _parts(home: Path) -> list[str]:
-    """The parts that a pipeline's index lists and that are not null; plain names only."""
-    listed = {n: v for n, v in read_json(home / "model_index.json").items() if isinstance(v, list) and v}
-    return sorted(n for n, v in listed.items() if v[0] is not None and re.fullmatch(r"\w+", n))
 
 
 def _clean_all(folder: Path) -> None:
