@@ -32,6 +32,9 @@ from unforget.families.model import DiffusionModel
 from unforget.files import images
 from unforget.unlearning import trainer
 
+for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(_number) is signal.SIG_IGN:  # as of a job in the background, and then of what it starts
+        signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 DATA = Path(__file__).parent / "data"
 PLANTED = Path(__file__).parents[1] / "examples" / "faces" / "planted"
 

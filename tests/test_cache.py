@@ -296,7 +296,7 @@ def test_the_command_tells_and_clears(cli, folder):
     assert found == {
         "folder": str(folder), "entries": 1, "bytes": entry(folder, "images").stat().st_size, "limit": 4 * 2**30
     }  # fmt: skip
-    assert str(folder) in cli("cache").stdout.replace("\n", "")
+    assert str(folder) in "".join(cli("cache").stdout.split())
     cleared = cli("cache", "--clear")
     assert cleared.exit_code == 0
     assert "1 removed" in cleared.stdout

@@ -175,7 +175,7 @@ def test_a_candidate_of_another_architecture_or_resolution_cannot_be_judged(veri
         (["--level", "thorough"], 2, "'quick', 'standard' or 'deep'"),
         (["--policy", "no.toml"], 2, "cannot read"),
         (["--report", "no/r.json"], 2, "there is no folder"),
-        (["--junit", "target.png"], 2, "exists"),
+        (["--junit", "target.png"], 2, "would replace 'target.png', which is read"),
         (["--html", "no/r.html"], 2, "there is no folder"),
         (["--save-images", "no/x"], 2, "there is no folder"),
         (["--summary", "no/x"], 2, "there is no folder"),
@@ -247,8 +247,8 @@ def passing(verify, here):
 
 @pytest.mark.parametrize(
     ("probe", "required", "code"),
-    [(Registered, True, 4), (Stray, True, 3), (Unmade, True, 2), (Broken, True, 1),
-     (Registered, False, 0), (Stray, False, 3), (Unmade, False, 0), (Broken, False, 1)],
+    [(Registered, True, 4), (Stray, True, 3), (Unmade, True, 2), (Broken, True, 3),
+     (Registered, False, 0), (Stray, False, 3), (Unmade, False, 0), (Broken, False, 3)],
 )  # fmt: skip
 def test_the_gate_stays_shut_for_a_probe_that_decides_nothing(passing, monkeypatch, here, probe, required, code):
     """Whoever requires a probe that yields no check, has a stray kind or cannot be made does not pass."""

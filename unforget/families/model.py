@@ -139,9 +139,10 @@ class DiffusionModel:
             self._read[id] = digest({str(k): tensor for k, tensor in enumerate(self._conditioning[id])})
         if self.vae is not None and not self._autoencoder:
             self._autoencoder.append(digest(self.vae.state_dict()))
-        configs = [self.network.config, self.scheduler_config, None if self.vae is None else self.vae.config]
+        configs = [self.network.config, self.scheduler_config, {} if self.vae is None else self.vae.config]
+        own = [{k: v for k, v in c.items() if k != "_name_or_path"} for c in configs]  # that is another at each load
         return [
-            self.spec.name, *(json.dumps(c and dict(c), sort_keys=True, default=str) for c in configs),
+            self.spec.name, *(json.dumps(c, sort_keys=True, default=str) for c in own),
             *self._autoencoder, self.image_shape, self.guidance, str(self.dtype), self.absent,
             passes.drawn_in_one_pass(self), devices.machine(str(self.device)), self.batch_size,
             [[prompt, self._read[self.prompts.index(prompt)]] for prompt in dict.fromkeys(["", *prompts])],
