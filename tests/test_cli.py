@@ -62,6 +62,7 @@ def test_bad_usage_is_one_sentence_and_nothing_written(cli, picture, args, sente
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_the_base_verified_against_itself_is_not_forgotten(cli, tmp_path):
     base = unforget.__path__[0] + "/families/models/faces"
     result = cli(

@@ -273,7 +273,10 @@ def test_a_full_disk_under_stdout_is_exit_code_three(tmp_path):
     assert done.stderr.count("error: ") == 1 and "No space left" in done.stderr
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("cp1252", marks=SLOW), pytest.param("utf-8", marks=SLOW)])
 def test_any_encoding_will_do(tmp_path, encoding):
     evil_patch(tmp_path / "a.patch", "\u4e2d \u00e9 \U0001f600")
     for args in (["show", "a.patch"], ["verify", "--help"], ["show", "\u4e2d"]):

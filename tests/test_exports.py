@@ -562,6 +562,7 @@ def test_a_base_is_called_by_its_name(ref):
     assert called("owner/name@main") == "owner/name@main"
 
 
+@pytest.mark.slow
 def test_equal_exports_are_equal_bytes(base, tmp_path):
     patch = lora(base, tmp_path / "a.patch")
     forms = {"d": "diffusers", "p": "peft", "l": "lora", "s.safetensors": "single-file"}

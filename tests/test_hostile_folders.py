@@ -143,6 +143,7 @@ def patch_of(folder):
     return "a.patch"
 
 
+@pytest.mark.slow
 @families_of("sd3")
 def test_nobody_answers_what_a_library_asks(folder):
     """`echo y | unforget export`: transformers would import a module of the folder after a yes."""

@@ -256,7 +256,7 @@ def test_a_model_that_is_not_loaded_costs_the_same(folder, model):
     assert 0 < less < plain
 
 
-WHOLE_WAY = [name if name in ("sd", "z-image") else pytest.param(name, marks=pytest.mark.slow) for name in MADE]
+WHOLE_WAY = [name if name == "z-image" else pytest.param(name, marks=pytest.mark.slow) for name in MADE]
 
 
 @pytest.mark.parametrize("folder", WHOLE_WAY, indirect=True)
