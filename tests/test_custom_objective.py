@@ -63,7 +63,7 @@ def test_it_is_trained_recorded_and_resumed_to_the_same_bytes(config, example, m
     unlearn(config(resume=True, **options), objective=example.Fade(width=4))
     assert config().output.read_bytes() == config("whole").output.read_bytes()
     said = Patch.load(whole.output).provenance.recipe
-    written = json.loads((whole.folder / "run.json").read_text())["inputs"]["recipe"]
+    written = json.loads((whole.folder / "run.json").read_text())["asked"]["recipe"]
     for recipe in (said, written):
         assert recipe["objective"] == {
             "kind": "fade", "width": 4, "grain": 0.1, "distil": False, "weighting": {"kind": "uniform", "retain": 1.0}

@@ -182,7 +182,7 @@ def test_a_damaged_file_is_an_error(config, monkeypatch, name, content):
 def test_a_run_of_another_version_is_refused_in_a_sentence(config, monkeypatch):
     path = stopped(config, monkeypatch) / "run.json"
     found = json.loads(path.read_text())
-    path.write_text(json.dumps({"asked": found["inputs"], "how": found["environment"], "finished": None}))
+    path.write_text(json.dumps({"asked": found["asked"], "how": found["environment"], "finished": None}))
     with pytest.raises(UsageError, match="of another run or version"):
         unlearn(config(resume=True))
 

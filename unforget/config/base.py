@@ -261,7 +261,8 @@ def beside(field: str, suffix: str) -> Callable[[dict[str, Any]], Path]:
     """The default of an output: the first of a field's paths, in this folder, with another suffix."""
 
     def path(data: dict[str, Any]) -> Path:
-        first = data[field][0] if isinstance(data[field], tuple) else data[field]
-        return Path(first.with_suffix(suffix).name)
+        given = data.get(field)  # absent if it is wrong, which pydantic before 2.11 asks about all the same
+        first = given[0] if isinstance(given, tuple) else given
+        return Path(first.with_suffix(suffix).name) if first else Path()
 
     return path

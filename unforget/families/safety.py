@@ -204,8 +204,10 @@ def _check_fits(part: Part, made: Any, tensors: Mapping[str, Lazy]) -> None:
     there = {_named(n, part.library): t for n, t in tensors.items()}
     stored = set(made.state_dict())
     own = [*made.named_parameters(), *((n, t) for n, t in made.named_buffers() if n in stored)]  # each tensor once
+    tied: Any = getattr(made, "_tied_weights_keys", None) or {}  # transformers 5.0 ties them after the meta device
     for name, tensor in own:
-        wanted, lazy = tuple(tensor.shape), there.get(_named(name, part.library))
+        known = [n for n in (name, dict(tied).get(name, name)) if _named(n, part.library) in there]
+        wanted, lazy = tuple(tensor.shape), there[_named(known[0], part.library)] if known else None
         if lazy is None:
             raise CannotRun(f"'{part.name}' lacks '{_named(name, part.library)}'", "Get the model again.")
         if lazy.shape != wanted and not (len(lazy.shape) == len(wanted) + 2 and lazy.shape[:-2] == wanted):

@@ -83,14 +83,14 @@ class RunDirectory:
             self._write()
 
     def _write(self) -> None:
-        parts = {"inputs": self.inputs, "environment": self.environment, "finished": self.finished}
+        parts = {"asked": self.inputs, "environment": self.environment, "finished": self.finished}
         write_json(checksummed(parts), self._manifest)
 
     def take_up(self) -> list[str]:
         """Go on with the run that is there, with the same inputs; says what is done otherwise than before."""
         with _whole(self._manifest):
             found = undamaged(read_json(self._manifest))
-            inputs, before, self.finished = dict(found["inputs"]), dict(found["environment"]), found["finished"]
+            inputs, before, self.finished = dict(found["asked"]), dict(found["environment"]), found["finished"]
         other = [k for k in {**inputs, **self.inputs} if inputs.get(k) != self.inputs.get(k)]
         if other:
             raise UsageError(
