@@ -5,6 +5,7 @@ import pytest
 import torch
 from PIL import Image, ImageCms, ImageOps
 
+from unforget.config.files import PICTURES
 from unforget.errors import UsageError
 from unforget.files import images
 
@@ -169,6 +170,10 @@ def test_a_folder_says_what_is_read_and_what_is_not(tmp_path, pixels):
     assert "2 of them in subfolders (cats)" in notes[0]
     assert "1 file(s) that are no pictures (notes.txt)" in notes[1]
     assert "1 of the pictures" in notes[2], "of the GIF, whose colours are a palette"
+
+
+def test_the_configuration_knows_the_same_pictures():
+    assert images.SUFFIXES == PICTURES
 
 
 def test_a_folder_without_pictures(tmp_path):

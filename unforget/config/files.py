@@ -14,8 +14,8 @@ from unforget.errors import UsageError
 C = TypeVar("C", bound=Config)
 LARGEST = 64 << 20  # bytes from which on a TOML file is not read
 PARTS = re.compile(r".*\.(safetensors|bin|model)|(.*[_.])?(config|index|tokenizer|vocab|unforget)\.json|merges\.txt")
-PICTURES = re.compile(r".*\.(png|jpe?g|jfif|webp|avif|tiff?|bmp|gif)", re.IGNORECASE)
-"""Files of a folder that is read, a model or pictures: other outputs may lie there, too."""
+PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif")
+"""Files of a folder that is read, of a model or of pictures: other outputs may lie there, too."""
 
 
 def build(kind: type[C], given: Mapping[str, Any], file: Path | None = None) -> C:
@@ -134,8 +134,9 @@ def _would_replace(output: Path, kind: str, given: Path) -> bool:
     if kind == "run":
         return output.resolve() in given.resolve().parents
     inside = output.is_file() and given.is_dir() and given.resolve() in output.resolve().parents
-    parts = PARTS if (given / "model_index.json").exists() else PICTURES
-    return inside and parts.fullmatch(output.name) is not None
+    if (given / "model_index.json").exists():
+        return inside and PARTS.fullmatch(output.name) is not None
+    return inside and output.suffix.lower() in PICTURES
 
 
 def _same(one: Path, other: Path) -> bool:

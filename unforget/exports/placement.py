@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from unforget.errors import CannotRun, UsageError
+from unforget.families.parts import INDEX, LORA, PEFT_CONFIG
 
-OURS = ("model_index.json", "adapter_config.json", "pytorch_lora_weights.safetensors")
+OURS = (INDEX, PEFT_CONFIG, LORA)
 """A folder that holds one of them is a model, which --force may replace."""
 SPARE = 2**20
 """Bytes for what is written beside the tensors."""

@@ -13,11 +13,11 @@ from pydantic import ValidationError
 from unforget import families
 from unforget.errors import UsageError
 from unforget.exports.manifest import HEADER, ExportManifest, Verified
+from unforget.families.parts import LORA, PEFT
 from unforget.files.patch import HEADER as PATCH
 from unforget.files.patch import Patch
 from unforget.files.storage import BadFile, Digested, Lazy, open_tensors, undamaged
 
-FACTORS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 WRONG = "Give a patch, an export, or a .safetensors file."
 
 
@@ -37,7 +37,7 @@ def look(path: Path, report: Path) -> Shown:
     if path.is_dir():
         if (made := families.hints(path).made) is not None:
             return Shown("export", _manifest(made, path))
-        path = next((path / name for name in FACTORS if (path / name).is_file()), path)
+        path = next((path / name for name in (LORA, PEFT) if (path / name).is_file()), path)
     if not path.is_file():
         raise UsageError(f"'{path}' is no file, and no folder that `unforget export` wrote", WRONG)
     try:

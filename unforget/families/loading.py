@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from unforget import families
 from unforget.errors import CannotRun, UnforgetError, UsageError
 from unforget.families import safety
-from unforget.families.parts import check_pointer
+from unforget.families.parts import LORA, PEFT_CONFIG, check_pointer
 from unforget.files.storage import BadFile, open_tensors, read_json
 
 if TYPE_CHECKING:
@@ -27,9 +27,8 @@ if TYPE_CHECKING:
     from unforget.families.spec import FamilySpec
 
 
-LORA = re.compile(r"\blora_|[._]lora[._]|\bhada_w|\blokr_w")
+ADAPTED = re.compile(r"\blora_|[._]lora[._]|\bhada_w|\blokr_w")
 """In names of tensors of an adapter."""
-ADAPTERS = ("adapter_config.json", "pytorch_lora_weights.safetensors")
 
 
 class Hints(BaseModel):
@@ -207,7 +206,7 @@ def _spec_of_single(file: Path, ref: str) -> FamilySpec:
         names = set(open_tensors(file).tensors)
     except BadFile as error:
         raise UsageError(f"'{ref}' cannot be opened: {error}", "Get it again.") from None
-    if any(LORA.search(name) for name in names):
+    if any(ADAPTED.search(name) for name in names):
         hint = "Give the model that it is for; `pipeline.fuse_lora()` and `save_pretrained` put it into one."
         raise UsageError(f"'{ref}' is a LoRA (an adapter), not a model", hint)
     safety.check_scales(names, f"'{ref}'")
@@ -221,7 +220,7 @@ def _spec_of_single(file: Path, ref: str) -> FamilySpec:
 
 def _class_name(folder: Path) -> str:
     index, hint = folder / "model_index.json", "Give the folder that `pipeline.save_pretrained` wrote."
-    if any((folder / name).is_file() for name in ADAPTERS):
+    if any((folder / name).is_file() for name in (PEFT_CONFIG, LORA)):
         raise UsageError(f"'{folder}' is a LoRA (an adapter), not a model", "Give the model that it is for.")
     if not index.is_file():
         raise UsageError(f"'{folder}' has no model_index.json", hint)

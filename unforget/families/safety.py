@@ -20,7 +20,7 @@ import torch
 from torch.nn.modules import module as registrations
 
 from unforget.errors import CannotRun, UsageError
-from unforget.families.parts import EXTRAS, STEMS, WORDS, Classes, Part, classes, listed, opened
+from unforget.families.parts import EXTRAS, PEFT_CONFIG, STEMS, WORDS, Classes, Part, classes, listed, opened
 from unforget.families.spec import Setting, is_inside
 from unforget.files.storage import BadFile, Lazy, open_tensors, read_json
 
@@ -50,16 +50,8 @@ KERNELS = ("attn_implementation", "experts_implementation")
 """Ends of keys that may name a repository with compiled code."""
 QUANTISED = "Give it in float32, bfloat16 or float16: load it with its library, `dequantize()` it and save it again."
 SCALES = (
-    "scale_weight",
-    "weight_scale",
-    "scale_input",
-    "input_scale",
-    "absmax",
-    "quant_map",
-    "SCB",
-    "qweight",
-    "qzeros",
-)
+    "scale_weight", "weight_scale", "scale_input", "input_scale", "absmax", "quant_map", "SCB", "qweight", "qzeros",
+)  # fmt: skip
 """Ends of names of tensors beside weights that are not what they say without them."""
 
 
@@ -133,7 +125,7 @@ def sound(folder: Path) -> Iterator[None]:
 def check_tables(part: Part) -> dict[str, Any]:
     """The configurations of a part by their files' names, without what asks for code, quantised weights, an adapter or
     another place; BadFile or CannotRun for those."""
-    if (part.home / "adapter_config.json").is_file():
+    if (part.home / PEFT_CONFIG).is_file():
         hint = "Fuse it into its model (`merge_and_unload`, `fuse_lora`) and save that, or give the model it is for."
         raise CannotRun(f"'{part.name}' is an adapter (adapter_config.json), not a model", hint)
     files, found = part.files(), {}

@@ -10,10 +10,9 @@ from unforget.core.types import Family
 from unforget.errors import CannotRun, UsageError
 from unforget.families import weights
 from unforget.families.loading import Options, opening
+from unforget.families.parts import INDEX, LORA, PEFT, PEFT_CONFIG
 from unforget.files.storage import BadFile, open_tensors, read_json
 
-ADAPTERS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
-"""Files of diffusers and kohya, and of PEFT."""
 FACTOR = re.compile(r".+(\.lora_[AB]\.weight|\.lora_(down|up)\.weight|\.alpha)")
 
 
@@ -22,7 +21,7 @@ def load(path: Path, ref: str, options: Options) -> Family:
 
     UsageError if it is of no form that is known here; CannotRun if it is damaged, or does not fit the base.
     """
-    if (path / "model_index.json").is_file() or not path.exists():
+    if (path / INDEX).is_file() or not path.exists():
         return families.load(str(path), options)
     with opening(str(path), str(path)):
         if path.is_dir():
@@ -32,13 +31,13 @@ def load(path: Path, ref: str, options: Options) -> Family:
 
 def _with_adapter(folder: Path, ref: str, options: Options) -> Family:
     """The base with a LoRA merged, for probes ask for plain weights."""
-    found = [folder / name for name in ADAPTERS if (folder / name).is_file()]
+    found = [folder / name for name in (LORA, PEFT) if (folder / name).is_file()]
     if len(found) != 1:
         forms = "a diffusers folder, a LoRA's folder, or a .safetensors file"
         raise UsageError(f"'{folder}' is nothing that `unforget export` writes", f"Give {forms}, or a --patch.")
     _check_adapter(folder, found[0])
     model: Any = families.load(ref, options)
-    if found[0].name == ADAPTERS[0]:
+    if found[0].name == LORA:
         weights.with_lora(model, folder)
         model.pipeline.fuse_lora(components=[model.spec.network])
         model.pipeline.unload_lora_weights()
@@ -53,7 +52,7 @@ def _check_adapter(folder: Path, file: Path) -> None:
     """Refuse what is no LoRA before a library opens it."""
     try:
         names = open_tensors(file).tensors
-        kind = read_json(folder / "adapter_config.json") if file.name == ADAPTERS[1] else {"peft_type": "LORA"}
+        kind = read_json(folder / PEFT_CONFIG) if file.name == PEFT else {"peft_type": "LORA"}
     except (BadFile, OSError) as error:
         raise CannotRun(f"'{folder}' is no sound LoRA: {error}", "Export again.") from None
     strange = [name for name in names if not FACTOR.fullmatch(name)]

@@ -19,7 +19,7 @@ MAX_SIDE = 8192
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF")
 """What is decoded. Pillow knows more, some of which other programs decode."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif")
-"""Names by which a folder's pictures are known."""
+"""Names by which a folder's pictures are known; `config`, which has no torch, has the same."""
 UPRIGHT = 1
 ORIENTATION = 0x0112
 """EXIF's tag of how a camera was held."""

@@ -12,7 +12,7 @@ from unforget.errors import CannotRun, UsageError
 from unforget.exports.formats.base import HASH, OPEN, Format, Job, model_spec
 from unforget.exports.manifest import ExportManifest
 from unforget.exports.merging import MergeStats
-from unforget.families import weights
+from unforget.families import parts, weights
 from unforget.families.layouts import Layout, grouped, to_original
 from unforget.files.patch import Stack, side_by_side
 from unforget.files.storage import digest, write_json, write_tensors
@@ -32,7 +32,7 @@ class Lora(Format):
     kind = "lora"
     is_folder = True
     is_adapter = True
-    file: ClassVar[str] = "pytorch_lora_weights.safetensors"
+    file: ClassVar[str] = parts.LORA
     put_on = staticmethod(weights.with_lora)
     """Puts the factors beside the base's weights; returns them as the stock loader read them."""
     usage = f'{OPEN}{{base}})\npipe.load_lora_weights(here, weight_name="{file}")'
@@ -147,7 +147,7 @@ class Peft(Lora):
     """What `PeftModel.from_pretrained` opens."""
 
     kind = "peft"
-    file = "adapter_model.safetensors"
+    file = parts.PEFT
     put_on = staticmethod(weights.with_peft)
     usage = (
         f"from peft import PeftModel\n{OPEN}{{base}})\n"
@@ -157,4 +157,4 @@ class Peft(Lora):
     def write(self, job: Job, manifest: ExportManifest, out: Path) -> None:
         self._write(job, manifest, out, "base_model.model.", {})
         said = {"peft_type": "LORA", "base_model_name_or_path": manifest.base, "inference_mode": True}
-        write_json({**said, **self._config()}, out / "adapter_config.json")
+        write_json({**said, **self._config()}, out / parts.PEFT_CONFIG)
