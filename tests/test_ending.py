@@ -206,7 +206,9 @@ sys.meta_path.insert(0, Finder())
     ("signal.raise_signal(signal.SIGINT); raise ImportError('of the interrupt')", 130, "interrupted"),
     ("signal.raise_signal(signal.SIGTERM)", 143, "told to stop"),
     ("signal.raise_signal(signal.SIGHUP)", 143, "told to stop"),
-], ids=["ImportError", "KeyError", "SIGINT", "SIGTERM", "SIGHUP"])  # fmt: skip
+    # as C++ that calls Python: an exception that reaches it aborts the process
+    ("import os\n            try: signal.raise_signal(15)\n            finally: os.abort()", 143, "told to stop"),
+], ids=["ImportError", "KeyError", "SIGINT", "SIGTERM", "SIGHUP", "C++"])  # fmt: skip
 def test_what_fails_while_libraries_are_imported(tiny_folder, picture, name, what, code, sentence):
     args = ["verify", "--model", str(tiny_folder), "--candidate", str(tiny_folder), "-t", str(picture), "--json"]
     process = start(*args, before=BROKEN.format(name=name, what=what))

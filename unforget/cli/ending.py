@@ -121,6 +121,15 @@ def _traceback(error: BaseException) -> str:
 
 def _ask(number: int, frame: FrameType | None) -> NoReturn:
     _asked.append(number)
+    while frame:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            # C++ that calls Python while a library is imported aborts the process on any exception: end without one.
+            code = int(ExitCode.TERMINATED)
+            try:
+                code = told(KeyboardInterrupt())
+            finally:
+                os._exit(code)
+        frame = frame.f_back
     raise KeyboardInterrupt
 
 
