@@ -442,6 +442,63 @@ def test_flux_as_a_file(flux_pipeline, alone, tmp_path, monkeypatch, offline):
             families.load(str(path), families.Options(pipeline_config=bare))
 
 
+def test_text_encoders_in_files_of_their_own(flux_pipeline, tmp_path, monkeypatch, offline):
+    """As ComfyUI keeps them: clip_l without a projection or a word on its format, T5 under `shared.weight` alone."""
+    narrow_flux(monkeypatch)
+    (made, folder), layout = flux_pipeline, flux_layout.LAYOUT
+    state = made.transformer.state_dict()
+    path = tmp_path / "flux.safetensors"
+    save_file(written(layout.pieces(state, ["double_blocks.0.img_mod.lin.bias"]), state), path)
+    bare = shutil.copytree(folder, tmp_path / "bare")
+    files = []
+    for name in ("text_encoder_2", "text_encoder"):
+        stored = bare / name / "model.safetensors"
+        tensors = load_file(stored)
+        files.append(tmp_path / f"{name}.safetensors")
+        save_file({n: t for n, t in tensors.items() if n != "encoder.embed_tokens.weight"}, files[-1])
+        stored.unlink()
+    how = {"resolution": 16, "pipeline_config": bare}
+    with pytest.raises(CannotRun, match="holds no text_encoder") as caught:
+        families.load(str(path), families.Options(**how))
+    assert "--text-encoder" in caught.value.hint
+    ours = families.load(str(path), families.Options(**how, text_encoder=tuple(files)))
+    for name in ("text_encoder", "text_encoder_2"):
+        assert_same(getattr(ours.pipeline, name).state_dict(), getattr(made, name).state_dict())
+        assert not getattr(ours.pipeline, name).training
+    with pytest.raises(UsageError, match="is no single file"):
+        families.load(str(folder), families.Options(text_encoder=tuple(files)))
+    other = tmp_path / "other.safetensors"
+    for tensors, what in (
+        ({"shared.weight": torch.zeros(3, 5)}, "no text encoder that this model lacks"),
+        ({}, "no text encoder that this model lacks"),
+        (load_file(files[0]) | {"encoder.final_layer_norm.weight": torch.zeros(3)}, "wanted"),
+        (load_file(files[0]) | {"scaled_fp8": torch.zeros(1)}, "scaled or quantised"),
+        ({"shared.weight": load_file(files[0])["shared.weight"]}, "lacks"),
+    ):
+        save_file(tensors, other)
+        with pytest.raises((UsageError, CannotRun), match=what):
+            families.load(str(path), families.Options(**how, text_encoder=(other, files[1])))
+    other.write_bytes(b"no tensors")
+    with pytest.raises(UsageError, match="cannot be opened"):
+        families.load(str(path), families.Options(**how, text_encoder=(other, files[1])))
+
+
+def test_a_missing_projection_is_the_identity(single, pipeline, tmp_path, offline):
+    """Stability's clip_l of SD3 has none."""
+    held = {n: t for n, t in load_file(single / "model.safetensors").items() if not n.startswith("text_encoders.")}
+    path, bare = tmp_path / "sd3.safetensors", shutil.copytree(single / "config", tmp_path / "bare")
+    save_file(held, path)
+    for name in ("text_encoder", "text_encoder_2"):
+        getattr(pipeline, name).save_pretrained(tmp_path / name)
+    clip_l = load_file(tmp_path / "text_encoder" / "model.safetensors")
+    torch.testing.assert_close(clip_l["text_projection.weight"], torch.eye(len(clip_l["text_projection.weight"])))
+    files = (tmp_path / "clip_l.safetensors", tmp_path / "text_encoder_2" / "model.safetensors")
+    save_file({n: t for n, t in clip_l.items() if n != "text_projection.weight"}, files[0])
+    ours = families.load(str(path), families.Options(resolution=16, pipeline_config=bare, text_encoder=files, t5=False))
+    for name in ("text_encoder", "text_encoder_2"):
+        assert_same(getattr(ours.pipeline, name).state_dict(), getattr(pipeline, name).state_dict())
+
+
 def test_a_file_of_2_x_brings_its_own_text_encoder(tmp_path, offline):
     """OpenCLIP's names, with a last layer that diffusers leaves out; the folder beside it has other weights."""
     made, folder, layout = tiny_sd2(), tmp_path / "folder", unet_layout.SD_LAYOUT

@@ -74,7 +74,7 @@ def options(config: ModelConfig, like: Family | None = None, progress: Progress 
     if device == "cpu" and config.cpu_offload:
         progress.note("--cpu-offload changes nothing where there is no card")
     fields = config.model_dump(
-        include={"allow_pickle", "resolution", "pipeline_config", "t5", "batch_size", "cpu_offload"}
+        include={"allow_pickle", "resolution", "pipeline_config", "text_encoder", "t5", "batch_size", "cpu_offload"}
     )
     networks = 2 if isinstance(config, VerifyConfig) else 1
     return families.Options(**fields, device=device, guidance=guidance, note=progress.note, networks=networks)

@@ -172,6 +172,9 @@ class ModelConfig(Config):
     pipeline_config: Path | None = option(
         "Diffusers folder, weights not needed, or hub id that says what a single file holds.", None, "none"
     )
+    text_encoder: tuple[Path, ...] = option(
+        "File of a text encoder that a single file lacks (clip_l, clip_g, t5xxl); repeats.", (), "none", reads="file"
+    )
     t5: bool = option("Load the third text encoder, where the model has one.", True)
     resolution: int | None = option("Width and height of images of a text-to-image model.", None, "the model's", ge=8)
     guidance: float | None = option(

@@ -57,6 +57,8 @@ class Options:
     """Where sentences for the user go."""
     pipeline_config: Path | None = None
     """A diffusers folder, or a hub id, that says what a single file holds."""
+    text_encoder: tuple[Path, ...] = ()
+    """Files of text encoders that a single file lacks."""
     t5: bool = True
     """Whether to load optional text encoders."""
     network_dtype: torch.dtype | None = None
@@ -107,10 +109,12 @@ def examined(ref: str, options: Options) -> tuple[str, FamilySpec]:
     """Folder, file or hub id that `ref` names, and its row; what lies here was looked at before a library opens it."""
     source = _source(ref)
     spec = _spec(source, ref)
+    if options.text_encoder and not Path(source).is_file():
+        raise UsageError(f"'{ref}' is no single file, and has its text encoders", "Leave out --text-encoder.")
     if Path(source).is_dir():
         safety.check(Path(source), spec, options.allow_pickle)
     elif Path(source).is_file():
-        _check_single(Path(source), spec, options.pipeline_config)
+        _check_single(Path(source), spec, options)
     return source, spec
 
 
@@ -237,12 +241,12 @@ def where(source: str) -> dict[str, str]:
     return {"pretrained_model_name_or_path": repo, **({"revision": revision} if at else {})}
 
 
-def _check_single(file: Path, spec: FamilySpec, config: Path | None) -> None:
-    if config is None:
+def _check_single(file: Path, spec: FamilySpec, options: Options) -> None:
+    if (config := options.pipeline_config) is None:
         hint = "Give --pipeline-config: a diffusers folder of that model (weights are not needed), or its hub id."
         raise UsageError(f"'{file}' does not say what its model is made of", hint)
     if config.is_dir():
-        safety.check_single(file, spec, config)
+        safety.check_single(file, spec, config, options.text_encoder)
     elif str(config).count("/") != 1 or config.is_absolute():
         raise UsageError(f"there is no folder '{config}'", "Give a diffusers folder, or a hub id owner/name.")
 

@@ -1,7 +1,7 @@
 """The stock pipeline of a family from a folder, the hub or a single file, with what it has of text encoders."""
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from accelerate import init_empty_weights
 from diffusers.schedulers import KarrasDiffusionSchedulers
 
 from unforget.errors import CannotRun, UsageError
+from unforget.families import encoders
 from unforget.families.loading import Options, where
 from unforget.families.parts import ANY, EXTRAS, TOKENIZERS, classes
 from unforget.families.safety import check, check_editor, check_single
@@ -126,18 +127,24 @@ def _from_single_file(spec: FamilySpec, path: str, options: Options, parts: dict
         how = {"config": str(config), "local_files_only": True}
         rest = options.rest_dtype or dtype_of(spec, network_config(spec, str(config)))
         held = open_tensors(Path(path)).tensors
+        given = _given(spec, config, [n for n in spec.text_encoders if not is_inside(spec, n, held)], options)
         for name, class_name in {spec.autoencoder: spec.autoencoders[0], **spec.text_encoders}.items():
             inside = is_inside(spec, name, held)
-            here = any((config / name).glob("*.safetensors"))
+            here = name in given or any((config / name).glob("*.safetensors"))
             if name in spec.optional and not (options.t5 and (inside or here)):
                 parts |= dict.fromkeys((name, tokenizer(name)))
             elif not inside:
                 if not here:
                     sentence = f"'{path}' holds no {name}, nor does '{options.pipeline_config}'"
-                    raise CannotRun(sentence, f"Give a --pipeline-config DIR with the weights of its {name}.")
+                    hint = f"Give a --pipeline-config DIR with the weights of its {name}"
+                    more = ", or --text-encoder FILE." if name in spec.text_encoders else "."
+                    raise CannotRun(sentence, hint + more)
                 library = diffusers if name == spec.autoencoder else transformers
-                opener = getattr(library, class_name).from_pretrained
-                parts[name] = opener(config / name, dtype=rest, use_safetensors=True, local_files_only=True)
+                opener, how_part = getattr(library, class_name), {"use_safetensors": True, "local_files_only": True}
+                parts[name] = (
+                    encoders.opened(given[name], opener, config / name, rest) if name in given
+                    else opener.from_pretrained(config / name, dtype=rest, **how_part)
+                )  # fmt: skip
         if options.network_dtype not in (None, rest) and spec.network not in parts:
             how_network = {"subfolder": spec.network, "dtype": options.network_dtype, **how}
             parts[spec.network] = network_class(spec).from_single_file(path, **how_network)
@@ -146,6 +153,16 @@ def _from_single_file(spec: FamilySpec, path: str, options: Options, parts: dict
         if (encoder := getattr(pipeline, name)) is not None:
             encoder.eval()  # stock leaves T5 in training: it would drop a tenth of what it reads
     return pipeline
+
+
+def _given(spec: FamilySpec, config: Path, lacking: Iterable[str], options: Options) -> dict[str, Path]:
+    """The files of text encoders that a single file lacks, by part."""
+    made, kinds = {}, {name: getattr(transformers, spec.text_encoders[name]) for name in lacking}
+    with init_empty_weights():
+        for name, kind in kinds.items() if options.text_encoder else ():
+            if (config / name).is_dir():
+                made[name] = kind(kind.config_class.from_pretrained(config / name))
+    return {name: file for name, (file, _) in encoders.matched(options.text_encoder, made).items()}
 
 
 @contextmanager
@@ -160,7 +177,7 @@ def _configured(spec: FamilySpec, path: str, options: Options) -> Iterator[Path]
         few = ["*.json", "*.txt", "*.model", "*.jinja"]
         found = snapshot_download(at["pretrained_model_name_or_path"], revision=at.get("revision"), allow_patterns=few)
         config = Path(found)
-        check_single(Path(path), spec, config)
+        check_single(Path(path), spec, config, options.text_encoder)
     with view(config, getattr(diffusers, spec.pipeline_class), classes(spec)) as seen:
         yield seen
 

@@ -20,6 +20,7 @@ import torch
 from torch.nn.modules import module as registrations
 
 from unforget.errors import CannotRun, UsageError
+from unforget.families.encoders import matched
 from unforget.families.parts import EXTRAS, PEFT_CONFIG, STEMS, WORDS, Classes, Part, classes, listed, opened
 from unforget.families.spec import Setting, is_inside
 from unforget.files.storage import BadFile, Lazy, open_tensors, read_json
@@ -81,8 +82,9 @@ def check_editor(folder: Path, allowed: Classes) -> None:
                 _check_weights(part, False)
 
 
-def check_single(file: Path, spec: FamilySpec, config: Path) -> None:
-    """Refuse a single file, or a diffusers folder for it whose configuration asks for more than the file holds."""
+def check_single(file: Path, spec: FamilySpec, config: Path, encoders: Collection[Path] = ()) -> None:
+    """Refuse a single file, a diffusers folder for it whose configuration asks for more than the file holds, or files
+    of text encoders."""
     try:
         tensors = open_tensors(file).tensors
         parts = {part.name: part for part in listed(config, classes(spec))}
@@ -94,10 +96,17 @@ def check_single(file: Path, spec: FamilySpec, config: Path) -> None:
             for n, t in tables.items()
             if "config.json" in t and n not in EXTRAS
         }
+        beside = {
+            name: made[name] for name in spec.text_encoders if name in made and not is_inside(spec, name, tensors)
+        }
+        given = {name: found for name, (_, found) in matched(encoders, beside).items()}
         for name in made.keys() - {spec.network}:
-            found = None if is_inside(spec, name, tensors) else opened(parts[name].home, STEMS[parts[name].library])
-            if found is not None:
-                _check_fits(parts[name], made[name], found.tensors)
+            if name in given:
+                _check_fits(parts[name], made[name], given[name])
+            elif not is_inside(spec, name, tensors):
+                found = opened(parts[name].home, STEMS[parts[name].library])
+                if found is not None:
+                    _check_fits(parts[name], made[name], found.tensors)
         network = made[spec.network]
     except (BadFile, OSError, KeyError) as error:
         reason = error if isinstance(error, BadFile) else f"'{config}' is no diffusers folder"

@@ -1,0 +1,58 @@
+"""Text encoders in files of their own, as ComfyUI keeps them beside a checkpoint: clip_l, clip_g, t5xxl."""
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from unforget.errors import UsageError
+from unforget.families.parts import STEMS, check_pointer
+from unforget.files.storage import BadFile, Lazy, open_tensors
+
+EMBEDDING = ("token_embedding.weight", "shared.weight", "embed_tokens.weight")
+PROJECTION = "text_projection.weight"
+"""Left out of files whose projection is the identity."""
+
+
+def matched(files: Iterable[Path], made: Mapping[str, Any]) -> dict[str, tuple[Path, dict[str, Lazy]]]:
+    """The file of each text encoder and its tensors, known by the shape of its embedding of tokens.
+
+    `made` are all that the model has, by name. UsageError for a file of none of them, or one too many.
+    """
+    found: dict[str, tuple[Path, dict[str, Lazy]]] = {}
+    shapes = {name: tuple(part.get_input_embeddings().weight.shape) for name, part in made.items()}
+    for file in files:
+        try:
+            check_pointer(file)
+            tensors = dict(open_tensors(file).tensors)
+        except BadFile as error:
+            raise UsageError(f"'{file}' cannot be opened: {error}", "Get it again.") from None
+        own = {tuple(t.shape) for name, t in tensors.items() if name.endswith(EMBEDDING)}
+        names = [name for name, shape in shapes.items() if shape in own and name not in found]
+        if not names:
+            known = ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "none"
+            raise UsageError(
+                f"'{file}' is no text encoder that this model lacks", f"By their embeddings those are: {known}."
+            )
+        state = made[names[0]].state_dict()
+        if PROJECTION in state and PROJECTION not in tensors:
+            size = state[PROJECTION].shape[0]
+            tensors[PROJECTION] = Lazy(torch.float32, (size, size), partial(torch.eye, size))
+        found[names[0]] = (file, tensors)
+    return found
+
+
+def opened(file: Path, kind: Any, config: Path, dtype: torch.dtype) -> Any:
+    """The text encoder of a class, from a file and the folder of its configuration."""
+    with TemporaryDirectory() as scratch:
+        (Path(scratch) / "config.json").symlink_to((config / "config.json").absolute())
+        (Path(scratch) / f"{STEMS['transformers']}.safetensors").symlink_to(file.absolute())
+        encoder, said = kind.from_pretrained(
+            scratch, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+        )
+    if PROJECTION in said["missing_keys"]:
+        encoder.text_projection.weight.data.copy_(torch.eye(len(encoder.text_projection.weight)))
+    return encoder
