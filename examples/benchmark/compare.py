@@ -1,211 +1,224 @@
-"""Every recipe side by side on `faces`: the same targets, surrogates, retain set and wall time, and one judge.
+"""Every recipe side by side on `faces`: the same targets, surrogates, retain set and budget, and one judge.
 
-    python examples/benchmark/compare.py --work DIR [RECIPE ...] [--target 0 1] [--rate own 2e-5 1e-4 ...]
-        [--seconds 125] [--draws 1000]
+    python examples/benchmark/compare.py --work DIR [RECIPE ...] [--case 0 1 0+1+2+3 any0 ...] [--rate own 2e-5 ...]
+        [--seconds 125] [--draws 1000 | --sweep] [--assets DIR] [--figure FILE.svg] [option=value ...]
 
-All recipes by default. A cell is one recipe at one rate on one planted identity. It is trained as the command does, for
-as many updates as fit into the seconds by a timing of a few (a recipe that stops early by itself may), and exported.
-The judge opens the export by stock diffusers and shares no code with training: its own DDIM loop, noise and distances.
-Each cell is a JSON file in DIR/cells, written when it is done; what is there is not done again, and the table is of all
-that are there.
+All recipes by default. A case is a planted identity, several at once, or a picture that nobody planted: a draw of the
+model by seed. A cell is one recipe at one rate on one case. It is trained as the command does and exported; judge.py
+opens the export by stock diffusers. The budget is seconds of training of the recipe alone on one core: how long an
+update takes is measured once and kept in DIR/paces, so that what else runs does not count. A recipe that stops by
+itself may stop earlier. `option=value` changes an option of `unlearn` in all cells, which then are named by it.
 
-Columns: near-copies (RMS under 0.16) of the target and of its look-alike in the draws, against the base's; RMS to the
-target of what comes back from t = 250, 400, 500, 550, and the share that is nearer to the surrogate; drift, RMS between
-base and patched draws of the same noise, median / mean; the mean RMS, over t = 100, 150, .. 700, of one-step clean
-images of the noised target to those of the model that never saw it (identity 0 alone), against the base's.
+Each cell is a JSON file in DIR/cells, written when it is done; what is there is not done again, and table and figure
+are of all that are there with the same seconds and draws. Columns: near-copies (RMS under 0.16) of targets and of
+look-alikes by DDIM and by an ancestral sampler; recall, the share of the draws back from t = 250, 400, 500, 550 that is
+nearer to the target than 95 % of pictures that no model saw come to themselves; SSCD to what the base draws back from
+t = 500 (the paper's protocol, forgotten below 0.4); drift, RMS of draws of the same noise, median / mean, and their
+LPIPS, SSIM and KID; distance to the oracle, base / patched: of one-step answers at the target, and two-way. What
+features.py has no network for is left empty (`--assets`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline
-from faces import LOOKALIKE, NEAR_COPY, PLANTED, ROOT, SEEDS, STEPS, Clock
+from faces import LOOKALIKE, PLANTED, ROOT, Clock
+from features import Features
+from judge import BACK, Judge, Model, read
 from PIL import Image
 from tables import row, table
-from torch import Tensor
 
 from unforget import EditConfig, ExportConfig, UnlearnConfig, edit_surrogate, export, unlearn
 from unforget.core.types import Progress
 from unforget.families.recipes import pixel_recipes
 from unforget.files.storage import write_json
 
-BACK = (250, 400, 500, 550)
-ONE_STEP = range(100, 701, 50)
-RETURNS = 64  # reconstructions at each timestep
-TIMED = 8  # updates that are timed
-
-
-class Judge:
-    """A stock pipeline's network, drawn from by a loop of its own."""
-
-    def __init__(self, folder: Path) -> None:
-        pipeline = DDPMPipeline.from_pretrained(folder)
-        self.network = pipeline.unet.eval()
-        self.alphas_cumprod = pipeline.scheduler.alphas_cumprod
-        self.sampler = DDIMScheduler.from_config(pipeline.scheduler.config)
-        self.sampler.set_timesteps(STEPS)
-
-    @torch.no_grad()
-    def denoised(self, x_t: Tensor, start: int = 1000) -> Tensor:
-        """DDIM from the visited timesteps at `start` and below, (N, 3, H, W), a few images at a time."""
-        parts = []
-        for part in x_t.split(64):
-            for t in self.sampler.timesteps[self.sampler.timesteps <= start]:
-                part = self.sampler.step(self.network(part, t).sample, t, part).prev_sample
-            parts.append(part.clamp(-1, 1))
-        return torch.cat(parts)
-
-    def noised(self, image: Tensor, noise: Tensor, t: int) -> Tensor:
-        """One image (3, H, W) with each noise."""
-        kept = self.alphas_cumprod[t]
-        return kept.sqrt() * image + (1 - kept).sqrt() * noise
-
-    def returned(self, image: Tensor, noise: Tensor, t: int) -> Tensor:
-        """What comes back of an image that is noised to the visited timestep nearest to t."""
-        start = int(min(self.sampler.timesteps, key=lambda visited: abs(int(visited) - t)))
-        return self.denoised(self.noised(image, noise, start), start)
-
-    @torch.no_grad()
-    def clean(self, image: Tensor, noise: Tensor, t: int) -> Tensor:
-        """One-step clean images of the noised image."""
-        x_t, kept = self.noised(image, noise, t), self.alphas_cumprod[t]
-        return (x_t - (1 - kept).sqrt() * self.network(x_t, t).sample) / kept.sqrt()
-
-
-def apart(a: Tensor, b: Tensor) -> Tensor:
-    """RMS of images, (N,)."""
-    return (a - b).square().flatten(1).mean(1).sqrt()
-
-
-def read(path: Path) -> Tensor:
-    """(3, H, W) in [-1, 1]."""
-    with Image.open(path) as image:
-        values = torch.tensor(list(image.convert("RGB").tobytes()), dtype=torch.float32)
-        return values.reshape(image.height, image.width, 3).permute(2, 0, 1) / 127.5 - 1
+TIMED = 16  # updates of a run that is timed
 
 
 class Comparison:
     """The base's figures, the surrogates, and the cells that were made so far."""
 
-    def __init__(self, work: Path, seconds: float, draws: int) -> None:
-        self.work, self.seconds, self.draws = work, seconds, draws
+    def __init__(self, work: Path, seconds: float, judged: str, options: dict[str, Any]) -> None:
+        self.work, self.seconds, self.judged, self.options = work, seconds, judged, options
         (work / "cells").mkdir(parents=True, exist_ok=True)
-        self.base = Judge(ROOT / "unforget" / "families" / "models" / "faces")
-        self.oracle = Judge(ROOT / "tests" / "data" / "oracle")
-        self.planted = [read(path) for path in PLANTED]
-        generator = torch.Generator().manual_seed(20_261_126)
-        size = self.planted[0].shape
-        self.start = torch.randn(draws, *size, generator=generator)
-        self.noise = torch.randn(min(RETURNS, draws), *size, generator=generator)
-        self.drawn = self.base.denoised(self.start)
+        self.base = Model(ROOT / "unforget" / "families" / "models" / "faces")
 
-    def surrogate(self, target: int) -> Path:
-        """The same for all recipes."""
-        path = self.work / f"surrogate-{target}.png"
+    def targets(self, case: str) -> list[Path]:
+        """The pictures of a case, and their surrogates beside them, the same for all recipes."""
+        return [self._anyone(int(one[3:])) if one.startswith("any") else PLANTED[int(one)] for one in case.split("+")]
+
+    def _anyone(self, seed: int) -> Path:
+        path = self.work / f"any{seed}.png"
         if not path.is_file():
-            edit_surrogate(EditConfig(model="faces", target=PLANTED[target], output=path))
+            noise = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(10_000 + seed))
+            pixels = ((self.base.draw(noise)[0] + 1) * 127.5).round().byte().permute(1, 2, 0)
+            Image.fromarray(pixels.numpy()).save(path)
         return path
 
-    def trained(self, name: str, target: int, **options: Any) -> tuple[Path, dict[str, Any]]:
-        """A run of the command with options, and how it went."""
-        clock = Clock()
+    def surrogate(self, target: Path) -> Path:
+        """The tool's own proposal, the same for all recipes."""
+        path = self.work / f"surrogate-of-{target.name}"
+        if not path.is_file():
+            edit_surrogate(EditConfig(model="faces", target=target, output=path))
+        return path
+
+    def trained(
+        self, name: str, case: str, advance: Callable[..., Any] = lambda *_, **__: None, **options: Any
+    ) -> tuple[Path, dict[str, Any]]:
+        """A run of the command, and how it went."""
+        clock, targets = Clock(), self.targets(case)
         config = UnlearnConfig(
-            model="faces", target=PLANTED[target], surrogate=self.surrogate(target), output=self.work / f"{name}.patch",
-            force=True, **options,
+            model="faces", target=tuple(targets), surrogate=tuple(self.surrogate(t) for t in targets),
+            output=self.work / f"{name}.patch", force=True, **options,
         )  # fmt: skip
-        made = unlearn(config, Progress(stage=clock))
+        made = unlearn(config, Progress(stage=clock, advance=advance))
         clock("end")
         return made.output, {"steps": made.steps, "stopped": made.stopped, "seconds": clock.seconds["unlearn"]}
 
-    def cell(self, recipe: str, rate: str, target: int) -> None:
+    def pace(self, recipe: str) -> float:
+        """Seconds an update takes of `recipe` on the first identity: the median of a few, after a few."""
+        path = self.work / "paces" / f"{recipe}.json"
+        if not path.is_file():
+            ends: list[float] = []
+            few = {"recipe": recipe, "max_train_steps": TIMED, "cooldown_steps": 0, "stop_margin": None}
+            self.trained(
+                f"{recipe}.timed", "0", lambda *_, **__: ends.append(time.perf_counter()), **few, **self.options
+            )
+            ends = ends[-TIMED // 2 :]  # of what came before, some are no updates
+            path.parent.mkdir(exist_ok=True)
+            write_json({"seconds": median(b - a for a, b in pairwise(ends))}, path)
+        return float(json.loads(path.read_text())["seconds"])
+
+    def path(self, recipe: str, rate: str, case: str) -> Path:
+        options = "".join(f",{k}={v}".replace(" ", "") for k, v in self.options.items())
+        return self.work / "cells" / f"{recipe}{options}@{rate}-{case}-{self.seconds:g}s-{self.judged}.json"
+
+    def cell(self, recipe: str, rate: str, case: str, judge: Judge) -> None:
         """Train, export and judge, unless that was done."""
-        name = f"{recipe}@{rate}-{target}-{self.seconds:g}s-{self.draws}"
-        path = self.work / "cells" / f"{name}.json"
+        path = self.path(recipe, rate, case)
         if path.is_file():
             return
         chosen = pixel_recipes()[recipe]
-        options: dict[str, Any] = {"recipe": recipe} | ({} if rate == "own" else {"learning_rate": float(rate)})
-        few = {"max_train_steps": TIMED, "cooldown_steps": 0, "stop_margin": None}
-        # The first run also draws what all others read from the cache; its seconds are those of training alone.
-        timed = self.trained(f"{name}.timed", target, **options, **few)[1]
-        steps = max(1, int(self.seconds * timed["steps"] / timed["seconds"]))
-        cooled = round(chosen.cooldown_steps * steps / chosen.max_train_steps)
-        patch, went = self.trained(name, target, **options, max_train_steps=steps, cooldown_steps=cooled)
-        folder = self.work / f"{name}.exported"
+        steps = max(1, int(self.seconds / self.pace(recipe)))
+        options: dict[str, Any] = {
+            "recipe": recipe, "max_train_steps": steps,
+            "cooldown_steps": round(chosen.cooldown_steps * steps / chosen.max_train_steps),
+        } | ({} if rate == "own" else {"learning_rate": float(rate)}) | self.options  # fmt: skip
+        patch, went = self.trained(path.stem, case, **options)
+        folder = self.work / f"{path.stem}.exported"
         export(ExportConfig(model="faces", patch=patch, output=folder, force=True))
-        given = {"recipe": recipe, "rate": rate, "target": target, "wanted_seconds": self.seconds, "draws": self.draws}
-        found = self.judged(Judge(folder), target)
+        targets = self.targets(case)
+        twins = [PLANTED[LOOKALIKE[k]] for k in LOOKALIKE if case == str(k)]
+        found = judge.figures(
+            Model(folder), [read(t) for t in targets], [read(self.surrogate(t)) for t in targets],
+            [read(t) for t in twins], at_oracle=case == "0",
+        )  # fmt: skip
+        given = {"recipe": path.name.split("@")[0], "rate": rate, "case": case}
         write_json({**given, **went, "patch_bytes": patch.stat().st_size, **found}, path)
 
-    def judged(self, candidate: Judge, target: int) -> dict[str, Any]:
-        """Figures of a candidate, beside the base's."""
-        image, surrogate = self.planted[target], read(self.surrogate(target))
-        drawn = candidate.denoised(self.start)
-        pair, twin = {"base": self.drawn, "patched": drawn}, LOOKALIKE.get(target)
-        found: dict[str, Any] = {"copies": {}, "lookalike": {}, "returned": {}}
-        for role, images in pair.items():
-            found["copies"][role] = int((apart(images[: self.draws], image) < NEAR_COPY).sum())
-            if twin is not None:
-                found["lookalike"][role] = int((apart(images[: self.draws], self.planted[twin]) < NEAR_COPY).sum())
-        for t in BACK:
-            back = candidate.returned(image, self.noise, t)
-            nearer = apart(back, surrogate) < apart(back, image)
-            found["returned"][str(t)] = {
-                "to_target": float(apart(back, image).mean()), "nearer_surrogate": float(nearer.float().mean()),
-            }  # fmt: skip
-        moved = apart(drawn[:SEEDS], self.drawn[:SEEDS])
-        found["drift"] = {"median": float(moved.median()), "mean": float(moved.mean())}
-        if target == 0:
-            found["to_oracle"] = {
-                role: sum(float(self._from_oracle(model, image, t)) for t in ONE_STEP) / len(ONE_STEP)
-                for role, model in {"base": self.base, "patched": candidate}.items()
-            }
-        return found
+    def cells(self) -> list[dict[str, Any]]:
+        """All that were made with these seconds and draws."""
+        found = (self.work / "cells").glob(f"*-{self.seconds:g}s-{self.judged}.json")
+        return [json.loads(path.read_text()) for path in sorted(found)]
 
-    def _from_oracle(self, model: Judge, image: Tensor, t: int) -> Tensor:
-        return apart(model.clean(image, self.noise, t), self.oracle.clean(image, self.noise, t)).mean()
 
-    def show(self) -> None:
-        """The table of all cells."""
-        table(
-            "recipe", "rate", "target", "near-copies, base / patched", "RMS to the target from 250 / 400 / 500 / 550",
-            "nearer to the surrogate", "drift median / mean", "look-alike, base / patched",
-            "to the oracle, base / patched", "steps", "seconds", "KiB",
+def show(cells: Sequence[dict[str, Any]]) -> None:
+    """The table of cells."""
+    table(
+        "case", "recipe", "rate", "near-copies DDIM, ancestral", "recall 250 / 400 / 500 / 550", "SSCD at 500",
+        "drift", "LPIPS / SSIM / KID-efflite0", "look-alike DDIM, ancestral", "to the oracle: target; two-way",
+        "updates", "seconds", "KiB",
+    )  # fmt: skip
+    for c in cells:
+        back, drift, oracle = c["returned"], c["drift"], c.get("to_oracle")
+        kept = c["lookalike"]
+        row(
+            c["case"], c["recipe"], c["rate"], counted(c["copies"]),
+            " / ".join(f"{back[str(t)]['recall']:.0%}" for t in BACK), known(back["500"]["sscd_to_base"], 2),
+            f"{drift['median'][0]:.3f} / {drift['mean']:.3f}",
+            " / ".join(known(drift[k], n) for k, n in (("lpips", 3), ("ssim", 2), ("kid_efflite0", 3))),
+            counted(kept) if kept["ddim"][0] else "",
+            "; ".join(f"{oracle['base'][k]:.3f} / {oracle['patched'][k]:.3f}" for k in ("target", "two_way"))
+            if oracle else "", c["steps"], f"{c['seconds']:.0f}", c["patch_bytes"] // 1024,
         )  # fmt: skip
-        for path in sorted((self.work / "cells").glob("*.json")):
-            c = json.loads(path.read_text())
-            back = c["returned"].values()
-            row(
-                c["recipe"], c["rate"], c["target"], f"{c['copies']['base']} / {c['copies']['patched']}",
-                " / ".join(f"{b['to_target']:.2f}" for b in back),
-                " / ".join(f"{b['nearer_surrogate']:.0%}" for b in back),
-                f"{c['drift']['median']:.3f} / {c['drift']['mean']:.3f}",
-                f"{c['lookalike']['base']} / {c['lookalike']['patched']}" if c["lookalike"] else "none planted",
-                f"{c['to_oracle']['base']:.3f} / {c['to_oracle']['patched']:.3f}" if "to_oracle" in c else "no oracle",
-                c["steps"], f"{c['seconds']:.0f}", c["patch_bytes"] // 1024,
-            )  # fmt: skip
+
+
+def counted(copies: dict[str, list[int]]) -> str:
+    return ", ".join(f"{before} / {after}" for before, after in copies.values())
+
+
+def known(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def draw_figure(cells: Sequence[dict[str, Any]], path: Path) -> None:
+    """Drift across, and up what is still there of the target: the largest recall, and near-copies beside the base's."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    matplotlib.rcParams["svg.hashsalt"] = "unforget"  # the same file from the same figures
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
+    names = sorted({c["recipe"] for c in cells}, key=lambda name: (name != "default", name))
+    for k, name in enumerate(names):
+        mine = sorted((c for c in cells if c["recipe"] == name), key=lambda c: c["drift"]["median"][0])
+        median, low, high = (torch.tensor([c["drift"]["median"][j] for c in mine]) for j in range(3))
+        recall = torch.tensor([max(b["recall"] for b in c["returned"].values()) for c in mine])
+        spread = (recall * (1 - recall) / 64).sqrt() * 1.96
+        axes.errorbar(
+            median, recall * 100, xerr=(median - low, high - median), yerr=spread * 100, label=name, capsize=2,
+            marker="*" if name == "default" else "osD^vPX<>"[k % 9], markersize=14 if name == "default" else 6,
+            linewidth=0, elinewidth=1, zorder=3 if name == "default" else 2,
+        )  # fmt: skip
+    axes.set(xscale="log", xlabel="drift: RMS of draws of the same noise, median (less is better)")
+    axes.set(ylabel="recall: draws back that are the target, %\n(worst timestep; less is better)")
+    axes.axhline(5, color="grey", linewidth=0.8, linestyle=":")
+    axes.legend(fontsize="small", ncols=2)
+    figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", nargs="*", help=f"of {', '.join(pixel_recipes())}")
-    parser.add_argument("--target", nargs="+", type=int, default=[0], choices=range(len(PLANTED)))
+    parser.add_argument("given", nargs="*", help=f"recipes, of {', '.join(pixel_recipes())}; option=value")
+    parser.add_argument("--case", nargs="+", default=["0"])
     parser.add_argument("--rate", nargs="+", default=["own"], help="learning rates; own: the recipe's")
     parser.add_argument("--seconds", type=float, default=125, help="of training, for each cell")
-    parser.add_argument("--draws", type=int, default=1000)
+    parser.add_argument("--draws", type=int, default=1000, help="by each of two samplers; at least 256")
+    parser.add_argument("--sweep", action="store_true", help="judge by 128 draws of DDIM and half of those back")
     parser.add_argument("--work", type=Path, required=True, help="where the runs and the cells are kept")
+    parser.add_argument("--assets", type=Path, help="the files that features.py names")
+    parser.add_argument("--figure", type=Path, help="needs matplotlib")
+    parser.add_argument("--show", action="store_true", help="only what is there")
     args = parser.parse_args()
-    comparison = Comparison(args.work, args.seconds, args.draws)
-    for target in args.target:
-        for recipe in args.recipe or pixel_recipes():
-            for rate in args.rate:
-                comparison.cell(recipe, rate, target)
-    comparison.show()
+    recipes = [name for name in args.given if "=" not in name] or list(pixel_recipes())
+    options = {name: json.loads(value) for name, value in (o.split("=") for o in args.given if "=" in o)}
+    draws = 128 if args.sweep else args.draws
+    comparison = Comparison(args.work, args.seconds, "sweep" if args.sweep else str(draws), options)
+    wanted = [(recipe, rate, case) for case in args.case for rate in args.rate for recipe in recipes]
+    if not args.show and not all(comparison.path(*cell).is_file() for cell in wanted):
+        for recipe in recipes:
+            comparison.pace(recipe)
+        unseen = torch.stack([read(path) for path in sorted((ROOT / "tests" / "data" / "heldout").glob("*.png"))])
+        judge = Judge(
+            comparison.base, Model(ROOT / "tests" / "data" / "oracle"), unseen, Features(args.assets), args.work,
+            draws=draws, sweep=args.sweep,
+        )  # fmt: skip
+        for recipe, rate, case in wanted:
+            comparison.cell(recipe, rate, case, judge)
+    cells = [c for c in comparison.cells() if c["case"] in args.case]
+    show(cells)
+    if args.figure:
+        draw_figure(cells, args.figure)
 
 
 if __name__ == "__main__":
