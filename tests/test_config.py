@@ -256,6 +256,7 @@ def test_strategies_and_their_options():
         ({"recipe": "paper", "target_prior": 3}, "belongs to --objective posterior-swap, not to surrogate"),
         ({"rank": 3}, "belongs to --train lora, not to bottleneck"),
         ({"recipe": "magic"}, "there is no recipe 'magic'"),
+        ({"recipe": "siss", "distil": True}, "nothing would move"),
     ):
         with pytest.raises(UsageError, match=sentence):
             resolved(**changes)

@@ -29,6 +29,7 @@ from unforget.core import distributed
 from unforget.core.devices import spoken
 from unforget.core.objectives import BaseObjective, Objective
 from unforget.core.recipe import Recipe
+from unforget.core.surgery import FixedNorm
 from unforget.core.types import Family, Progress
 from unforget.errors import UnforgetError, UsageError, redacted
 from unforget.files import cache, images
@@ -161,7 +162,11 @@ def resolve_recipe(recipes: Mapping[str, Recipe], config: RecipeOptions) -> Reci
         values["lora_alpha"] = values["rank"]
     if "update_share" in given and "learning_rate" not in given:
         values["learning_rate"] = None
-    return Recipe.model_validate(values)
+    recipe = Recipe.model_validate(values)
+    if isinstance(recipe.surgery, FixedNorm) and getattr(recipe.objective, "distil", False):
+        sentence = "a distilled retain loss has no gradient at first, and fixed-norm scales by its norm: nothing would move"
+        raise UsageError(sentence, "Leave out --distil, or give another --surgery.")
+    return recipe
 
 
 def _choose(values: dict[str, Any], name: str, given: dict[str, Any]) -> None:
