@@ -164,7 +164,7 @@ def resolve_recipe(recipes: Mapping[str, Recipe], config: RecipeOptions) -> Reci
         values["learning_rate"] = None
     recipe = Recipe.model_validate(values)
     if isinstance(recipe.surgery, FixedNorm) and getattr(recipe.objective, "distil", False):
-        sentence = "nothing would move: fixed-norm scales by the retain gradient, and with --distil that is none at first"
+        sentence = "nothing would move: fixed-norm scales by the retain gradient, which --distil makes none at first"
         raise UsageError(sentence, "Leave out --distil, or give another --surgery.")
     return recipe
 
