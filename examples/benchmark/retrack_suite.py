@@ -21,23 +21,24 @@ which are the CPU's, of training alone.
 Measures: of CelebAHQEvaluator `negative_likelihood` of the target in bits/dim (more is forgotten; one noise, equal for
 all) and `SSCD` of the target with what is drawn back of it from t = 250 in 251 steps, a mean over `--returns` noises
 where it takes one, by the int8 network that features.py names at its 288 px. Its FID needs Inception, which is not
-here: KID-efflite0 of features.py to the retain set. Of MnistWithTshirtEvaluator `frequency`, the share of draws that
-are near-copies, here by RMS 0.16, without which FID, here KID, is taken; and that of the look-alike, which is to stay.
-Draws are by 50 steps of the stock pipeline.
+here: `kid` is KID-efflite0 of features.py to the retain set. Of MnistWithTshirtEvaluator `frequency`, which draws are
+near-copies, here by RMS 0.16, without which FID, here KID, is taken; `lookalike` is that of identity 1, which is to
+stay. Draws are by 50 steps of the stock pipeline.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import json
 import logging
 import os
 import re
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator
+from functools import partial
+from importlib import import_module, util
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -84,11 +85,11 @@ class Absent(ModuleType):
 
 def imported(source: Path) -> list[ModuleType]:
     """The modules of the checkout that are used."""
-    spec = importlib.util.spec_from_file_location("retrack", source / "retrack" / "__init__.py")
-    sys.modules["retrack"], absent = importlib.util.module_from_spec(spec), []
+    spec = util.spec_from_file_location("retrack", source / "retrack" / "__init__.py")
+    sys.modules["retrack"], absent = util.module_from_spec(spec), []
     while True:
         try:
-            found = [importlib.import_module(f"retrack.{name}") for name in MODULES]
+            found = [import_module(f"retrack.{name}") for name in MODULES]
             break
         except ModuleNotFoundError as error:
             if error.name.startswith("retrack"):
@@ -107,54 +108,15 @@ def configuration(source: Path, name: str) -> dict[str, Any]:
     def read(path: str) -> dict[str, Any]:
         return yaml.safe_load((source / "configs" / f"{path}.yaml").read_text())
 
-    def merged(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-        return a | {k: merged(a[k], v) if isinstance(v, dict) and k in a else v for k, v in b.items()}
-
-    shared = {"metrics": read("common/metrics/sscd"), "debug": read("common/debug/default")}
-    return merged(read("common/model/ddpm") | shared, read(f"experiment/{name}"))
+    found, shared = read(f"experiment/{name}"), read("common/model/ddpm")["algorithm"]
+    found["algorithm"] |= {k: v | found["algorithm"].get(k, {}) for k, v in shared.items()}
+    found["metrics"] |= read("common/metrics/sscd")
+    return found | {"debug": read("common/debug/default")}
 
 
 def pixels(image: Image.Image) -> Tensor:
     """Its transform: (3, H, W) in [-1, 1]."""
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous() / 127.5 - 1
-
-
-def evaluator_for(ddpm: ModuleType, features: Features, retain: Tensor, returns: int) -> type:
-    """Its evaluator, with what is here in place of the networks that it loads."""
-    there = {"SSCD": features.copy_detector, "kid": features.kid_network}
-
-    class FacesEvaluator(ddpm.CelebAHQEvaluator):
-        metric_names = ("negative_likelihood", "frequencies", *filter(there.get, there))
-        frequency = ddpm.MnistWithTshirtEvaluator.frequency
-
-        def __init__(self, *given: Any) -> None:
-            super(ddpm.BaseDDPMEvaluator, self).__init__(*given)
-            self.transform, self.likelihood_fn = pixels, ddpm.get_likelihood_fn(ddpm.VPSDE())
-            self.sscd_transform = lambda image: pixels(image.resize((288, 288), Image.Resampling.BILINEAR))
-            self.sscd_model = getattr(features.copy_detector, "embed", None)
-
-        def log_sample_grid(self, *given: Any, **named: Any) -> None:
-            """Nothing: it is a contact sheet."""
-
-        @ddpm.Evaluator.metric
-        def SSCD(self) -> float:
-            found = []
-            for self.random_seed in range(returns):
-                found.append(self.compute_sscd_from_injection(self.target_image, self.sscd_target_image))
-            return float(np.mean(found))
-
-        def frequencies(self) -> None:
-            self.summary[self.global_step]["frequency"] = []
-            for name, path in (("lookalike", PLANTED[LOOKALIKE[0]]), ("frequency", PLANTED[0])):
-                self.tshirt_img_no_norm = pixels(Image.open(path)) / 2 + 0.5
-                self.frequency()
-                self.metrics[name] = self.metrics["frequency"]
-
-        @ddpm.Evaluator.metric
-        def kid(self) -> float:
-            return features.kid(self.images_no_tshirts * 2 - 1, retain)
-
-    return FacesEvaluator
 
 
 class Suite:
@@ -172,8 +134,8 @@ class Suite:
         self.rate, self.steps = args.rate or self.cfg.optimizer.lr, args.steps or self.cfg.train.steps
         self.sampler = samplers.DDPMSampler(self.cfg)
         self.retain = self._retain(args.work / f"retain-{args.retain}.pt")
-        evaluator = evaluator_for(ddpm, Features(args.assets), self.retain, args.returns)
-        self.evaluator = evaluator(self.cfg, self.sampler, logging.getLogger("retrack"))
+        self.features = Features(args.assets)
+        self.evaluator = self._evaluator(ddpm)
 
     def _retain(self, path: Path) -> Tensor:
         """Draws of the base that are not the target, (N, 3, H, W)."""
@@ -186,6 +148,37 @@ class Suite:
                 kept.append(images[apart(images, self.target) >= NEAR_COPY])
             torch.save(torch.cat(kept)[: self.args.retain].clone(), path)
         return torch.load(path, weights_only=True)
+
+    def _evaluator(self, ddpm: ModuleType) -> Any:
+        """Its evaluator, with what is here in place of the networks that it loads."""
+        made = object.__new__(ddpm.CelebAHQEvaluator)
+        ddpm.Evaluator.__init__(made, self.cfg, self.sampler, logging.getLogger("retrack"))
+        made.transform, made.likelihood_fn = pixels, ddpm.get_likelihood_fn(ddpm.VPSDE())
+        made.sscd_transform = lambda image: pixels(image.resize((288, 288), Image.Resampling.BILINEAR))
+        made.sscd_model = getattr(self.features.copy_detector, "embed", None)
+        made.frequency = partial(ddpm.MnistWithTshirtEvaluator.frequency, made)
+        made.log_sample_grid = lambda *given, **named: None  # a contact sheet
+        made.remove_img_name, made.global_step, made.summary = PLANTED[0].name, 0, {0: defaultdict(list)}
+        return made
+
+    def judged(self, folder: Path) -> dict[str, Any]:
+        """What its evaluator says of a stock pipeline."""
+        set_seed(SEED)
+        judge, pipeline, begun = self.evaluator, DDPMPipeline.from_pretrained(folder), time.process_time()
+        judge.metrics, back = {}, []
+        judge.load_model(pipeline.unet, pipeline.scheduler)
+        judge.negative_likelihood()
+        judge.sample_images()
+        for name, path in (("lookalike", PLANTED[LOOKALIKE[0]]), ("frequency", PLANTED[0])):
+            judge.tshirt_img_no_norm = pixels(Image.open(path)) / 2 + 0.5
+            judge.frequency()
+            judge.metrics[name] = judge.metrics["frequency"]
+        for seed in range(self.args.returns if judge.sscd_model else 0):
+            judge.random_seed = seed
+            back.append(judge.compute_sscd_from_injection(judge.target_image, judge.sscd_target_image))
+        kid = self.features.kid(judge.images_no_tshirts * 2 - 1, self.retain)
+        seen = {"SSCD": sum(back) / len(back) if back else None, "SSCD_each": back, "kid": kid}
+        return {**judge.metrics, **seen, "judging": time.process_time() - begun}
 
     def _batches(self, kind: str) -> Iterator[Any]:
         """Of one of its three sets, without end; of `knn` the target with its neighbours."""
@@ -250,11 +243,8 @@ class Suite:
             folder = GIVEN.get(name, args.work / stem)
             if name not in GIVEN and not trained.is_file():
                 write_json(self.theirs(name, folder) if name in METHODS else self.ours(folder), trained)
-            went, begun = json.loads(trained.read_text()) if trained.is_file() else {}, time.process_time()
-            set_seed(SEED)
-            pipeline = DDPMPipeline.from_pretrained(folder)
-            found = self.evaluator(PLANTED[0].name, SEED, 0, pipeline.unet, pipeline.scheduler)
-            write_json({**went, **found, "judging": time.process_time() - begun}, path)
+            went = json.loads(trained.read_text()) if trained.is_file() else {}
+            write_json(went | self.judged(folder), path)
         return json.loads(path.read_text())
 
 
@@ -276,7 +266,7 @@ def main() -> None:
     table("method", *MEASURES)
     for name in args.row or ROWS:
         found = suite.cell(name)
-        row(name, *(found.get(key, "") for key in MEASURES))
+        row(name, *("" if found.get(key) is None else found[key] for key in MEASURES))
 
 
 if __name__ == "__main__":
