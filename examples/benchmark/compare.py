@@ -5,9 +5,9 @@
 
 All recipes by default. A case is a planted identity, several at once, or a picture that nobody planted: a draw of the
 model by seed. A cell is one recipe at one rate on one case. It is trained as the command does and exported; judge.py
-opens the export by stock diffusers. The budget is seconds of training of the recipe alone on one core: how long an
-update takes is measured once and kept in DIR/paces, so that what else runs does not count. A recipe that stops by
-itself may stop earlier. `option=value` changes an option of `unlearn` in all cells, which then are named by it.
+opens the export by stock diffusers. The budget is seconds of one core for training alone, by how long an update of the
+recipe takes, which is measured once and kept in DIR/paces (run with OMP_NUM_THREADS=1). A recipe that stops by itself
+may stop earlier. `option=value`, in JSON, changes an option of `unlearn` in all cells, which then are named by it.
 
 Each cell is a JSON file in DIR/cells, written when it is done; what is there is not done again, and table and figure
 are of all that are there with the same seconds and draws. Columns: near-copies (RMS under 0.16) of targets and of
@@ -85,13 +85,13 @@ class Comparison:
         return made.output, {"steps": made.steps, "stopped": made.stopped, "seconds": clock.seconds["unlearn"]}
 
     def pace(self, recipe: str) -> float:
-        """Seconds an update takes of `recipe` on the first identity: the median of a few, after a few."""
+        """Seconds of the processor that an update of `recipe` takes: the median of a few, after a few."""
         path = self.work / "paces" / f"{recipe}.json"
         if not path.is_file():
             ends: list[float] = []
             few = {"recipe": recipe, "max_train_steps": TIMED, "cooldown_steps": 0, "stop_margin": None}
             self.trained(
-                f"{recipe}.timed", "0", lambda *_, **__: ends.append(time.perf_counter()), **few, **self.options
+                f"{recipe}.timed", "0", lambda *_, **__: ends.append(time.process_time()), **few, **self.options
             )
             ends = ends[-TIMED // 2 :]  # of what came before, some are no updates
             path.parent.mkdir(exist_ok=True)
