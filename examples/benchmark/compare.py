@@ -1,7 +1,7 @@
 """Every recipe side by side on `faces`: the same targets, surrogates, retain set and budget, and one judge.
 
     python examples/benchmark/compare.py --work DIR [RECIPE ...] [--case 0 1 0+1+2+3 any0 ...] [--rate own 2e-5 ...]
-        [--seconds 125] [--draws 1000 | --sweep] [--assets DIR] [--figure FILE.svg] [option=value ...]
+        [--seconds 125] [--draws 1000 | --sweep] [--assets DIR] [--figure FILE.png] [option=value ...]
 
 All recipes by default. A case is a planted identity, several at once, or a picture that nobody planted: a draw of the
 model by seed. A cell is one recipe at one rate on one case. It is trained as the command does and exported; judge.py
@@ -32,7 +32,7 @@ from typing import Any
 import torch
 from faces import LOOKALIKE, PLANTED, ROOT, Clock
 from features import Features
-from judge import BACK, Judge, Model, read
+from judge import BACK, RETURNS, Judge, Model, read
 from PIL import Image
 from tables import row, table
 
@@ -41,6 +41,7 @@ from unforget.core.types import Progress
 from unforget.families.recipes import pixel_recipes
 from unforget.files.storage import write_json
 
+TICKS = (0.02, 0.05, 0.1, 0.2, 0.5)
 TIMED = 16  # updates of a run that is timed
 
 
@@ -160,31 +161,34 @@ def known(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def draw_figure(cells: Sequence[dict[str, Any]], path: Path) -> None:
-    """Drift across, and up what is still there of the target: the largest recall, and near-copies beside the base's."""
+def draw_figure(cells: Sequence[dict[str, Any]], returns: int, path: Path) -> None:
+    """Drift across, and up what is still there of the target: the largest recall of `returns` draws; 95 % intervals."""
     import matplotlib
 
-    matplotlib.use("svg")
-    from matplotlib import pyplot
+    matplotlib.use("agg")
+    from matplotlib import pyplot, ticker
+    from scipy.stats import binomtest
 
-    matplotlib.rcParams["svg.hashsalt"] = "unforget"  # the same file from the same figures
     figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
     names = sorted({c["recipe"] for c in cells}, key=lambda name: (name != "default", name))
     for k, name in enumerate(names):
         mine = sorted((c for c in cells if c["recipe"] == name), key=lambda c: c["drift"]["median"][0])
         median, low, high = (torch.tensor([c["drift"]["median"][j] for c in mine]) for j in range(3))
         recall = torch.tensor([max(b["recall"] for b in c["returned"].values()) for c in mine])
-        spread = (recall * (1 - recall) / 64).sqrt() * 1.96
+        exact = [binomtest(round(float(r) * returns), returns).proportion_ci() for r in recall]
+        spread = torch.tensor([[float(r) - e.low, e.high - float(r)] for r, e in zip(recall, exact, strict=True)]).T
         axes.errorbar(
-            median, recall * 100, xerr=(median - low, high - median), yerr=spread * 100, label=name, capsize=2,
+            median, recall * 100, xerr=(median - low, high - median), yerr=spread.clamp(min=0) * 100, label=name,
             marker="*" if name == "default" else "osD^vPX<>"[k % 9], markersize=14 if name == "default" else 6,
-            linewidth=0, elinewidth=1, zorder=3 if name == "default" else 2,
+            linewidth=0, elinewidth=1, capsize=2, zorder=3 if name == "default" else 2,
         )  # fmt: skip
     axes.set(xscale="log", xlabel="drift: RMS of draws of the same noise, median (less is better)")
     axes.set(ylabel="recall: draws back that are the target, %\n(worst timestep; less is better)")
+    axes.xaxis.set_minor_formatter(ticker.NullFormatter())
+    axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
     axes.axhline(5, color="grey", linewidth=0.8, linestyle=":")
     axes.legend(fontsize="small", ncols=2)
-    figure.savefig(path, metadata={"Date": None})
+    figure.savefig(path, dpi=130, metadata={"Software": None})
 
 
 def main() -> None:
@@ -218,7 +222,7 @@ def main() -> None:
     cells = [c for c in comparison.cells() if c["case"] in args.case]
     show(cells)
     if args.figure:
-        draw_figure(cells, args.figure)
+        draw_figure(cells, RETURNS // 2 if args.sweep else RETURNS, args.figure)
 
 
 if __name__ == "__main__":
