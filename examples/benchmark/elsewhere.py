@@ -1,6 +1,6 @@
 """What ComfyUI and kohya's sd-scripts make of the exports: the table of docs/formats.md.
 
-    python examples/benchmark/elsewhere.py --comfyui DIR --sd-scripts DIR --work DIR [--json] [MODEL ...] [--ranks N ...]
+    python examples/benchmark/elsewhere.py --comfyui DIR --sd-scripts DIR --work DIR [MODEL ...]
 
 Both are checkouts. What they import beside this project's libraries lies on PYTHONPATH (einops, torchsde, trampoline,
 sentencepiece, comfy-aimdo, comfy-kitchen, toml). torchvision, torchaudio and cv2 are stubs: both import them, and
@@ -18,7 +18,6 @@ import json
 import logging
 import re
 import sys
-import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,47 +34,26 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from pipelines import narrow_flux
-from slim import BRIEF, MODELS, NARROW, built, changes, patched
+from slim import BRIEF, IDS, MODELS, NARROW, SIZE, built, changes, patched, share, states, vector
 
 from unforget import families
 from unforget.api import export
 from unforget.config import ExportConfig
 from unforget.families.spec import Setting
 
-ABSENT = (
-    "torchvision",
-    "torchvision.transforms",
-    "torchaudio",
-    "torchaudio.functional",
-    "torchaudio.transforms",
-    "cv2",
-)
+ABSENT = ("torchvision", "torchvision.transforms", "torchaudio", "torchaudio.transforms", "cv2")
 RANK = 8
 """Of the patch in whole models."""
-SIZE = 64
-"""Of the pictures, in pixels."""
-READ = {
-    "ComfyUI": {n: ("transformer", "single-file") for n in MODELS if n != "sdxl-32"},
-    "sd-scripts": {
-        "sd": ("single-file",), "sdxl-32": ("single-file",), "sd3": ("single-file",), "sd3.5": ("single-file",),
-        "flux": ("transformer", "single-file"),
-    },
-}  # fmt: skip
+WHOLE = ("transformer", "single-file")
+READ = {  # of UNets under diffusers' names ComfyUI knows released widths alone
+    "ComfyUI": {n: WHOLE[1:] if "UNet" in m[1]["_class_name"] else WHOLE for n, m in MODELS.items() if n != "sdxl-32"},
+    "sd-scripts": {n: WHOLE if n == "flux" else WHOLE[1:] for n in MODELS if n != "sdxl"},
+}
 Read = tuple[Any, dict[str, Tensor]]
 """What was loaded, and the answers of its parts."""
-IDS = torch.tensor([[49406, 320, 1125, *[49407] * 74]])
 WRONG = re.compile(r"missing|unexpected|left ?over|not (loaded|recogni)|fail|mismatch|unsupported|error", re.IGNORECASE)
-ELSE = ("text_encoders.", "vae.", "first_stage_model.", "cond_stage_model.", "conditioner.")
-"""How names begin of parts that a reader was not to read."""
-
-
-def share(applied: Mapping[str, Tensor], meant: Mapping[str, Tensor]) -> tuple[float, float]:
-    """How much of the change is applied, and the largest difference, as a share of the largest change."""
-    meant, zero = {n: t for n, t in meant.items() if t.any()}, torch.zeros(1)
-    pairs = [(applied.get(n, zero).flatten(), meant.get(n, zero).flatten()) for n in {*applied, *meant}]
-    norm = sum(float(t.double().square().sum()) for t in meant.values())
-    apart = max(float((a - b).abs().max()) for a, b in pairs) / max(float(t.abs().max()) for t in meant.values())
-    return sum(float((a.double() * b).sum()) for a, b in pairs) / norm, apart
+ELSE = re.compile(r"(text_encoders|vae|\w+_stage_model|conditioner)\..*|.*logit_scale|clip_l.*projection.*")
+"""Names in parts that were not to be read, and what CLIP has that nobody uses and no released file holds."""
 
 
 @contextmanager
@@ -83,7 +61,7 @@ def heard() -> Iterator[list[str]]:
     """What the readers log of keys that they do not use or lack."""
     said: list[str] = []
     handler = logging.Handler()
-    handler.emit = lambda r: said.append(r.getMessage()) if WRONG.search(r.getMessage()) else None  # type: ignore
+    handler.emit = lambda r: said.append(r.getMessage()) if WRONG.search(r.getMessage()) else None
     logging.root.addHandler(handler)
     logging.root.setLevel(logging.DEBUG)
     try:
@@ -97,20 +75,7 @@ def lost(said: list[str]) -> int:
     for sentence in said:
         print(sentence[:300], file=sys.stderr)
     names = [n for s in said for n in re.findall(r"'([\w.]+)'", s) or [s]]
-    return len([n for n in names if not n.startswith(ELSE) and "missing_keys=[]" not in n])
-
-
-def vector(pooled: Tensor) -> Tensor:
-    """XL's pooled tokens and the six numbers of the size, as the original takes them."""
-    size, embedded = SIZE, diffusers.models.embeddings.get_timestep_embedding
-    numbers = embedded(torch.tensor([size, size, 0, 0, size, size]), 256, True, 0)
-    return torch.cat([pooled, numbers.reshape(1, -1)], 1)
-
-
-def states(encoders: list[Any]) -> Tensor:
-    """What networks are given of a prompt: the last state of one encoder, the last but one of two."""
-    found = [encoder(IDS, output_hidden_states=True) for encoder in encoders]
-    return found[0][0] if len(found) == 1 else torch.cat([f.hidden_states[-2] for f in found], -1)
+    return len([n for n in names if not ELSE.fullmatch(n) and "missing_keys=[]" not in n])
 
 
 class ComfyUI:
@@ -129,7 +94,7 @@ class ComfyUI:
         if kind == "transformer":
             patcher = self.comfy.sd.load_diffusion_model(str(file), model_options=how)
         else:
-            clips = {} if name == "sd" else {f"clip_{x}_model_config": BRIEF for x in "lg"}
+            clips = {**how, **{f"clip_{x}_model_config": BRIEF for x in "lg"}}
             patcher, clip, vae, _ = self.comfy.sd.load_checkpoint_guess_config(
                 str(file), output_clip=name != "flux", output_vae=name in ("sd", "sd3"), model_options=how,
                 te_model_options=clips,
@@ -141,16 +106,14 @@ class ComfyUI:
         if vae is not None:
             found["VAE"] = vae.first_stage_model.decode(x_t)
         if clip is not None:
-            ids = [[(int(i), 1.0) for i in IDS[0]]]
-            both = {"l": ids} if name == "sd" else {"l": ids, "g": ids, "t5xxl": ids}
-            found["CLIP"] = clip.encode_from_tokens(both)[:, :77, :2048]
+            every = {key: [[(int(i), 1.0) for i in IDS[0]]] for key in ("l", "g", "t5xxl")}
+            found["CLIP"] = clip.encode_from_tokens({"l": every["l"]} if name == "sd" else every)[:, :77, :2048]
         return patcher, found
 
     def lora(self, name: str, patcher: Any, file: Path, change: dict[str, Tensor]) -> tuple[Any, Any]:
         comfy, config, state = self.comfy, patcher.model.model_config.unet_config, patcher.model.state_dict()
         on = comfy.sd.load_lora_for_models(patcher, None, comfy.utils.load_torch_file(str(file)), 1.0, 0.0)[0]
-        shapes = {n: state[n].shape for n in on.patches}
-        found = {n: comfy.lora.calculate_weight(on.patches[n], torch.zeros(s), n) for n, s in shapes.items()}
+        found = {n: comfy.lora.calculate_weight(p, torch.zeros(state[n].shape), n) for n, p in on.patches.items()}
         if names := comfy.utils.unet_to_diffusers(config):
             return found, {f"diffusion_model.{names[n]}": t for n, t in change.items() if n in names}
         return found, comfy.model_detection.convert_diffusers_mmdit(change, "diffusion_model.")
@@ -167,10 +130,8 @@ class Scripts:
             network = sd3_utils.load_mmdit(load_file(file), None, "cpu")
             return network, {"network": network(x_t, when, pooled, tokens)}
         if name == "flux":
-            spec = flux_models.configs["dev"]
-            flux_models.configs["dev"] = replace(
-                spec, params=replace(spec.params, hidden_size=NARROW, num_heads=NARROW // 128)
-            )
+            spec, narrow = flux_models.configs["dev"], {"hidden_size": NARROW, "num_heads": NARROW // 128}
+            flux_models.configs["dev"] = replace(spec, params=replace(spec.params, **narrow))
             _, network = flux_utils.load_flow_model(str(file), None, "cpu")
             answer = network(
                 flux_utils.pack_latents(x_t), flux_utils.prepare_img_ids(1, 4, 4), tokens,
@@ -183,10 +144,14 @@ class Scripts:
             tensors = {n.removeprefix(prefix): t for n, t in load_file(file).items() if n.startswith(prefix)}
             logging.info("%s", network.load_state_dict(tensors))
             return network, {"network": network(x_t, when, tokens, vector(pooled))}
+        # Its loader of whole files wants transformers 4.54 for the text encoder; this is what it calls before.
         original_unet.BLOCK_OUT_CHANNELS, model_util.UNET_PARAMS_CHANNEL_MULT = (320,) * 4, [1] * 4
-        text, vae, network = model_util.load_models_from_stable_diffusion_checkpoint(False, str(file))
-        answers = {"VAE": vae.decode(x_t).sample, "CLIP": states([text])}
-        return network, {"network": network(x_t, when, tokens).sample, **answers}
+        _, tensors = model_util.load_checkpoint_with_text_encoder_conversion(str(file))
+        config, other = model_util.create_unet_diffusers_config(False), model_util.create_vae_diffusers_config()
+        network, vae = original_unet.UNet2DConditionModel(**config), diffusers.AutoencoderKL(**other)
+        logging.info("%s", network.load_state_dict(model_util.convert_ldm_unet_checkpoint(False, tensors, config)))
+        logging.info("%s", vae.load_state_dict(model_util.convert_ldm_vae_checkpoint(tensors, other)))
+        return network, {"network": network(x_t, when, tokens).sample, "VAE": vae.decode(x_t).sample}
 
     def lora(self, name: str, network: Any, file: Path, change: dict[str, Tensor]) -> tuple[Any, Any]:
         from library import flux_utils, sdxl_model_util
@@ -221,13 +186,12 @@ def tried(name: str, readers: Mapping[str, Any], work: Path, ranks: list[int]) -
     stock = type(family.network).from_config(family.network.config).eval()
     stock.load_state_dict({n: state[n] + t for n, t in changes(patches[RANK], state).items()})
     extra, pipe = given[1 : 2 if name == "sd" else 3], family.pipeline
-    texts = [getattr(pipe, n) for n in family.spec.text_encoders if hasattr(pipe, n) and getattr(pipe, n) is not None]
+    texts = [t for n in family.spec.text_encoders if (t := getattr(pipe, n, None)) is not None]
     meant = {
         "network": family.spec.call(stock, given[0], torch.tensor([400.0]), extra, Setting((SIZE, SIZE), 3.5)),
         "VAE": pipe.vae.decode(given[0]).sample,
         "CLIP": states(texts[:1] if name == "flux" else texts),
     }
-
     files: dict[tuple[str, int], Path] = {}
 
     def exported(form: str, rank: int = RANK) -> Path:
@@ -248,17 +212,16 @@ def tried(name: str, readers: Mapping[str, Any], work: Path, ranks: list[int]) -
                 try:
                     opened, found = reader.read(name, form, file, *given)
                 except Exception as error:
-                    traceback.print_exc()
                     yield [name, who, form, "", "refused", " ".join(repr(error).split())[:100]]
                     continue
             for part, answer in found.items():
                 apart = float((answer - meant[part]).abs().max() / meant[part].abs().max())
                 yield [name, who, f"{form}, {part}", "", f"{apart:.0e}", lost(said)]
-        of_it = ("lora", "kohya") if who == "ComfyUI" else ("kohya",)
-        for form, rank in [(f, r) for f in of_it if f in forms and opened is not None for r in ranks]:
-            file = exported(form, rank)
+        loras = {"lora", "kohya"} & {*forms} - ({"lora"} if who == "sd-scripts" else set())
+        for form, rank in [(f, r) for f in sorted(loras) if opened is not None for r in ranks]:
+            file, change = exported(form, rank), changes(patches[rank], state)
             with heard() as said:
-                part, apart = share(*reader.lora(name, opened, file, changes(patches[rank], state)))
+                part, apart = share(*reader.lora(name, opened, file, change))
             yield [name, who, f"{form}, rank {rank}", f"{part:.2%}", f"{apart:.0e}", lost(said)]
 
 
@@ -271,14 +234,10 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8, 32])
     parser.add_argument("models", nargs="*", default=[*MODELS], metavar="MODEL")
     args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
     narrow_flux(pytest.MonkeyPatch(), NARROW)
     sys.path[1:1] = [str(folder) for folder in (args.comfyui, args.sd_scripts) if folder]
-    for absent in ABSENT:
-        sys.modules[absent] = MagicMock(__spec__=importlib.machinery.ModuleSpec(absent, None))
-    readers = {"ComfyUI": ComfyUI} if args.comfyui else {}
-    readers |= {"sd-scripts": Scripts} if args.sd_scripts else {}
-    ready = {who: kind() for who, kind in readers.items()}
+    sys.modules.update({n: MagicMock(__spec__=importlib.machinery.ModuleSpec(n, None)) for n in ABSENT})
+    ready = ({"ComfyUI": ComfyUI()} if args.comfyui else {}) | ({"sd-scripts": Scripts()} if args.sd_scripts else {})
     if not args.json:
         table("model", "reader", "file", "applied", "largest difference", "keys lost")
     for name in args.models:

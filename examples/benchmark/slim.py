@@ -1,4 +1,4 @@
-"""Models with the structures that other programs know, random weights, few and narrow layers; and patches of them."""
+"""Models with the structures that other programs know, random weights, few and narrow layers; patches; arithmetic."""
 
 import json
 from collections.abc import Mapping
@@ -16,10 +16,13 @@ from unforget.files.patch import Patch, Provenance
 from unforget.files.storage import digest
 
 ALPHA = 16
+SIZE = 64
+"""Of the pictures, in pixels."""
+IDS = torch.tensor([[49406, 320, 1125, *[49407] * 74]])
 NARROW = 256
 """The width of `flux`."""
-BRIEF = {"num_hidden_layers": 2}
-"""The depth of text encoders, but for `sd`."""
+BRIEF = {"num_hidden_layers": 3}
+"""The depth of text encoders."""
 XL = {**SDXL, "sample_size": 8}
 SMALL_3 = {
     **SD3, "sample_size": 8, "num_layers": 2, "num_attention_heads": 2, "caption_projection_dim": 128,
@@ -62,9 +65,8 @@ def built(name: str, home: Path) -> Path:
     kind, config, vae = MODELS[name]
     words = CLIPTokenizer().train_new_from_iterator(["a flag"], 520)
     words.model_max_length = 77
-    brief = {} if name == "sd" else BRIEF  # sd-scripts wants all of them
-    one = CLIPTextConfig(**{**CLIP_L, **brief}, projection_dim=768)
-    two = CLIPTextConfig(**{**CLIP_G, **brief}, projection_dim=1280, hidden_act="gelu")
+    one = CLIPTextConfig(**{**CLIP_L, **BRIEF}, projection_dim=768)
+    two = CLIPTextConfig(**{**CLIP_G, **BRIEF}, projection_dim=1280, hidden_act="gelu")
     first = CLIPTextModelWithProjection(one) if "3" in kind else CLIPTextModel(one)
     flow = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     parts: dict[str, Any] = {
@@ -82,6 +84,7 @@ def built(name: str, home: Path) -> Path:
     if "3" in kind:
         torch.nn.init.eye_(first.text_projection.weight)  # as stock loaders have it
         parts |= {"text_encoder_3": None, "tokenizer_3": None}
+    home.parent.mkdir(parents=True, exist_ok=True)
     getattr(diffusers, kind)(**parts).save_pretrained(home)
     (home / "unforget.json").write_text(json.dumps({"guidance": 1.0, "retain_prompts": ["a flag"]}))
     return home
@@ -111,3 +114,25 @@ def changes(patch: Path, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         down, up = (factors[f"{name}.lora_{side}.weight"] for side in "AB")
         found[f"{name}.weight"] = ALPHA / len(down) * up @ down
     return found
+
+
+def share(applied: Mapping[str, Tensor], meant: Mapping[str, Tensor]) -> tuple[float, float]:
+    """How much of the change is applied, and the largest difference, as a share of the largest change."""
+    meant, zero = {n: t for n, t in meant.items() if t.any()}, torch.zeros(1)
+    pairs = [(applied.get(n, zero).flatten(), meant.get(n, zero).flatten()) for n in {*applied, *meant}]
+    norm = sum(float(t.double().square().sum()) for t in meant.values())
+    apart = max(float((a - b).abs().max()) for a, b in pairs) / max(float(t.abs().max()) for t in meant.values())
+    return sum(float((a.double() * b).sum()) for a, b in pairs) / norm, apart
+
+
+def vector(pooled: Tensor) -> Tensor:
+    """XL's pooled tokens and the six numbers of the size, as the original takes them."""
+    size, embedded = SIZE, diffusers.models.embeddings.get_timestep_embedding
+    numbers = embedded(torch.tensor([size, size, 0, 0, size, size]), 256, True, 0)
+    return torch.cat([pooled, numbers.reshape(1, -1)], 1)
+
+
+def states(encoders: list[Any]) -> Tensor:
+    """What networks are given of a prompt: the last state of one encoder, the last but one of two."""
+    found = [encoder(IDS, output_hidden_states=True) for encoder in encoders]
+    return found[0][0] if len(found) == 1 else torch.cat([f.hidden_states[-2] for f in found], -1)
