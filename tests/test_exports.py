@@ -12,7 +12,7 @@ import torch
 from conftest import DATA, rewrite, tiny_pipeline
 from diffusers import DDPMPipeline, FluxTransformer2DModel, SD3Transformer2DModel, StableDiffusion3Pipeline, UNet2DModel
 from peft import PeftModel
-from pipelines import CAPTIONS, narrow_flux, tiny_flux, tiny_sd3
+from pipelines import CAPTIONS, narrow_flux, tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection
@@ -219,6 +219,31 @@ def test_the_factors_alone_are_the_whole_change(base, tmp_path, rank, form):
         layer = prefix + name.removesuffix(".weight")
         change = found[f"{layer}.lora_B.weight"] @ found[f"{layer}.lora_A.weight"]
         torch.testing.assert_close(change, made.difference(name, torch.zeros(())), rtol=1e-5, atol=1e-6)
+
+
+MIDDLE = [f"mid_block.attentions.0.transformer_blocks.0.attn1.{n}" for n in ("to_q", "to_k", "to_v", "to_out.0")]
+OUTSIDE = "mid_block.attentions.0.proj_in"
+
+
+@pytest.mark.parametrize(
+    ("make", "layers"), [(tiny_sd, MIDDLE), (tiny_sdxl, MIDDLE[2:]), (tiny_sdxl, [*MIDDLE, OUTSIDE])]
+)
+def test_a_unet_s_lora_has_names_that_comfyui_reads_too(tmp_path, make, layers):
+    """They are for attention alone: of other layers it has PEFT's, as all have."""
+    make().save_pretrained(tmp_path / "unet")
+    (tmp_path / "unet" / "unforget.json").write_text(json.dumps({"guidance": 2.0, "retain_prompts": list(CAPTIONS)}))
+    patch = lora(tmp_path / "unet", tmp_path / "a.patch", layers=layers)
+    done = run(tmp_path / "unet", patch, tmp_path / "out", format="lora", resolution=16)
+    found, made = load_file(done.output / "pytorch_lora_weights.safetensors"), Patch.load(patch)
+    assert len(found) == 2 * len(layers)
+    for layer in layers:
+        if OUTSIDE in layers:
+            down, up = (found[f"unet.{layer}.lora_{side}.weight"] for side in "AB")
+        else:  # as `comfy.lora.model_lora_keys_unet` makes them
+            key = "unet." + layer.replace(".to_", ".processor.to_").removesuffix(".0")
+            down, up = (found[f"{key}_lora.{side}.weight"] for side in ("down", "up"))
+        change = made.difference(f"{layer}.weight", torch.zeros(()))
+        torch.testing.assert_close(up @ down, change, rtol=1e-5, atol=1e-6)
 
 
 def test_the_header_of_a_lora(base, tmp_path):

@@ -1,6 +1,7 @@
 """The factors of a LoRA in the layouts that people have: diffusers', PEFT's and kohya's."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +17,13 @@ from unforget.families import parts, weights
 from unforget.families.layouts import Layout, grouped, to_original
 from unforget.files.patch import Stack, side_by_side
 from unforget.files.storage import digest, write_json, write_tensors
+
+_ATTENTION = re.compile(r"(.+\.attn\d)\.(to_q|to_k|to_v|to_out)(?:\.0)?\.lora_([AB])\.weight")
+
+
+def _older(name: re.Match[str]) -> str:
+    layer, projection, side = name.groups()
+    return f"{layer}.processor.{projection}_lora.{'down' if side == 'A' else 'up'}.weight"
 
 
 class Lora(Format):
@@ -71,6 +79,12 @@ class Lora(Format):
         write_tensors(self._named(job, prefix), header, out / self.file, hash_key=HASH)
 
     def _named(self, job: Job, prefix: str) -> dict[str, torch.Tensor]:
+        """A UNet's under the names that diffusers had before PEFT's: it reads both, and ComfyUI, of a UNet, no others.
+
+        They are for attention alone.
+        """
+        if prefix == "unet." and all(map(_ATTENTION.fullmatch, self.factors)):
+            return {prefix + _ATTENTION.sub(_older, name): factor for name, factor in self.factors.items()}
         return {f"{prefix}{name}": factor for name, factor in self.factors.items()}
 
     def _config(self) -> dict[str, Any]:
