@@ -13,7 +13,7 @@ from unforget.families.loading import Options, opening
 from unforget.families.parts import INDEX, LORA, PEFT, PEFT_CONFIG
 from unforget.files.storage import BadFile, open_tensors, read_json
 
-FACTOR = re.compile(r".+(\.lora_[AB]\.weight|\.lora_(down|up)\.weight|\.alpha)")
+FACTOR = re.compile(r".+([._]lora[._](A|B|down|up)\.weight|\.alpha)")
 
 
 def load(path: Path, ref: str, options: Options) -> Family:
