@@ -110,6 +110,7 @@ def test_a_disk_that_is_full(here, whole):
     assert (here / "a.patch").read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written(here):
     if os.geteuid() == 0:  # root may write wherever there is a file system that can be written
         code, said = told(start(here, *command(output="/proc/a.patch")))
