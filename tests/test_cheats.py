@@ -58,8 +58,6 @@ def failed(report) -> set[str]:
 def test_it_does_not_pass(honest, config, cheat):
     if CAUGHT[cheat.__name__] & {"sample", "transforms"}:  # rates: draw as long as it takes
         config = config.model_copy(update={"samples": None})
-    if cheat.__name__ not in ONLY:  # what fails with fewer probes fails with more
-        config = config.model_copy(update={"level": "quick", "require": tuple(CAUGHT[cheat.__name__])})
     report = cheats.judge(honest, cheat, config)
     assert report.exit_code == 1, report.summary
     assert failed(report) >= CAUGHT[cheat.__name__]
