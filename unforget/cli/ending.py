@@ -134,7 +134,7 @@ def _ask(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _again(lost: sys.UnraisableHookArgs) -> None:
-    """An interrupt that came where Python can raise nothing (in a callback of an import lock) comes once more."""
+    """An interrupt that came where Python can raise nothing (as in `__del__`) comes once more."""
     if isinstance(lost.exc_value, KeyboardInterrupt) and _asked:
         signal.raise_signal(_asked[-1])
     elif os.environ.get("UNFORGET_DEBUG") == "1":
