@@ -87,21 +87,22 @@ class Comparison:
 
     def pace(self, recipe: str) -> float:
         """Seconds of the processor that an update of `recipe` takes: the median of a few, after a few."""
-        path = self.work / "paces" / f"{recipe}.json"
+        path = self.work / "paces" / f"{self.named(recipe)}.json"
         if not path.is_file():
             ends: list[float] = []
             few = {"recipe": recipe, "max_train_steps": TIMED, "cooldown_steps": 0, "stop_margin": None}
-            self.trained(
-                f"{recipe}.timed", "0", lambda *_, **__: ends.append(time.process_time()), **few, **self.options
-            )
+            self.trained("timed", "0", lambda *_, **__: ends.append(time.process_time()), **few, **self.options)
             ends = ends[-TIMED // 2 :]  # of what came before, some are no updates
             path.parent.mkdir(exist_ok=True)
             write_json({"seconds": median(b - a for a, b in pairwise(ends))}, path)
         return float(json.loads(path.read_text())["seconds"])
 
     def path(self, recipe: str, rate: str, case: str) -> Path:
-        options = "".join(f",{k}={v}".replace(" ", "") for k, v in self.options.items())
-        return self.work / "cells" / f"{recipe}{options}@{rate}-{case}-{self.seconds:g}s-{self.judged}.json"
+        return self.work / "cells" / f"{self.named(recipe)}@{rate}-{case}-{self.seconds:g}s-{self.judged}.json"
+
+    def named(self, recipe: str) -> str:
+        """The recipe with the options that are changed."""
+        return recipe + "".join(f",{k}={v}".replace(" ", "") for k, v in self.options.items())
 
     def cell(self, recipe: str, rate: str, case: str, judge: Judge) -> None:
         """Train, export and judge, unless that was done."""
@@ -123,7 +124,7 @@ class Comparison:
             Model(folder), [read(t) for t in targets], [read(self.surrogate(t)) for t in targets],
             [read(t) for t in twins], at_oracle=case == "0",
         )  # fmt: skip
-        given = {"recipe": path.name.split("@")[0], "rate": rate, "case": case}
+        given = {"recipe": self.named(recipe), "rate": rate, "case": case}
         write_json({**given, **went, "patch_bytes": patch.stat().st_size, **found}, path)
 
     def cells(self) -> list[dict[str, Any]]:
@@ -174,12 +175,12 @@ def draw_figure(cells: Sequence[dict[str, Any]], returns: int, path: Path) -> No
     names = sorted({c["recipe"] for c in cells}, key=lambda name: (name != "default", name))
     for k, name in enumerate(names):
         mine = sorted((c for c in cells if c["recipe"] == name), key=lambda c: c["drift"]["median"][0])
-        median, low, high = (torch.tensor([c["drift"]["median"][j] for c in mine]) for j in range(3))
+        drift, low, high = (torch.tensor([c["drift"]["median"][j] for c in mine]) for j in range(3))
         recall = torch.tensor([max(b["recall"] for b in c["returned"].values()) for c in mine])
         exact = [binomtest(round(float(r) * returns), returns).proportion_ci() for r in recall]
         spread = torch.tensor([[float(r) - e.low, e.high - float(r)] for r, e in zip(recall, exact, strict=True)]).T
         axes.errorbar(
-            median, recall * 100, xerr=(median - low, high - median), yerr=spread.clamp(min=0) * 100, label=name,
+            drift, recall * 100, xerr=(drift - low, high - drift), yerr=spread.clamp(min=0) * 100, label=name,
             marker="*" if name == "default" else "osD^vPX<>"[k % 9], markersize=14 if name == "default" else 6,
             linewidth=0, elinewidth=1, capsize=2, zorder=1 if name == "default" else 2,
         )  # fmt: skip

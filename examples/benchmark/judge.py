@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline
+from faces import NEAR_COPY, SEEDS, STEPS
 from features import Features
 from PIL import Image
 from torch import Tensor
@@ -17,14 +18,10 @@ BACK = (250, 400, 500, 550)
 """Timesteps from which a picture is drawn back."""
 ONE_STEP = range(100, 701, 50)
 """Timesteps of single answers, compared with the oracle's."""
-STEPS = 25
 RETURNS = 64
 """Draws back at each timestep."""
-PAIRS = 256
-"""Draws of the same noise that base and candidate are compared by."""
 UNSEEN_LEVEL = 0.05
 """So rarely comes a picture that was never seen back as near as the floor."""
-NEAR_COPY = 0.16
 BATCH = 16
 
 
@@ -127,7 +124,7 @@ class Judge:
     ) -> dict[str, Any]:  # fmt: skip
         """All figures; of several targets the worst. Twins are look-alikes, which are to stay."""
         drawn = {name: candidate.draw(self.start, eta=eta) for name, eta in self.samplers.items()}
-        pairs = self.drawn["ddim"][:PAIRS], drawn["ddim"][:PAIRS]
+        pairs = self.drawn["ddim"][:SEEDS], drawn["ddim"][:SEEDS]
         moved = apart(*pairs)
         perceived, alike = self.features.lpips(*pairs), self.features.ssim(*pairs)
         found: dict[str, Any] = {
