@@ -1,7 +1,6 @@
 """Text encoders in files of their own, as ComfyUI keeps them beside a checkpoint: clip_l, clip_g, t5xxl."""
 
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,32 +16,32 @@ PROJECTION = "text_projection.weight"
 """Left out of files whose projection is the identity."""
 
 
-def matched(files: Iterable[Path], made: Mapping[str, Any]) -> dict[str, tuple[Path, dict[str, Lazy]]]:
-    """The file of each text encoder and its tensors, known by the shape of its embedding of tokens.
+def matched(files: Iterable[Path], configs: Mapping[str, Any]) -> dict[str, Path]:
+    """The file of each text encoder, known by the shape of its embedding of tokens.
 
-    `made` are all that the model has, by name. UsageError for a file of none of them, or one too many.
+    `configs` are those of all that the model lacks, by part. UsageError for a file of none of them, or one too many.
     """
-    found: dict[str, tuple[Path, dict[str, Lazy]]] = {}
-    shapes = {name: tuple(part.get_input_embeddings().weight.shape) for name, part in made.items()}
+    found: dict[str, Path] = {}
+    shapes = {name: (config.vocab_size, config.hidden_size) for name, config in configs.items()}
     for file in files:
-        try:
-            check_pointer(file)
-            tensors = dict(open_tensors(file).tensors)
-        except BadFile as error:
-            raise UsageError(f"'{file}' cannot be opened: {error}", "Get it again.") from None
-        own = {tuple(t.shape) for name, t in tensors.items() if name.endswith(EMBEDDING)}
+        own = {tuple(t.shape) for name, t in tensors_of(file).items() if name.endswith(EMBEDDING)}
         names = [name for name, shape in shapes.items() if shape in own and name not in found]
         if not names:
             known = ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "none"
             raise UsageError(
                 f"'{file}' is no text encoder that this model lacks", f"By their embeddings those are: {known}."
             )
-        state = made[names[0]].state_dict()
-        if PROJECTION in state and PROJECTION not in tensors:
-            size = state[PROJECTION].shape[0]
-            tensors[PROJECTION] = Lazy(torch.float32, (size, size), partial(torch.eye, size))
-        found[names[0]] = (file, tensors)
+        found[names[0]] = file
     return found
+
+
+def tensors_of(file: Path) -> dict[str, Lazy]:
+    """The tensors of a file; UsageError if it is damaged."""
+    try:
+        check_pointer(file)
+        return dict(open_tensors(file).tensors)
+    except BadFile as error:
+        raise UsageError(f"'{file}' cannot be opened: {error}", "Get it again.") from None
 
 
 def opened(file: Path, kind: Any, config: Path, dtype: torch.dtype) -> Any:

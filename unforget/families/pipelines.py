@@ -140,11 +140,12 @@ def _from_single_file(spec: FamilySpec, path: str, options: Options, parts: dict
                     more = ", or --text-encoder FILE." if name in spec.text_encoders else "."
                     raise CannotRun(sentence, hint + more)
                 library = diffusers if name == spec.autoencoder else transformers
-                opener, how_part = getattr(library, class_name), {"use_safetensors": True, "local_files_only": True}
-                parts[name] = (
-                    encoders.opened(given[name], opener, config / name, rest) if name in given
-                    else opener.from_pretrained(config / name, dtype=rest, **how_part)
-                )  # fmt: skip
+                kind_of = getattr(library, class_name)
+                if name in given:
+                    parts[name] = encoders.opened(given[name], kind_of, config / name, rest)
+                else:
+                    how_part = {"dtype": rest, "use_safetensors": True, "local_files_only": True}
+                    parts[name] = kind_of.from_pretrained(config / name, **how_part)
         if options.network_dtype not in (None, rest) and spec.network not in parts:
             how_network = {"subfolder": spec.network, "dtype": options.network_dtype, **how}
             parts[spec.network] = network_class(spec).from_single_file(path, **how_network)
@@ -157,12 +158,9 @@ def _from_single_file(spec: FamilySpec, path: str, options: Options, parts: dict
 
 def _given(spec: FamilySpec, config: Path, lacking: Iterable[str], options: Options) -> dict[str, Path]:
     """The files of text encoders that a single file lacks, by part."""
-    made, kinds = {}, {name: getattr(transformers, spec.text_encoders[name]) for name in lacking}
-    with init_empty_weights():
-        for name, kind in kinds.items() if options.text_encoder else ():
-            if (config / name).is_dir():
-                made[name] = kind(kind.config_class.from_pretrained(config / name))
-    return {name: file for name, (file, _) in encoders.matched(options.text_encoder, made).items()}
+    kinds = {name: getattr(transformers, spec.text_encoders[name]) for name in lacking if (config / name).is_dir()}
+    configs = {name: kind.config_class.from_pretrained(config / name) for name, kind in kinds.items()}
+    return encoders.matched(options.text_encoder, configs)
 
 
 @contextmanager

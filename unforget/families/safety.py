@@ -20,7 +20,7 @@ import torch
 from torch.nn.modules import module as registrations
 
 from unforget.errors import CannotRun, UsageError
-from unforget.families.encoders import matched
+from unforget.families.encoders import PROJECTION, matched, tensors_of
 from unforget.families.parts import EXTRAS, PEFT_CONFIG, STEMS, WORDS, Classes, Part, classes, listed, opened
 from unforget.families.spec import Setting, is_inside
 from unforget.files.storage import BadFile, Lazy, open_tensors, read_json
@@ -96,13 +96,14 @@ def check_single(file: Path, spec: FamilySpec, config: Path, encoders: Collectio
             for n, t in tables.items()
             if "config.json" in t and n not in EXTRAS
         }
-        beside = {
-            name: made[name] for name in spec.text_encoders if name in made and not is_inside(spec, name, tensors)
-        }
-        given = {name: found for name, (_, found) in matched(encoders, beside).items()}
+        beside = [n for n in spec.text_encoders if n in made and not is_inside(spec, n, tensors)]
+        given = matched(encoders, {n: made[n].config for n in beside})
         for name in made.keys() - {spec.network}:
             if name in given:
-                _check_fits(parts[name], made[name], given[name])
+                # A square projection may be left out: it is the identity then.
+                named = made[name].named_parameters()
+                identity = {n: Lazy.of(t) for n, t in named if n == PROJECTION and t.shape[0] == t.shape[1]}
+                _check_fits(parts[name], made[name], identity | tensors_of(given[name]))
             elif not is_inside(spec, name, tensors):
                 found = opened(parts[name].home, STEMS[parts[name].library])
                 if found is not None:
