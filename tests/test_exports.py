@@ -10,7 +10,14 @@ import sys
 import pytest
 import torch
 from conftest import DATA, rewrite, tiny_pipeline
-from diffusers import DDPMPipeline, FluxTransformer2DModel, SD3Transformer2DModel, StableDiffusion3Pipeline, UNet2DModel
+from diffusers import (
+    DDPMPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    UNet2DModel,
+)
 from peft import PeftModel
 from pipelines import CAPTIONS, narrow_flux, tiny_flux, tiny_sd, tiny_sd3, tiny_sdxl
 from safetensors import safe_open
@@ -26,7 +33,7 @@ from unforget.errors import CannotRun, UsageError
 from unforget.exports import placement, rounding
 from unforget.exports.formats import FORMATS
 from unforget.exports.manifest import HEADER, ExportManifest, called
-from unforget.families import weights
+from unforget.families import shipped, weights
 from unforget.files.patch import Patch, Provenance
 from unforget.files.storage import digest, open_tensors, undamaged
 from unforget.verification.report import Report, Target
@@ -383,6 +390,33 @@ def test_a_file_of_the_network_alone_stays_one(flux, tmp_path):
         str(two.output), config=str(flux), subfolder="transformer", local_files_only=True
     )
     assert digest(stock.state_dict()) == two.manifest.digest == folder.manifest.digest
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_a_folder_of_a_single_file_has_the_parts_that_were_read(flux, tmp_path, beside):
+    """Those of the file, or with `--text-encoder` of files beside it: not what the folder of its configuration has."""
+    patch = lora(flux, tmp_path / "a.patch", layers=SINGLE)
+    whole, config = run(flux, patch, tmp_path / "whole.safetensors", format="single-file"), tmp_path / "config"
+    shutil.copytree(flux, config)
+    model, files = whole.output, []
+    others = ["text_encoder/model", "text_encoder_2/model"] + ["vae/diffusion_pytorch_model"] * (not beside)
+    for name in others:
+        path = config / f"{name}.safetensors"
+        if beside:
+            files.append(path.rename(tmp_path / path.parent.name))
+        save_file({n: t + 1 for n, t in load_file(files[-1] if beside else path).items()}, path, {"format": "pt"})
+    if beside:
+        prefix, model = "model.diffusion_model.", tmp_path / "alone.safetensors"
+        tensors = open_tensors(whole.output).load().items()
+        save_file({n.removeprefix(prefix): t for n, t in tensors if n.startswith(prefix)}, model)
+    again = lora(flux, tmp_path / "b.patch", 1, layers=SINGLE, base_digest=whole.manifest.digest)
+    done = run(model, again, tmp_path / "out", pipeline_config=config, dtype="float32", text_encoder=tuple(files))
+    found, meant = (FluxPipeline.from_pretrained(folder) for folder in (done.output, flux))
+    for name in ("text_encoder", "text_encoder_2", "vae"):
+        assert digest(getattr(found, name).state_dict()) == digest(getattr(meant, name).state_dict()), name
+    # `verify --candidate` opens it beside a base that is given the same files.
+    options = families.Options(pipeline_config=config, text_encoder=tuple(files))
+    assert shipped.load(done.output, str(model), options).spec.name == "flux"
 
 
 def test_every_format_that_a_family_has_is_one_that_is_known(base, ddpm):

@@ -22,7 +22,7 @@ def load(path: Path, ref: str, options: Options) -> Family:
     UsageError if it is of no form that is known here; CannotRun if it is damaged, or does not fit the base.
     """
     if (path / INDEX).is_file() or not path.exists():
-        return families.load(str(path), options)
+        return families.load(str(path), replace(options, text_encoder=()))
     with opening(str(path), str(path)):
         if path.is_dir():
             return _with_adapter(path, ref, options)

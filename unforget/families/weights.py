@@ -173,7 +173,7 @@ def quiet() -> Iterator[None]:
 
 def folder(path: Path, options: Options, dtype: torch.dtype, rest: torch.dtype) -> Family:
     """An exported folder through `from_pretrained`, its network in the precision in which it was written."""
-    return families.load(str(path), replace(options, network_dtype=dtype, rest_dtype=rest))
+    return families.load(str(path), replace(options, text_encoder=(), network_dtype=dtype, rest_dtype=rest))
 
 
 def single_file(path: Path, options: Options, home: Path | None, dtype: torch.dtype, rest: torch.dtype) -> Family:

@@ -17,7 +17,7 @@ from unforget.exports.manifest import PATH, ExportManifest
 from unforget.exports.rounding import DTYPES
 from unforget.families import weights
 from unforget.families.parts import INDEX, classes, is_own, listed
-from unforget.families.spec import FamilySpec
+from unforget.families.spec import FamilySpec, is_inside
 from unforget.files.storage import BadFile, Digested, open_tensors, write_json, write_tensors
 
 STEM = "diffusion_pytorch_model"
@@ -43,7 +43,11 @@ class DiffusersFolder(Format):
         (out / network).mkdir(parents=True)
         if home is not None:
             files, missing = copies(home, job.family)
+            own = _own_parts(job)
+            missing = [*dict.fromkeys([*missing, *own])]
             for to, start in files.items():
+                if to.parts[0] in own and to.name != "config.json":
+                    continue
                 (out / to).parent.mkdir(exist_ok=True)
                 shutil.copyfile(start, out / to)  # follows links, of which the hub's cache is made
         if home is None or missing:
@@ -60,6 +64,15 @@ class DiffusersFolder(Format):
 
     def load(self, job: Job, out: Path) -> Family:
         return weights.folder(out, job.options, job.merge.dtype, job.compute)
+
+
+def _own_parts(job: Job) -> list[str]:
+    """The parts that a single file brings, or files beside it do, whatever the folder of its configuration has."""
+    if job.origin.file is None:
+        return []
+    held, family = open_tensors(job.origin.file).tensors, job.family
+    found = [name for name in (family.autoencoder, *family.text_encoders) if is_inside(family, name, held)]
+    return found + [name for name in family.text_encoders if job.options.text_encoder and name not in found]
 
 
 def copies(home: Path, family: FamilySpec) -> tuple[dict[Path, Path], list[str]]:
