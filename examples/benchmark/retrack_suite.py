@@ -1,7 +1,7 @@
 """ReTrack's own methods on `faces`, by its own training step and its own evaluator, and our default beside them.
 
     python examples/benchmark/retrack_suite.py --source DIR --work DIR [ROW ...] [--configuration celeba_hq]
-        [--rate 2e-5] [--steps N | --seconds S] [--draws 1000] [--retain 512] [--returns 16] [--assets DIR]
+        [--rate 2e-5] [--steps N] [--draws 1000] [--retain 512] [--returns 16] [--assets DIR]
 
 The source is a checkout of github.com/sqt24/ReTrack, MIT. Imported from it, unchanged: losses (retrack/methods.py), the
 training step with its accumulation, clipping and rescaling of gradients (train.py), the sampler (samplers.py) and the
@@ -15,8 +15,8 @@ lambda 0.02, norm 5, are for 32x32, the size of `faces`; `--rate` changes the ra
 To forget is planted identity 0. There are no training data: the retain set is draws of the base by its sampler without
 near-copies (RMS under 0.16) of the target, and neighbours are among them. Batches are drawn from it at random, for its
 InfiniteSampler does not run on torch 2.13. Ours draws a retain set of its own, as ever. Rows: `base`, `oracle`, which
-was trained without the identity, its methods, `ours`. Each has its own number of updates, or all have `--seconds`,
-which are the CPU's, of training alone.
+was trained without the identity, its methods, `ours`. Each has its own number of updates, or all have `--steps`; seconds
+are the processor's, of training alone.
 
 Measures: of CelebAHQEvaluator `negative_likelihood` of the target in bits/dim (more is forgotten; one noise, equal for
 all) and `SSCD` of the target with what is drawn back of it from t = 250 in 251 steps, a mean over `--returns` noises
@@ -204,7 +204,7 @@ class Suite:
         batches = {kind: self._batches(kind) for kind, needed in loss.need_dataset.items() if needed}
         state = {"main": {}, "correction": {}} if loss.need_rescale else None
         begun = time.process_time()
-        while time.process_time() - begun < self.args.seconds if self.args.seconds else steps < self.steps:
+        while steps < self.steps:
             self.training.train_step(self.cfg, accelerator, runtime, batches, loss, state)
             steps += accelerator.sync_gradients
         seconds = time.process_time() - begun
@@ -212,30 +212,25 @@ class Suite:
         return {"steps": steps, "seconds": seconds}
 
     def ours(self, folder: Path) -> dict[str, Any]:
-        """The command with its defaults, exported; with `--seconds` as many updates as these allow."""
-        own, steps = pixel_recipes()["default"], self.args.steps
-        if self.args.seconds:
-            few = {"stop_margin": None, "cooldown_steps": 0}
-            short, long = (self._unlearn(folder, max_train_steps=n, **few)[1] for n in (12, 24))
-            steps = max(1, int(self.args.seconds * 12 / (long - short)))  # what comes once cancels
+        """The command with its defaults, exported."""
+        own, steps, marks = pixel_recipes()["default"], self.args.steps, list[tuple[str, float]]()
         few = {"cooldown_steps": round(own.cooldown_steps * steps / own.max_train_steps)} if steps else {}
-        made, seconds = self._unlearn(folder, max_train_steps=steps, **few)
-        export(ExportConfig(model="faces", patch=made.output, output=folder, force=True))
-        return {"steps": made.steps, "seconds": seconds, "stopped": made.stopped}
-
-    def _unlearn(self, folder: Path, **options: Any) -> tuple[Any, float]:
-        marks: list[tuple[str, float]] = []
+        config = UnlearnConfig(
+            model="faces", target=PLANTED[0], output=folder.with_name(f"{folder.name}.patch"), force=True,
+            max_train_steps=steps, **few,
+        )  # fmt: skip
         progress = Progress(stage=lambda title, total=0: marks.append((title, time.process_time())))
-        output = folder.with_name(f"{folder.name}.patch")
-        made = unlearn(UnlearnConfig(model="faces", target=PLANTED[0], output=output, force=True, **options), progress)
+        made = unlearn(config, progress)
         progress.stage("end", 0)
-        return made, sum(after - before for (title, before), (_, after) in pairwise(marks) if title == "unlearn")
+        export(ExportConfig(model="faces", patch=made.output, output=folder, force=True))
+        seconds = sum(after - before for (title, before), (_, after) in pairwise(marks) if title == "unlearn")
+        return {"steps": made.steps, "seconds": seconds, "stopped": made.stopped}
 
     def cell(self, name: str) -> dict[str, Any]:
         """A row's figures; what is in the folder is not made again."""
         args, stem = self.args, name
         if name not in GIVEN:
-            stem += f"-{args.seconds:g}s" if args.seconds else f"-{args.steps or 'own'}"
+            stem += f"-{args.steps or 'own'}"
         if name in METHODS:
             stem += f"-{args.configuration}-{self.rate:g}-{args.retain}"
         path, trained = (args.work / f"{stem}.{k}.json" for k in (f"{args.draws}-{args.returns}-{args.retain}", "run"))
@@ -256,7 +251,6 @@ def main() -> None:
     parser.add_argument("--configuration", default="celeba_hq", choices=("celeba_hq", "cifar10"))
     parser.add_argument("--rate", type=float, help="learning rate of its methods, instead of its own")
     parser.add_argument("--steps", type=int, help="updates of all, instead of each one's own")
-    parser.add_argument("--seconds", type=float, help="of training of all, instead of updates")
     for name, default in (("draws", 1000), ("retain", 512), ("returns", 16)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--assets", type=Path, help="the files that features.py names")
