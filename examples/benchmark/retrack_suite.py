@@ -15,8 +15,8 @@ lambda 0.02, norm 5, are for 32x32, the size of `faces`; `--rate` changes the ra
 To forget is planted identity 0. There are no training data: the retain set is draws of the base by its sampler without
 near-copies (RMS under 0.16) of the target, and neighbours are among them. Batches are drawn from it at random, for its
 InfiniteSampler does not run on torch 2.13. Ours draws a retain set of its own, as ever. Rows: `base`, `oracle`, which
-was trained without the identity, its methods, `ours`. Each has its own number of updates, or all have `--steps`. Seconds
-are the processor's, of training alone.
+was trained without the identity, its methods, `ours`. Each has its own number of updates, or all have `--steps`.
+Seconds are the processor's, of training alone.
 
 Measures: of CelebAHQEvaluator `negative_likelihood` of the target in bits/dim (more is forgotten; one noise, equal for
 all) and `SSCD` of the target with what is drawn back of it from t = 250 in 251 steps, a mean over `--returns` noises
