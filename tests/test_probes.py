@@ -114,11 +114,12 @@ def test_both_models_start_from_the_same_noise_and_the_candidate_goes_on_with_it
     assert torch.equal(base, candidate)  # equal weights
     more = context.draws("candidate", (0,), 24)
     assert torch.equal(more.images[:16], candidate)
-    context.candidate_digest = "another"
-    context._draws.clear()
-    other = context.draws("candidate", (0,), 24).images
-    assert torch.equal(other[:16], candidate)
-    assert float(rms(other[16:], more.images[16:]).min()) > 0.1
+    for changed in ("candidate_digest", "nonce"):
+        setattr(context, changed, "another")
+        context._draws.clear()
+        other = context.draws("candidate", (0,), 24).images
+        assert torch.equal(other[:16], candidate)
+        assert float(rms(other[16:], more.images[16:]).min()) > 0.1
 
 
 def test_what_is_drawn_step_by_step_is_what_is_drawn_at_once(context):

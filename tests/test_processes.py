@@ -99,7 +99,9 @@ def test_two_processes_do_what_one_does(here):
     assert two.provenance.targets == one.provenance.targets
 
     for n in (1, 2):
-        result = launched(here, n, "verify", "--model", "tiny", "--patch", "1.patch", "--report", f"{n}.json")
+        result = launched(
+            here, n, "verify", "--model", "tiny", "--patch", "1.patch", "--nonce", "1", "--report", f"{n}.json"
+        )
         assert (result.returncode, "failed: " in result.stdout) == (1, True), result.stderr
     reports = [json.loads((here / f"{n}.json").read_text()) for n in (1, 2)]
     for report in reports:

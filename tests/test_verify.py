@@ -10,12 +10,14 @@ import torch
 from diffusers import DDPMPipeline
 from safetensors.torch import load_file, save_file
 
+from unforget.api import verifying
 from unforget.files import images
 from unforget.verification import probes
 from unforget.verification.context import Finding
 from unforget.verification.probes.base import Probe
 from unforget.verification.report import Report
 
+NONCE = verifying._nonce
 SMALL = """
 [verify]
 level = "quick"
@@ -92,6 +94,19 @@ def test_the_same_command_writes_the_same_bytes_but_for_the_seconds(verify, here
     assert texts[0] == texts[1] == texts[2]
 
 
+def test_nobody_knows_the_noise_before_and_a_nonce_repeats_it(verify, here, monkeypatch):
+    monkeypatch.setattr(verifying, "_nonce", NONCE)
+    verify("--report", "a.json")
+    verify("--report", "b.json")
+    one, other = (json.loads((here / f"{n}.json").read_text()) for n in "ab")
+    assert len(one["nonce"]) == 32 == len(other["nonce"])
+    assert one["nonce"] != other["nonce"]
+    assert one["findings"] != other["findings"]
+    verify("--report", "c.json", "--nonce", one["nonce"])
+    again = json.loads((here / "c.json").read_text())
+    assert {k for k in one if one[k] != again[k]} <= {"seconds", "checksum"}
+
+
 def test_pictures_leave_only_when_asked(verify, here):
     verify("--report", "r.json", "--junit", "r.xml", "--html", "r.html", "--summary", "r.md")
     page = (here / "r.html").read_text()
@@ -137,7 +152,9 @@ def test_too_few_samples_are_inconclusive(verify, here):
 
 def test_the_plan_and_its_cost_are_said_first(verify):
     assert re.search(
-        r"quick: reconstruct, sample, retention, neighbours; 14 draws when none hits, \d+ at most", said(verify())
+        r"quick: parts, reconstruct, sample, retention, neighbours; 21 draws when none hits, "
+        r"\d+ in the mean at half of --max-rate, \d+ at most",
+        said(verify()),
     )
 
 

@@ -36,7 +36,7 @@ from unforget.core.metrics import rms
 from unforget.core.types import Family, Instance
 from unforget.files import images
 from unforget.verification.context import VerifyContext
-from unforget.verification.sequential import plan
+from unforget.verification.sequential import ends, plan
 from unforget.verification.similarity import pairwise
 
 RUNS = 1000
@@ -139,6 +139,10 @@ def rate(work: Path, seeds: int) -> None:
     print(
         f"\nnear-copies in {POOL} draws: base {often:.4f}, honest patch {seldom:.4f}; limit 0.005 at 95 %, {RUNS} runs"
     )
+    table("true rate / limit, exactly", "fails", "passes", "mean draws")
+    for multiple in (2.0, 1.0, 0.5, 0.25, 0.1, 0.0):
+        passes, fails, mean = ends(test.looks, 0.005 * multiple)
+        row(multiple, f"{fails:.4f}", f"{passes:.4f}", f"{mean:.0f}")
     table("true rate / limit", "share of base draws", "fails", "passes", "mean draws", "most")
     for multiple in (2.0, 1.0, 0.5, 0.0):
         share = max(0.0, (0.005 * multiple - seldom) / (often - seldom))

@@ -1,11 +1,13 @@
 """`verify`: base and candidate side by side, and a verdict."""
 
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from unforget import families
 from unforget.api.common import holding_outputs, load, noted, options, pictures, read, salted, versions
 from unforget.config import Policy, VerifyConfig, run_folder
 from unforget.core import distributed
@@ -60,8 +62,8 @@ def compare(
     stay = retain_prompt_ids(config, base, instances[0].prompt_ids)
     candidate.prompt_ids(base.prompts)  # the same ids in both tables
     context = VerifyContext(
-        base, candidate, instances, config, must_retain, stay, config.seed, base_digest,
-        digest(candidate.network.state_dict()), advance=progress.advance,
+        base, candidate, instances, config, must_retain, stay, families.parts_apart(base, candidate), config.seed,
+        base_digest, digest(candidate.network.state_dict()), _nonce(config), advance=progress.advance,
         cache=config.cache and not config.save_images,  # images to look at are not stored with the figures
     )  # fmt: skip
     result, findings = verification.compare(
@@ -71,6 +73,11 @@ def compare(
         settings=config.model_dump(mode="json", include=set(Policy.model_fields) - PRIVATE), versions=versions(),
     )  # fmt: skip
     return result, evidence_rows(instances, findings)
+
+
+def _nonce(config: VerifyConfig) -> str:
+    """The one that was given, or one that nobody could know, the same in every process."""
+    return distributed.broadcast(secrets.token_hex(16)) if config.nonce is None else config.nonce
 
 
 def retain_prompt_ids(config: VerifyConfig, base: Family, given: tuple[int, ...]) -> tuple[int, ...]:

@@ -68,6 +68,10 @@ class Policy(PromptConfig):
     min_kept: float = option(
         "Least share of look-alikes and of --must-retain images that are still drawn.", 0.6, ge=0, le=1
     )
+    may_differ: tuple[str, ...] = option(
+        "Part of a candidate beside its network that may be another than the base's, such as scheduler; repeats.", (),
+        "none",
+    )  # fmt: skip
     tolerance: float = option("A figure so near its threshold, as a share of it, is borderline.", 0.02, ge=0, lt=1)
     target: tuple[Path, ...] = option(
         "Image that must be gone; repeats.", (), "those beside the patch", names=("-t",), reads="file"
@@ -132,6 +136,10 @@ class VerifyConfig(ReportConfig, Policy, PatchedConfig, ImageConfig):
     replay_scheduler: str | None = option(
         "diffusers class of the sampler that made the target, such as DDPMScheduler.", None, "the family's own"
     )
+    nonce: str | None = option(
+        "What the candidate's own noise is drawn with: that of a report repeats its verdict.", None, "random",
+        max_length=64,
+    )  # fmt: skip
     batch_size: int | None = option(
         "Images in one pass of the network without gradients.", None, "by their size and the device", panel=MACHINE,
         ge=1,

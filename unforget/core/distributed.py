@@ -82,7 +82,7 @@ def gather(values: list[T]) -> list[T]:
     return gather_object(values)  # type: ignore[no-any-return]
 
 
-def broadcast(value: bool) -> bool:
+def broadcast(value: T) -> T:
     """What the first process says."""
     return gather([value])[0]
 

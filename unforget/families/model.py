@@ -148,6 +148,10 @@ class DiffusionModel:
             [[prompt, self._read[self.prompts.index(prompt)]] for prompt in dict.fromkeys(["", *prompts])],
         ]  # fmt: skip
 
+    def answers(self) -> dict[str, list[Tensor]]:
+        """What the text encoders made of each prompt so far."""
+        return dict(zip(self.prompts, self._conditioning, strict=True))
+
     def unload_text_encoders(self) -> None:
         """Drop the text encoders: the prompts known so far stay."""
         for name in self.spec.text_encoders:

@@ -1,5 +1,6 @@
 """A model as it is shipped: any form that `export` writes, opened by the stock loaders beside its base."""
 
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,13 @@ from unforget.core.types import Family
 from unforget.errors import CannotRun, UsageError
 from unforget.families import weights
 from unforget.families.loading import Options, opening
-from unforget.families.parts import INDEX, LORA, PEFT, PEFT_CONFIG
+from unforget.families.parts import INDEX, LORA, PEFT, PEFT_CONFIG, classes, listed
 from unforget.files.storage import BadFile, open_tensors, read_json
 
 FACTOR = re.compile(r".+([._]lora[._](A|B|down|up)\.weight|\.alpha)")
+
+WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".gguf", ".sft", ".pkl")
+"""How files of weights end, of any library."""
 
 
 def load(path: Path, ref: str, options: Options) -> Family:
@@ -22,11 +26,28 @@ def load(path: Path, ref: str, options: Options) -> Family:
     UsageError if it is of no form that is known here; CannotRun if it is damaged, or does not fit the base.
     """
     if (path / INDEX).is_file() or not path.exists():
+        if path.exists():
+            _check_alone(path, ref)
         return families.load(str(path), replace(options, text_encoder=()))
     with opening(str(path), str(path)):
         if path.is_dir():
             return _with_adapter(path, ref, options)
         return _from_file(path, ref, options)
+
+
+def _check_alone(folder: Path, ref: str) -> None:
+    """CannotRun for weights beside those that are judged: another program may choose them."""
+    with opening(str(folder), str(folder)):
+        found = listed(folder, classes(families.spec_of(ref)))
+        read = {file for part in found if part.loaded for file in part.weights().values()}
+        for place, _, names in os.walk(folder):
+            for file in (Path(place, name) for name in sorted(names)):
+                mere = any(file.is_relative_to(part.home) for part in found if not part.loaded and part.home != folder)
+                if file.suffix in WEIGHTS and file not in read and not mere:
+                    raise CannotRun(
+                        f"'{folder}' also holds '{file.relative_to(folder)}', which another program may take instead",
+                        "Remove it, or judge it by itself.",
+                    )
 
 
 def _with_adapter(folder: Path, ref: str, options: Options) -> Family:

@@ -40,6 +40,7 @@ def by_title(report: Report) -> dict[str, Rows]:
     known = [
         ("base", report.base_digest),
         ("candidate", report.candidate_digest),
+        ("nonce", report.nonce),
         ("schema version", report.schema_version),
         *(("similarity backend", backend) for backend in report.backends),
         *((f"version of {name}", version) for name, version in report.versions.items()),

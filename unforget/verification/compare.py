@@ -39,7 +39,7 @@ def compare(
         checks=said.checks, robustness=said.robustness, calibrations=list(_calibrations(context)), allowed=said.allowed,
         findings=[Seen(**f.place, base=dict(f.base), candidate=dict(f.candidate)) for f in findings],
         backends=[b.name for b in context.backends], base_digest=context.base_digest,
-        candidate_digest=context.candidate_digest, seconds=seconds, **record,
+        candidate_digest=context.candidate_digest, nonce=context.nonce, seconds=seconds, **record,
     )  # fmt: skip
     return report, findings
 
@@ -48,7 +48,8 @@ def _estimate(planned: Mapping[str, Count], context: VerifyContext) -> str:
     """What the probes will cost, from a few network passes."""
     count, looks = sum(planned.values(), Count()), context.plan.looks
     seconds = count.least * sampling.seconds_a_pass(context.base)
-    draws = f"{context.plan.shortest} draws when none hits, {looks[-1].drawn} at most"
+    half = f"{context.plan.mean_at_half:.0f} in the mean at half of --max-rate"
+    draws = f"{context.plan.shortest} draws when none hits, {half}, {looks[-1].drawn} at most"
     return f"{draws}; {count} network passes, about {seconds:.0f} s at least, less what the cache holds"
 
 

@@ -58,8 +58,8 @@ class Finding:
 class VerifyContext:
     """Base and candidate, what to look for, and every draw that more than one probe uses.
 
-    A surrogate equal to its target means that none is known. Half of the candidate's noise depends on its digest, so
-    that nobody can have trained for the test. `advance` is told how many network passes are done.
+    A surrogate equal to its target means that none is known. Half of the candidate's noise depends on its digest and
+    the nonce, so that nobody can have trained for the test. `advance` is told how many network passes are done.
     """
 
     base: Family
@@ -70,9 +70,13 @@ class VerifyContext:
     """Images (C, H, W) that must still be drawn."""
     retain_prompt_ids: tuple[int, ...] = (UNCONDITIONAL,)
     """Prompts under which the rest is drawn, taking turns."""
+    parts: Mapping[str, float] = field(default_factory=dict)
+    """How far each part beside the candidate's network is from the base's: 0 for the same."""
     seed: int = 0
     base_digest: str = ""
     candidate_digest: str = ""
+    nonce: str = ""
+    """The verifier's own, in the candidate's own noise: nobody knows it who made the candidate."""
     cache: bool = False
     """Whether what the base does is read from and written to the cache."""
     advance: Callable[[int], object] = lambda n: None
@@ -178,8 +182,8 @@ class VerifyContext:
         return torch.tensor(self.retain_prompt_ids)[torch.arange(count) % len(self.retain_prompt_ids)]
 
     def noise(self, purpose: str, count: int, *, first: int = 0, fresh: bool = False) -> Tensor:
-        """Noise that both models start from, or, `fresh`, that depends on the candidate's weights."""
-        purpose = f"{purpose} {self.candidate_digest}" if fresh else purpose
+        """Noise that both models start from, or, `fresh`, that depends on the candidate's weights and the nonce."""
+        purpose = f"{purpose} {self.candidate_digest}{self.nonce}" if fresh else purpose
         return sampling.random_noise(count, self.base.latent_shape, self.seed, purpose, first=first)
 
     def run(self, family: Family, x_t: Tensor, prompt_ids: Tensor | int, *, start: float | None = None) -> Tensor:

@@ -131,9 +131,11 @@ class Report(_Record):
     """Similarity backends, by name and version."""
     base_digest: str
     candidate_digest: str
+    nonce: str = ""
+    """What the candidate's own noise was drawn with, beside its digest: `--nonce` repeats the verdict."""
     versions: dict[str, str]
     seconds: dict[str, float]
-    """Time a probe took; all that differs between two runs of one command, beside the checksum."""
+    """Time a probe took; all that differs between two runs of one command and nonce, beside the checksum."""
     checksum: str = ""
     """SHA-256 of the rest, as it is written: tells damage, not malice."""
 

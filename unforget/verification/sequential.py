@@ -1,11 +1,14 @@
 """How many draws decide whether a rate lies under a limit: a sequential test with exact error rates.
 
-Drawing stops at the first look at which the verdict is certain. The boundaries are exact: the distribution of hits is
-carried from look to look under the limit and under half of it, and what each look may wrongly pass or fail is taken
-from a budget (error spending, Lan and DeMets 1983, doi:10.2307/2336502).
+Drawing stops at the first look at which the verdict is certain. Both boundaries are lines: so many draws before
+anything may pass, and so many more for each hit; so many hits, and more of them the more is drawn, fail. The second is
+Wald's, between half of the limit and the limit (doi:10.1214/aoms/1177731118). Where the first goes on after its first
+look is found so that a model at the limit passes as seldom as was asked, exactly: the distribution of hits is carried
+from look to look.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -15,12 +18,16 @@ from numpy.typing import NDArray
 from scipy.stats import binom
 
 Decision = Literal["passes", "fails"]
-HORIZON = 40
-"""Longest test, in lengths of the shortest one that can pass: so long that half the limit passes it at 95 %."""
-RESERVE = 0.001
-"""Share of what may wrongly pass that is left to the looks after the first that can pass."""
+FIRST = 0.22
+"""Share of what may wrongly pass that the first look spends: the rest is for those who hit once or more."""
+STEP = 1.5
+"""Draws that a hit costs, in 1 / limit: more let half of the limit pass later, and what hits seldom sooner."""
+HORIZON = 18
+"""Longest test, in hits that fail at once: so long that half of the limit nearly always passes before."""
+EARLY = 12
+"""Looks before anything may pass, so that a hopeless model fails soon."""
 GROWTH = 1.3
-"""Each look comes after so many times the draws of the one before."""
+"""Each of these comes after so many times the draws of the one before."""
 
 
 @dataclass(frozen=True)
@@ -41,10 +48,12 @@ class Plan:
     """Probability, over all looks, that a model whose rate is the limit passes: 1 - confidence at most."""
     false_fail: float
     """That one whose rate is half of it fails."""
+    mean_at_half: float
+    """Draws that this one takes, in the mean."""
 
     @property
     def shortest(self) -> int:
-        """Draws that pass when none hits: 598 for a rate of 0.5 % at 95 %."""
+        """Draws that pass when none hits: 900 for a rate of 0.5 % at 95 %."""
         return next(look.drawn for look in self.looks if look.passes >= 0)
 
     def decide(self, hits: NDArray[np.bool_]) -> tuple[int, Decision | None]:
@@ -64,58 +73,40 @@ class Plan:
 def plan(max_rate: float, confidence: float) -> Plan:
     """The test for a limit in (0, 1) at a confidence in (0.5, 1).
 
-    The first look that can pass is the exact fixed test: a model at the limit shows no hit in 1 - confidence of all
-    runs. That leaves next to nothing, so whoever hits once has to prove a rate well under the limit.
+    docs/results.md, The rate, has what other lines would cost.
     """
-    error, looks = 1 - confidence, list[Look]()
-    shortest = math.ceil(math.log(error * (1 - RESERVE)) / math.log1p(-max_rate))
-    at_limit, at_half = paths = _Paths(max_rate), _Paths(max_rate / 2)
-    first = (1 - max_rate) ** shortest
-    for drawn in _looks(shortest):
-        share = drawn / (HORIZON * shortest)
-        for path in paths:
-            path.draw(drawn)
-        allowed = 0.0 if drawn < shortest else first + (error - first) * share if drawn > shortest else first
-        passes = at_limit.most(allowed)
-        fails = passes + 1 if share >= 1 else max(at_half.least(error * share), passes + 1)
-        for path in paths:
-            path.leave(passes, fails)
-        looks.append(Look(drawn, passes, fails))
-        if fails == passes + 1:
-            break
-    return Plan(tuple(looks), at_limit.passed, at_half.failed)
+    error, half, step = 1 - confidence, max_rate / 2, math.ceil(STEP / max_rate)
+    first = math.ceil(math.log(FIRST * error) / math.log1p(-max_rate))
+    a_miss = math.log1p(-half) - math.log1p(-max_rate)  # its log likelihood ratio
+    a_hit = math.log(2) + a_miss  # that of a hit in place of a miss, the other way
+    most, more = math.log(1 / error - 1) / a_hit, a_miss / a_hit
+    longest = math.ceil(HORIZON * most)
+    early = sorted({n for k in range(1, EARLY + 1) if (n := math.ceil(first / GROWTH**k)) >= 8})
+
+    def looks(second: int) -> tuple[Look, ...]:
+        passing = [first, *range(second, second + longest * step, step)]
+        drawn = [(n, -1) for n in early] + [(n, hits) for hits, n in enumerate(passing)]
+        made = [Look(n, hits, max(hits + 1, math.ceil(most + more * n))) for n, hits in drawn]
+        return (*made[:-1], Look(made[-1].drawn, longest, longest + 1))
+
+    low, high = first, first + 64 * step  # the second look comes after `low` draws: too many would pass; `high`: not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if ends(looks(middle), max_rate)[0] > error else (low, middle)
+    found = looks(high)
+    return Plan(found, ends(found, max_rate)[0], *ends(found, half)[1:])
 
 
-def _looks(shortest: int) -> list[int]:
-    """Some before anything can pass, so that a hopeless model fails soon; then to the horizon."""
-    early = [math.ceil(shortest / GROWTH**k) for k in range(12, 0, -1)]
-    late = [math.ceil(shortest * GROWTH**k) for k in range(math.ceil(math.log(HORIZON) / math.log(GROWTH)))]
-    return sorted({n for n in early if n >= 8} | set(late) | {HORIZON * shortest})
-
-
-class _Paths:
-    """Probability of each number of hits among the runs that no look has decided yet."""
-
-    def __init__(self, rate: float) -> None:
-        self.rate, self.drawn, self.alive = rate, 0, np.ones(1)
-        self.passed = self.failed = 0.0
-
-    def draw(self, drawn: int) -> None:
-        more, self.drawn = drawn - self.drawn, drawn
-        most = int(binom.isf(1e-15, more, self.rate)) + 1
-        self.alive = np.convolve(self.alive, binom.pmf(np.arange(most + 1), more, self.rate))
-
-    def most(self, allowed: float) -> int:
-        """Most hits that may pass, so that no more than `allowed` of all runs have passed; -1 for none."""
-        return int(np.searchsorted(self.passed + np.cumsum(self.alive), allowed * (1 + 1e-9), side="right")) - 1
-
-    def least(self, allowed: float) -> int:
-        """Fewest hits that may fail, so that no more than `allowed` of all runs have failed."""
-        tail = self.failed + np.cumsum(self.alive[::-1])[::-1]
-        return int((tail > allowed).sum())
-
-    def leave(self, passes: int, fails: int) -> None:
-        self.passed += float(self.alive[: passes + 1].sum())
-        self.failed += float(self.alive[fails:].sum())
-        self.alive = self.alive[:fails].copy()
-        self.alive[: passes + 1] = 0
+def ends(looks: Sequence[Look], rate: float) -> tuple[float, float, float]:
+    """How a model of this rate ends, exactly: probabilities that it passes and fails, and draws in the mean."""
+    alive, drawn, passed, failed, mean = np.ones(1), 0, 0.0, 0.0, 0.0  # alive: of each number of hits, undecided
+    for look in looks:
+        more, drawn = look.drawn - drawn, look.drawn
+        mean += more * float(alive.sum())
+        most = int(binom.isf(1e-15, more, rate)) + 1
+        alive = np.convolve(alive, binom.pmf(np.arange(most + 1), more, rate))
+        passed += float(alive[: look.passes + 1].sum())
+        failed += float(alive[look.fails :].sum())
+        alive = alive[: look.fails].copy()
+        alive[: look.passes + 1] = 0
+    return passed, failed, mean

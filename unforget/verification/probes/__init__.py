@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from unforget.config import VerifyConfig
     from unforget.verification.probes.base import Probe
 
-QUICK = ("reconstruct", "sample", "replaced", "must_retain", "replay", "retention", "neighbours")
+QUICK = ("parts", "reconstruct", "sample", "replaced", "must_retain", "replay", "retention", "neighbours")
 STANDARD = (*QUICK, "partial_denoise", "transforms", "paraphrase", "quantization")
 KINDS: tuple[str, ...] = (*STANDARD, "noise_search", "relearning")
 LEVELS: dict[str, tuple[str, ...]] = {"quick": QUICK, "standard": STANDARD, "deep": KINDS}

@@ -11,7 +11,7 @@ from unforget.core.passes import Count
 from unforget.core.types import Instance
 from unforget.files.images import image_id
 from unforget.verification.context import Finding, Role, VerifyContext, shown
-from unforget.verification.probes.base import CHANCE, HALF, Probe, checked
+from unforget.verification.probes.base import CHANCE, HALF, Probe, changed, checked
 from unforget.verification.report import Check
 
 
@@ -65,6 +65,12 @@ class Reconstruct(Reconstruction):
     def _noise(self, context: VerifyContext, role: Role, timestep: int) -> Tensor:
         own, purpose = self.draws // 2 if role == "candidate" else 0, f"reconstruct {timestep}"
         return torch.cat([context.noise(purpose, self.draws - own), context.noise(purpose, own, fresh=True)])
+
+    def judge(self, found: Finding, policy: Policy, known: bool) -> Iterator[Check]:
+        """From where the base makes other images of the target, too, nobody can ask for the surrogate."""
+        for check in super().judge(found, policy, known):
+            elsewhere = check.figure != "recall" and not self.reproduces(found)
+            yield changed(check, "informational", "the base does not reproduce it") if elsewhere else check
 
     def reproduces(self, found: Finding) -> bool:
         """Recalls it, or sides with it against a surrogate that is another image."""
