@@ -112,4 +112,6 @@ def test_another_scheduler_fails_unless_the_policy_allows_it(cli, tiny_folder, p
         result = cli("verify", *common, *more)
         assert result.exit_code in (0, 1, 4), result.output
         said = json.loads(result.stdout)
-        assert [c["outcome"] for c in said["checks"] if (c["probe"], c["variant"]) == ("parts", "scheduler")] == [outcome]
+        assert [c["outcome"] for c in said["checks"] if (c["probe"], c["variant"]) == ("parts", "scheduler")] == [
+            outcome
+        ]

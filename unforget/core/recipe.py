@@ -17,9 +17,9 @@ class Recipe(Strategy):
     saliency: float | None = Field(None, gt=0, le=1)  # share of those weights that move: the largest forget gradients
     learning_rate: float | None = Field(1e-4, gt=0, le=1)  # None: by `update_share`
     update_share: float = Field(0.05, gt=0, le=1)  # most that an update may change of a projection's answer
-    max_train_steps: int = Field(240, ge=1, le=100_000)
+    max_train_steps: int = Field(120, ge=1, le=100_000)
     warmup_steps: int = Field(5, ge=0)
-    cooldown_steps: int = Field(80, ge=0)
+    cooldown_steps: int = Field(40, ge=0)
     sequential: bool = False  # targets one after another, not side by side
     forget_batch_size: int = Field(8, ge=1, le=1024)
     retain_batch_size: int = Field(24, ge=1, le=1024)

@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unforget.families.model import DiffusionModel
-
 ROUNDING = 2**-8
 """A weight may differ by so much of itself: it was rounded to bfloat16, by which no other is meant."""
 TINY = 2**-24
@@ -18,7 +16,7 @@ NO_MATTER = ("transformers_version", "dtype", "torch_dtype", "architectures", "t
 """Keys of configurations that change nothing that is drawn."""
 
 
-def parts_apart(base: DiffusionModel, other: DiffusionModel) -> dict[str, float]:
+def parts_apart(base: Any, other: Any) -> dict[str, float]:
     """How far each part of another model is from the base's: 0 up to rounding, 1 where it is of another kind.
 
     Of weights the largest difference, as a share of the weight; of a tokenizer whether it holds the same words; of the
