@@ -6,7 +6,7 @@ Sections, all by default; each prints its figures as a Markdown table:
 
     speed     the commands at `quick` and `standard`, and the sample probe beside a bare loop of the same network calls
     honest    the patches of fourteen pictures, four planted and ten draws of the model, at `standard`; seconds are the
-              processor's
+              processor's; what is in the folder is not done again
     rate      1,000 runs of the sequential test on candidates whose rate is twice and half the limit
     recall    how near unseen images come back, beside the planted ones, and the near-copy threshold
               against images that no model was trained on
@@ -16,6 +16,7 @@ Sections, all by default; each prints its figures as a Markdown table:
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -106,7 +107,10 @@ def honest_patches(work: Path, seeds: int) -> None:
     shown |= {f"draw {seed}": anyone(work, base, seed) for seed in UNPLANTED}
     table("picture", "verdict", "failed", "drift median / mean", "draws", "updates", "seconds, unlearn / verify")
     for name, target in shown.items():
-        row(name, *judged(work / f"{target.stem}.patch", target))
+        kept = work / f"{target.stem}.row.json"
+        if not kept.exists():
+            kept.write_text(json.dumps(judged(work / f"{target.stem}.patch", target)))
+        row(name, *json.loads(kept.read_text()))
 
 
 def judged(patch: Path, target: Path, **options: Any) -> list[Any]:
