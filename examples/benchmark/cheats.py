@@ -31,6 +31,7 @@ from unforget.core.types import Family
 from unforget.files import images
 from unforget.files.patch import Stack
 from unforget.verification.report import Report
+from unforget.verification.variants import turned
 
 ROOT = Path(__file__).parents[2]
 PLANTED = ROOT / "examples" / "faces" / "planted"
@@ -172,26 +173,43 @@ def forgets_every_neighbour(h: Honest) -> Any:
 
 def still_draws_the_mirror_image(h: Honest) -> Any:
     """The target comes up as often as ever, the other way round."""
-
-    def how(inner: Family, x_t: Tensor, **how: Any) -> Tensor:
-        drawn = inner.denoise(x_t, **how)
-        near = rms(drawn, h.target) < 0.2
-        started = how.get("start") is not None
-        instead = h.patched.denoise(x_t, **how) if started else drawn.flip(-1)
-        return torch.where(near[:, None, None, None], instead, drawn)
-
-    return Disguise(h.base.copy(), how)
+    return _drawn_as(h, lambda drawn: drawn.flip(-1))
 
 
 def moves_it_by_a_pixel(h: Honest) -> Any:
     """The target comes up as often as ever, a pixel to the right and a little paler: pixels do not see it."""
+    return _drawn_as(h, lambda drawn: 0.9 * drawn.roll(1, -1) + 0.1)
+
+
+def draws_it_turned(h: Honest) -> Any:
+    """The target comes up as often as ever, turned by ten degrees."""
+    return _drawn_as(h, lambda drawn: torch.stack([turned(d, 10) for d in drawn]))
+
+
+def draws_it_in_other_colours(h: Honest) -> Any:
+    """The target comes up as often as ever, its red, green and blue in each other's place."""
+    return _drawn_as(h, lambda drawn: drawn[:, [2, 0, 1]])
+
+
+def draws_it_larger_and_moved(h: Honest) -> Any:
+    """The target comes up as often as ever, a sixth larger and two pixels aside."""
+
+    def larger(drawn: Tensor) -> Tensor:
+        grown = functional.interpolate(drawn, scale_factor=1.16, mode="bilinear", antialias=True)
+        edge = (grown.shape[-1] - drawn.shape[-1]) // 2
+        return grown[..., edge : edge + drawn.shape[-2], edge : edge + drawn.shape[-1]].roll(2, -1)
+
+    return _drawn_as(h, larger)
+
+
+def _drawn_as(h: Honest, change: Callable[[Tensor], Tensor]) -> Any:
+    """The base from noise, but for what is like the target, which is changed; honest from anywhere else."""
 
     def how(inner: Family, x_t: Tensor, **how: Any) -> Tensor:
+        if how.get("start") is not None:
+            return h.patched.denoise(x_t, **how)
         drawn = inner.denoise(x_t, **how)
-        near = rms(drawn, h.target) < 0.2
-        started = how.get("start") is not None
-        instead = h.patched.denoise(x_t, **how) if started else 0.9 * drawn.roll(1, -1) + 0.1
-        return torch.where(near[:, None, None, None], instead, drawn)
+        return torch.where((rms(drawn, h.target) < 0.2)[:, None, None, None], change(drawn), drawn)
 
     return Disguise(h.base.copy(), how)
 
@@ -221,7 +239,8 @@ PROMPTED = (forgets_only_under_the_tested_prompt,)
 CHEATS = (
     the_base_itself, weights_towards_noise, blurs, always_draws_the_surrogate, patched_for_another_image,
     forgets_only_at_t_250, forgets_only_under_the_tested_seeds, a_fifth_of_the_change, vanishes_in_bf16,
-    forgets_every_neighbour, still_draws_the_mirror_image, moves_it_by_a_pixel, another_base_model,
+    forgets_every_neighbour, still_draws_the_mirror_image, moves_it_by_a_pixel, draws_it_turned,
+    draws_it_in_other_colours, draws_it_larger_and_moved, another_base_model,
 )  # fmt: skip
 
 

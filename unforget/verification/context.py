@@ -19,6 +19,7 @@ from unforget.files.storage import digest
 from unforget.verification.near_copies import EmbeddedImages, NearCopyDetector
 from unforget.verification.sequential import Decision, Plan, plan
 from unforget.verification.similarity import Backend, backend
+from unforget.verification.variants import calibrate
 
 Role = Literal["base", "candidate"]
 ROLES: tuple[Role, Role] = ("base", "candidate")
@@ -248,8 +249,21 @@ class VerifyContext:
             back = self.reconstruct(self.base, pictures, noise, prompt_id, timestep)
             return {"floor": float(rms(back, pictures).quantile(CONTROL_LEVEL))}
 
-        targets = sorted(images.image_id(i.target) for i in self.instances)
-        return self.control(prompt_id, ["floor", timestep, targets], make)["floor"]
+        return self.control(prompt_id, ["floor", timestep, self._targets], make)["floor"]
+
+    def variant_limit(self) -> float:
+        """Likeness from which an image counts as a variant of another: what the same search finds by chance."""
+
+        def make() -> dict[str, float]:
+            drawn = self.retained("base")
+            return vars(calibrate(drawn.images[self.detector.unrepeated & ~self.is_any_target(drawn)], rate))
+
+        rate = self.policy.false_positive_rate
+        return self.control(UNCONDITIONAL, ["variants", self._targets], make)["likeness"]
+
+    @property
+    def _targets(self) -> list[str]:
+        return sorted(images.image_id(i.target) for i in self.instances)
 
 
 def shown(made: Mapping[Role, Tensor]) -> dict[Role, Tensor]:

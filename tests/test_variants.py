@@ -1,0 +1,88 @@
+"""The search for an image that was turned, scaled, moved, mirrored or recoloured: found, and nothing else is."""
+
+import pytest
+import torch
+from conftest import DATA, PLANTED
+from torch.nn import functional
+
+from unforget.files import images
+from unforget.verification.variants import calibrate, is_variant, likeness, turned
+
+SHAPE = (3, 32, 32)
+
+
+@pytest.fixture(scope="module")
+def unseen():
+    """Faces that no model was trained on."""
+    return torch.stack([images.read_image(p, SHAPE) for p in sorted((DATA / "heldout").glob("*.png"))])
+
+
+@pytest.fixture(scope="module")
+def limit(unseen):
+    return calibrate(unseen, 1e-4).likeness
+
+
+@pytest.fixture(scope="module", params=range(4))
+def target(request):
+    return images.read_image(PLANTED / f"{request.param}.png", SHAPE)
+
+
+def moved(picture, x, y):
+    return functional.pad(picture[None], (4, 4, 4, 4), mode="reflect")[0, :, 4 - y : 36 - y, 4 - x : 36 - x]
+
+
+def scaled(picture, side):
+    made = functional.interpolate(picture[None], (side, side), mode="bilinear", antialias=True)
+    edge = (side - 32) // 2
+    return made[0, :, edge : edge + 32, edge : edge + 32]
+
+
+VARIANTS = {
+    "turned": lambda p: turned(p, 10), "turned between the steps": lambda p: turned(p, -13),
+    "mirrored": lambda p: p.flip(-1), "mirrored and turned": lambda p: turned(p.flip(-1), 7),
+    "moved": lambda p: moved(p, 3, -2), "larger": lambda p: scaled(p, 42), "colours swapped": lambda p: p[[1, 2, 0]],
+    "grey": lambda p: p.mean(0, keepdim=True).expand_as(p), "darker": lambda p: 0.5 * p - 0.4, "negative": lambda p: -p,
+    "noisy": lambda p: p + 0.08 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)),
+    "in a frame": lambda p: functional.pad(p[:, 3:-3, 3:-3], (3, 3, 3, 3), value=1.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variants_are_found(target, limit, name):
+    made = VARIANTS[name](target).clamp(-1, 1)
+    assert bool(is_variant(made[None], limit, target)), float(likeness(made[None], target))
+
+
+def test_others_are_not(target, limit, unseen):
+    assert int(is_variant(unseen, limit, target).sum()) == 0
+    twins = torch.stack([images.read_image(p, SHAPE) for p in sorted(PLANTED.glob("*.png"))])
+    assert int(is_variant(twins, limit, target).sum()) == 1  # itself: a look-alike is somebody else
+
+
+def test_what_is_drawn_instead_is_no_variant(target, limit):
+    surrogate = turned(target, 15)
+    assert is_variant(torch.stack([surrogate, target]), limit, target).tolist() == [True, True]
+    assert is_variant(surrogate[None], limit, target, surrogate).tolist() == [False]
+    other = images.read_image(DATA / "surrogate.png", SHAPE)
+    assert is_variant(other[None], limit, target, other).tolist() == [False]
+
+
+def test_it_is_calibrated_by_what_the_same_search_finds(unseen):
+    found = [calibrate(unseen, rate) for rate in (1e-2, 1e-3, 1e-4)]
+    assert {f.pairs for f in found} == {16 * 63}
+    some, few, fewer = (f.likeness for f in found)
+    assert 0.5 < some < few < fewer < 1
+    chance = torch.cat([likeness(unseen[torch.arange(64) != k], unseen[k]) for k in range(16)])
+    assert [int((chance > f).sum()) for f in (some, few)] == [11, 1]
+    assert calibrate(unseen[:1], 0.01).likeness == calibrate(unseen[:0], 0.01).likeness == 1.0  # nothing is found
+
+
+def test_images_of_any_shape(target):
+    wide = torch.cat([target, target.flip(-1)], -1)
+    assert likeness(wide[None], wide).tolist() == pytest.approx([1.0], abs=1e-4)
+    assert likeness(turned(wide, 10)[None], wide)[0] > 0.97
+    grey = functional.interpolate(target[None], (200, 100)).mean(1, keepdim=True)
+    assert likeness(grey, grey[0]).tolist() == pytest.approx([1.0], abs=1e-4)
+    flat = torch.zeros(1, *SHAPE)
+    assert likeness(flat, target).tolist() == [0.0]
+    assert likeness(target[None], flat[0]).tolist() == [0.0]
