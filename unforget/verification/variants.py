@@ -20,7 +20,7 @@ SIDE = 32
 """Pixels at which images are compared, the longer side."""
 MIDDLE = 0.55
 """Half of the side of the middle that is compared, as a share of the image's."""
-TURNS = range(-20, 21, 4)
+TURNS = range(-21, 22, 3)
 """Degrees."""
 SCALES = (0.76, 0.87, 1.0, 1.15, 1.32)
 SHIFTS = [k * 2 / SIDE for k in range(-4, 5)]
