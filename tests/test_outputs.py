@@ -60,8 +60,8 @@ VERIFY = ["verify", "--model", "model", "--patch", "a.patch", "-t", "target.png"
 EDIT = ["edit-surrogate", "--model", "model", "-t", "target.png"]
 EXPORT = ["export", "--model", "model", "--patch", "a.patch"]
 FILES = [  # an option that names a file to write, with a command that has it
-    (UNLEARN, "-o"), (EDIT, "-o"), (VERIFY, "--report"), (VERIFY, "--junit"), (VERIFY, "--html"), (VERIFY, "--summary"),
-    ([*EXPORT, "--format", "single-file"], "-o"),
+    (UNLEARN, "-o"), (EDIT, "-o"), (VERIFY, "--report"), (VERIFY, "--junit"), (VERIFY, "--attestation"),
+    (VERIFY, "--html"), (VERIFY, "--summary"), ([*EXPORT, "--format", "single-file"], "-o"),
 ]  # fmt: skip
 ANY = [*FILES, (VERIFY, "--save-images"), (EXPORT, "-o")]
 

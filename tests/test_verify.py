@@ -1,5 +1,6 @@
 """`unforget verify` as a pipeline calls it: exit codes, reports, privacy, determinism, bad input."""
 
+import hashlib
 import json
 import re
 import shutil
@@ -105,6 +106,23 @@ def test_nobody_knows_the_noise_before_and_a_nonce_repeats_it(verify, here, monk
     verify("--report", "c.json", "--nonce", one["nonce"])
     again = json.loads((here / "c.json").read_text())
     assert {k for k in one if one[k] != again[k]} <= {"seconds", "checksum"}
+
+
+def test_a_pipeline_can_sign_the_verdict(verify, here):
+    result = verify("--report", "r.json", "--attestation", "r.intoto.json", candidate="other")
+    said, report = (json.loads((here / name).read_text()) for name in ("r.intoto.json", "r.json"))
+    assert said["_type"] == "https://in-toto.io/Statement/v1"
+    assert said["predicateType"] == "https://slsa.dev/verification_summary/v1"
+    files = {s["name"]: s["digest"]["sha256"] for s in said["subject"]}
+    written = [f for f in (here / "other").rglob("*") if f.is_file()]
+    assert files == {f.relative_to(here).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in written}
+    predicate = said["predicate"]
+    assert (predicate["verificationResult"], predicate["verifiedLevels"]) == ("FAILED", ["FAILED"])
+    assert result.exit_code == 1
+    (reported,) = predicate["inputAttestations"]
+    assert reported["digest"]["sha256"] == hashlib.sha256((here / "r.json").read_bytes()).hexdigest()
+    assert predicate["resourceUri"].endswith(report["candidate_digest"])
+    assert str(here) not in json.dumps(said)
 
 
 def test_pictures_leave_only_when_asked(verify, here):

@@ -17,6 +17,7 @@ from unforget.families import shipped
 from unforget.files import images, storage
 from unforget.files.patch import Provenance, Stack, provenance
 from unforget.files.storage import digest, write_bytes
+from unforget.reports.attestation import attestation
 from unforget.reports.contact_sheet import Row, evidence_rows, sheet
 from unforget.reports.html import page
 from unforget.reports.junit import junit
@@ -117,6 +118,7 @@ def _write(config: VerifyConfig, result: Report, rows: list[Row], progress: Prog
         (beside / "verify.json" if beside and beside.is_dir() else None, result.save),
         (config.report, result.save),
         (config.junit, lambda path: write_bytes(junit(result).encode(), path)),
+        (config.attestation, lambda path: write_bytes(attestation(result, _judged(config)).encode(), path)),
         (config.html, lambda path: write_bytes(page(result, rows if config.save_images else ()).encode(), path)),
         (config.save_images, lambda path: _save_images(result, rows, path)),
         (config.summary or (Path(step) if step else None), lambda path: _append_summary(result, path)),
@@ -125,6 +127,11 @@ def _write(config: VerifyConfig, result: Report, rows: list[Row], progress: Prog
         if path is not None:
             with noted(progress, f"'{path}'"):
                 write(path)
+
+
+def _judged(config: VerifyConfig) -> list[Path]:
+    """What was judged, as files and folders."""
+    return [*config.patch, *([config.candidate] if config.candidate else [])]
 
 
 def _save_images(result: Report, rows: list[Row], folder: Path) -> None:

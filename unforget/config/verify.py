@@ -111,6 +111,10 @@ class ReportConfig(Config):
 
     report: Path | None = option("JSON report to write.", None, "none", writes="file")
     junit: Path | None = option("JUnit XML to write.", None, "none", writes="file")
+    attestation: Path | None = option(
+        "in-toto statement of the verdict and the files that were judged to write, for a pipeline to sign.", None,
+        "none", writes="file",
+    )  # fmt: skip
     html: Path | None = option("HTML page to write.", None, "none", writes="file")
     summary: Path | None = option(
         "File to append a summary in Markdown to.", None, "$GITHUB_STEP_SUMMARY", writes="appended"
