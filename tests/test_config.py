@@ -281,7 +281,7 @@ def test_every_option_of_a_baseline_can_be_given(recipe, given, found):
 
 
 @pytest.mark.parametrize("targets", [1, 3])
-def test_targets_one_after_another_have_as_many_updates_each_unless_all_are_said(targets):
+def test_more_targets_have_more_updates_unless_all_are_said(targets):
     def updates(**given):
         target = [f"{k}.png" for k in range(targets)]
         return recipe_of(UnlearnConfig(model="faces", target=target, output="x.patch", **given)).max_train_steps
@@ -289,6 +289,8 @@ def test_targets_one_after_another_have_as_many_updates_each_unless_all_are_said
     assert updates(recipe="paper") == 240 * targets
     assert updates(recipe="paper", max_train_steps=90) == 90
     assert updates(recipe="siss") == 60
+    assert updates() == {1: 120, 3: 200}[targets]
+    assert updates(max_train_steps=90) == 90
 
 
 @pytest.mark.parametrize("model", ["faces", "flags"])

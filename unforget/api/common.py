@@ -99,12 +99,21 @@ def recipe_of(config: UnlearnConfig, objective: BaseObjective | None = None) -> 
     if recipe.objective.needs_prompt and not config.prompt:
         kind = recipe.objective.kind
         raise UsageError(f"{kind} forgets a prompt, and none is given", "Give --prompt, or another --recipe.")
-    if recipe.sequential and config.max_train_steps is None:  # as many for each
-        recipe = recipe.model_copy(update={"max_train_steps": recipe.max_train_steps * len(config.target)})
+    if config.max_train_steps is None:
+        recipe = _for_all(recipe, len(config.target), cooldown=config.cooldown_steps is None)
     if not recipe.objective.needs_surrogate and not config.surrogate:
         recipe = _without_surrogates(recipe, config)
     families.check_scope(spec, recipe.train)
     return recipe
+
+
+def _for_all(recipe: Recipe, targets: int, *, cooldown: bool) -> Recipe:
+    """Updates for so many targets: one after another as many for each; of ours, side by side, a third more for each."""
+    if not (recipe.sequential or recipe.objective.kind == "posterior-swap"):
+        return recipe
+    times = targets if recipe.sequential else (targets + 2) / 3
+    names = ("max_train_steps", *(["cooldown_steps"] if cooldown else []))
+    return recipe.model_copy(update={name: round(getattr(recipe, name) * times) for name in names})
 
 
 def _without_surrogates(recipe: Recipe, config: UnlearnConfig) -> Recipe:
