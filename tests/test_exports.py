@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection
 
 from unforget import families
-from unforget.api import export
+from unforget.api import export, show
 from unforget.config import ExportConfig, build
 from unforget.core import sampling
 from unforget.core.types import Progress
@@ -35,7 +36,7 @@ from unforget.exports.formats import FORMATS
 from unforget.exports.manifest import HEADER, ExportManifest, called
 from unforget.families import shipped, weights
 from unforget.files.patch import Patch, Provenance
-from unforget.files.storage import digest, open_tensors, undamaged
+from unforget.files.storage import checksummed, digest, open_tensors, undamaged
 from unforget.verification.report import Report, Target
 
 NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
@@ -739,6 +740,46 @@ def test_the_commands(base, ddpm, tmp_path, cli):
     assert "float32" in cli("show", "d/unet/diffusion_pytorch_model.safetensors").stdout
     foreign = json.loads(cli("show", ddpm / "unet" / "diffusion_pytorch_model.safetensors", "--json").stdout)
     assert foreign["digest"] == digest(load_file(ddpm / "unet" / "diffusion_pytorch_model.safetensors"))
+
+
+@pytest.mark.parametrize("form", ["diffusers", "lora", "peft", "transformer", "single-file"])
+def test_a_flipped_bit_of_an_export_is_noticed(base, tmp_path, form):
+    """Of any file but the card, which is there to be edited; and a file that is not there."""
+    out = tmp_path / ("out.safetensors" if form in ("transformer", "single-file") else "out")
+    done = run(base, lora(base, tmp_path / "a.patch"), out, format=form, force_rounding=True)
+    assert show(out).said["digest"] == done.manifest.digest
+    files = [p for p in out.rglob("*") if p.is_file() and p.name != "README.md"] if out.is_dir() else [out]
+    for file in files:
+        sound = file.read_bytes()
+        ends = range(8 * min(len(sound), 4096)), range(8 * max(0, len(sound) - 4096), 8 * len(sound))
+        for bit in [b for end in ends for b in random.Random(0).sample(end, 40)]:
+            damaged = bytearray(sound)
+            damaged[bit // 8] ^= 1 << bit % 8
+            file.write_bytes(damaged)
+            with pytest.raises(UsageError) as caught:
+                show(out)
+            assert caught.value.hint and len(caught.value.message.splitlines()) == 1
+        file.write_bytes(sound)
+        if out.is_dir():
+            file.rename(tmp_path / "away")
+            with pytest.raises(UsageError):
+                show(out)
+            (tmp_path / "away").rename(file)
+    (out / "README.md" if out.is_dir() else tmp_path / "x").write_text("mine")
+    assert show(out).kind == "export"
+
+
+def test_an_export_names_no_files_elsewhere(base, tmp_path):
+    """Nor does `show` read them: a pipe or a device would never end."""
+    run(base, lora(base, tmp_path / "a.patch"), tmp_path / "out")
+    path = tmp_path / "out" / "unforget.json"
+    said = json.loads(path.read_text())
+    os.mkfifo(tmp_path / "out" / "pipe")
+    for place in ("../a.patch", "/dev/zero", "pipe", "vae", "", "a\0b", "x" * 5000):
+        made = {k: v for k, v in said["made"].items() if k != "checksum"}
+        path.write_text(json.dumps({**said, "made": checksummed({**made, "files": {place: "0" * 64}})}))
+        with pytest.raises(UsageError, match=r"is missing|cannot read"):
+            show(tmp_path / "out")
 
 
 @pytest.mark.parametrize("what", ["nowhere", "folder", "picture", "short", "header"])

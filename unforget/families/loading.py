@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from unforget import families
 from unforget.errors import CannotRun, UnforgetError, UsageError
 from unforget.families import safety
-from unforget.families.parts import LORA, PEFT_CONFIG, check_pointer
+from unforget.families.parts import HINTS, LORA, PEFT_CONFIG, check_pointer
 from unforget.files.storage import BadFile, open_tensors, read_json
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def home(ref: str) -> Path | None:
 
 def hints(folder: Path) -> Hints:
     """What a model folder says about itself to this tool; UsageError for what nobody understands."""
-    path = folder / "unforget.json"
+    path = folder / HINTS
     if not path.is_file():
         return Hints()
     try:

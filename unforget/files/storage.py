@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SEAL = "unforget.sha256"
+"""Key in a header: SHA-256 of the tensors' bytes and, after them, of the header with zeros in this place."""
+SEALED = re.compile(rb'"unforget\.sha256":"(.{64})"', re.DOTALL)
 
 
 class BadFile(ValueError):
@@ -176,11 +180,12 @@ def _stored(path: Path, begin: int, name: str, kind: str, shape: tuple[int, ...]
 
 def write_tensors(
     tensors: Mapping[str, Lazy | Tensor], metadata: Mapping[str, str], path: Path, *, digested: Digested | None = None,
-    hash_key: str | None = None,
+    hash_key: str | None = None, sealed: bool = False,
 ) -> None:  # fmt: skip
     """Write a safetensors file with a sorted header, in place and a tensor at a time; equal content is equal bytes.
 
-    `digested` is told every tensor on its way; the header's `hash_key` gets the SHA-256 of the data (ModelSpec).
+    `digested` is told every tensor on its way; the header's `hash_key` gets the SHA-256 of the data (ModelSpec), and
+    that of all of the file is in it if it is `sealed`.
     """
     lazy = {n: t if isinstance(t, Lazy) else Lazy.of(t) for n, t in tensors.items()}
     # Wide types first, so that every tensor is aligned in its file.
@@ -191,26 +196,40 @@ def write_tensors(
         shape = list(lazy[name].shape)
         entries[name] = {"dtype": NAMES[lazy[name].dtype], "shape": shape, "data_offsets": [begin, end]}
 
-    def header(found: str) -> bytes:
-        known = {**metadata, **({hash_key: f"0x{found}"} if hash_key else {})}
+    def header(found: str, whole: str) -> bytes:
+        known = {**metadata, **({hash_key: f"0x{found}"} if hash_key else {}), **({SEAL: whole} if sealed else {})}
         text = json.dumps({"__metadata__": known, **entries}, sort_keys=True, separators=(",", ":")).encode()
         return struct.pack("<Q", len(text) + -len(text) % 8) + text + b" " * (-len(text) % 8)
 
     sha = hashlib.sha256()
     with path.open("wb") as file:
-        file.write(header("0" * 64))
+        file.write(header("0" * 64, "0" * 64))
         for name in order:
             tensor = lazy[name].make().detach().cpu().contiguous()
             if (tensor.dtype, tuple(tensor.shape)) != (lazy[name].dtype, lazy[name].shape):
                 raise ValueError(f"'{name}' became {tensor.dtype} {tuple(tensor.shape)}")
             content = raw(tensor)
             file.write(content)
-            if hash_key:
+            if hash_key or sealed:
                 sha.update(content)
             if digested is not None:
                 digested.add(name, tensor)
         file.seek(0)
-        file.write(header(sha.hexdigest()))
+        found = sha.hexdigest()
+        sha.update(header(found, "0" * 64))
+        file.write(header(found, sha.hexdigest()))
+
+
+def check_seal(path: Path) -> None:
+    """BadFile unless every bit of a safetensors file that was written `sealed` is as it was written."""
+    with path.open("rb") as file:
+        head = file.read(8)
+        head += file.read(min(int.from_bytes(head, "little"), MAX_HEADER))
+        sha, seal = hashlib.file_digest(file, "sha256"), SEALED.search(head)
+    if seal is not None:
+        sha.update(head[: seal.start(1)] + b"0" * 64 + head[seal.end(1) :])
+    if seal is None or sha.hexdigest().encode() != seal[1]:
+        raise BadFile(f"'{path.name}' is damaged: it is not what was written")
 
 
 def raw(tensor: Tensor) -> memoryview:
