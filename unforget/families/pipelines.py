@@ -13,7 +13,7 @@ from accelerate import init_empty_weights
 from diffusers.schedulers import KarrasDiffusionSchedulers
 
 from unforget.errors import CannotRun, UsageError
-from unforget.families import encoders
+from unforget.families import chat, encoders
 from unforget.families.loading import Options, where
 from unforget.families.parts import ANY, EXTRAS, TOKENIZERS, classes
 from unforget.families.safety import check, check_editor, check_single
@@ -36,6 +36,7 @@ def stock(spec: FamilySpec, source: str, options: Options) -> Any:
         most = getattr(getattr(encoder, "config", None), "max_position_embeddings", None)
         if words is not None and most and words.model_max_length > most:
             words.model_max_length = most  # it was saved without a limit
+        chat.bound(words, tokenizer(name))
     if hasattr(pipeline, "tokenizer_max_length"):
         pipeline.tokenizer_max_length = pipeline.tokenizer.model_max_length
     return pipeline
@@ -198,9 +199,12 @@ def stock_editor(ref: str, name: str) -> Any:
     if "requires_safety_checker" in kind._get_signature_keys(kind)[1]:
         without["requires_safety_checker"] = False
     with view(folder, kind, allowed) as seen:
-        return kind.from_pretrained(
+        pipeline = kind.from_pretrained(
             seen, use_safetensors=True, local_files_only=True, trust_remote_code=False, **without
         )
+    for name, part in pipeline.components.items():
+        chat.bound(part, name)
+    return pipeline
 
 
 def signature(kind: Any) -> dict[str, tuple[str, ...]]:
