@@ -418,6 +418,15 @@ def test_a_folder_of_a_single_file_has_the_parts_that_were_read(flux, tmp_path, 
     # `verify --candidate` opens it beside a base that is given the same files.
     options = families.Options(pipeline_config=config, text_encoder=tuple(files))
     assert shipped.load(done.output, str(model), options).spec.name == "flux"
+    # A candidate that holds them itself is judged by its own; as a model it has no place for them.
+    candidate = shipped.load(whole.output, str(model), options)
+    for name in ("text_encoder", "text_encoder_2"):
+        state = {n: t.float() for n, t in getattr(candidate.pipeline, name).state_dict().items()}
+        assert_same(state, {n: t for n, t in getattr(meant, name).state_dict().items() if n in state})
+    for file in files:
+        with pytest.raises(UsageError, match="has no place: the model holds every text encoder") as caught:
+            families.load(str(whole.output), dataclasses.replace(options, text_encoder=(file,)))
+        assert "Leave out --text-encoder" in caught.value.hint
 
 
 def test_every_format_that_a_family_has_is_one_that_is_known(base, ddpm):

@@ -9,6 +9,7 @@ from unforget import families
 from unforget.core.types import Family
 from unforget.errors import CannotRun, UsageError
 from unforget.families import weights
+from unforget.families.encoders import lacking
 from unforget.families.loading import Options, opening
 from unforget.families.parts import INDEX, LORA, PEFT, PEFT_CONFIG
 from unforget.files.storage import BadFile, open_tensors, read_json
@@ -64,12 +65,13 @@ def _check_adapter(folder: Path, file: Path) -> None:
 def _from_file(file: Path, ref: str, options: Options) -> Family:
     """A single file in the original layout, its other parts as in the base, or the network alone."""
     try:
-        names = set(open_tensors(file).tensors)
+        held = open_tensors(file).tensors
     except BadFile as error:
         raise CannotRun(f"'{file}' cannot be judged: {error}", "Export again.") from None
     spec, home = families.spec_of(ref), options.pipeline_config or families.home(ref)
-    if spec.layout is not None and spec.layout.is_in(names):
-        return families.load(str(file), replace(options, pipeline_config=home))
+    if spec.layout is not None and spec.layout.is_in(held):
+        beside = lacking(options.text_encoder, held)  # of those that the base lacks
+        return families.load(str(file), replace(options, pipeline_config=home, text_encoder=beside))
     model: Any = families.load(ref, options)
     model.set_network(weights.network_file(file, spec.name, weights.network_config(model.network), model.dtype))
     return model  # type: ignore[no-any-return]
