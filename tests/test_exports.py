@@ -429,6 +429,49 @@ def test_a_folder_of_a_single_file_has_the_parts_that_were_read(flux, tmp_path, 
         assert "Leave out --text-encoder" in caught.value.hint
 
 
+CATASTROPHIC = "(([a-z_0-9]+[.]?)+)+!"
+"""As a pattern on the name of a layer it takes longer than anybody waits."""
+UNASKED = {
+    "target_modules": CATASTROPHIC, "exclude_modules": CATASTROPHIC, "rank_pattern": {CATASTROPHIC: 4},
+    "alpha_pattern": {CATASTROPHIC: 4}, "layers_pattern": CATASTROPHIC, "r": 10**9, "lora_alpha": 1e300,
+    "init_lora_weights": "pissa", "use_dora": True, "modules_to_save": ["norm_out"], "bias": "all",
+    "auto_mapping": {"base_model_class": "x", "parent_library": "evil"}, "megatron_core": "evil",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["lora", "peft"])
+def test_what_a_shipped_lora_says_of_itself_takes_no_time_and_makes_nothing_else_of_it(base, tmp_path, form):
+    out = run(base, lora(base, tmp_path / "a.patch"), tmp_path / "out", format=form).output
+    file, config = next(out.glob("*.safetensors")), out / "adapter_config.json"
+    tensors, metadata = load_file(file), open_tensors(file).metadata
+    key = "lora_adapter_metadata"
+    sound = config.read_text() if form == "peft" else metadata[key]
+
+    def say(value):
+        if form == "peft":
+            config.write_text(value)
+        else:
+            save_file(tensors, file, {**metadata, key: value})
+
+    for name, value in UNASKED.items():
+        said = name if form == "peft" else f"transformer.{name}"
+        say(json.dumps({**json.loads(sound), said: value}))
+        with pytest.raises(CannotRun, match="read otherwise than by its rank, alpha and layers"):
+            shipped.load(out, str(base), families.Options())
+    for text in ("[" * 100_000, "{", "[]", "7", ""):
+        say(text)
+        with pytest.raises(CannotRun, match=r"which is no LoRA|is no sound LoRA"):
+            shipped.load(out, str(base), families.Options())
+    say(sound)
+    strange = next(name for name in tensors if "lora" in name)
+    save_file({**tensors, f"transformer.{CATASTROPHIC}.lora_A.weight": tensors[strange].clone()}, file, metadata)
+    with pytest.raises(CannotRun, match="which is no LoRA"):
+        shipped.load(out, str(base), families.Options())
+    save_file(tensors, file, metadata)
+    say(json.dumps({**json.loads(sound), **({"lora_dropout": 0.1, "bias": "none"} if form == "peft" else {})}))
+    shipped.load(out, str(base), families.Options())
+
+
 def test_every_format_that_a_family_has_is_one_that_is_known(base, ddpm):
     for folder in (base, ddpm):
         assert set(families.load(str(folder)).spec.formats) <= set(FORMATS)

@@ -1,5 +1,6 @@
 """A model as it is shipped: any form that `export` writes, opened by the stock loaders beside its base."""
 
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,19 @@ from unforget.families.loading import Options, opening
 from unforget.families.parts import INDEX, LORA, PEFT, PEFT_CONFIG
 from unforget.files.storage import BadFile, open_tensors, read_json
 
-FACTOR = re.compile(r".+([._]lora[._](A|B|down|up)\.weight|\.alpha)")
+FACTOR = re.compile(r"[A-Za-z0-9_.]+([._]lora[._](A|B|down|up)\.weight|\.alpha)")
+"""Names of factors; libraries make patterns of them."""
+SAID = (
+    "peft_type",
+    "task_type",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "peft_version",
+    "lora_dropout",
+)
+"""Keys of a LoRA's configuration that change nothing of what it puts on weights."""
+RANK = 2**14  # largest rank
 
 
 def load(path: Path, ref: str, options: Options) -> Family:
@@ -52,14 +65,33 @@ def _with_adapter(folder: Path, ref: str, options: Options) -> Family:
 def _check_adapter(folder: Path, file: Path) -> None:
     """Refuse what is no LoRA before a library opens it."""
     try:
-        names = open_tensors(file).tensors
-        kind = read_json(folder / PEFT_CONFIG) if file.name == PEFT else {"peft_type": "LORA"}
-    except (BadFile, OSError) as error:
+        opened = open_tensors(file)
+        names, said = opened.tensors, opened.metadata.get("lora_adapter_metadata", "{}")
+        kind = read_json(folder / PEFT_CONFIG) if file.name == PEFT else {"peft_type": "LORA", **json.loads(said)}
+    except (ValueError, TypeError, RecursionError, OSError) as error:
         raise CannotRun(f"'{folder}' is no sound LoRA: {error}", "Export again.") from None
     strange = [name for name in names if not FACTOR.fullmatch(name)]
-    if strange or not isinstance(kind, dict) or kind.get("peft_type") != "LORA" or kind.get("auto_mapping"):
+    if strange or not isinstance(kind, dict) or kind.get("peft_type") != "LORA":
         what = f"the tensor '{strange[0][:80]}'" if strange else "another kind of adapter"
         raise CannotRun(f"'{folder}' holds {what}, which is no LoRA", "Export again.")
+    for key, value in kind.items():
+        if not _is_plain(key.rpartition(".")[2], value):
+            sentence = f"'{folder}' is a LoRA that is read otherwise than by its rank, alpha and layers ({key[:40]})"
+            raise CannotRun(sentence, "Export again, or give a --patch.")
+
+
+def _is_plain(key: str, value: Any) -> bool:
+    """Whether an entry of a LoRA's configuration is one of the few that are needed, or says nothing.
+
+    Others are patterns, which may take forever on a name, ways to compute factors anew, and more modules.
+    """
+    if key in ("r", "lora_alpha"):
+        return isinstance(value, (int, float)) and 0 < value <= RANK
+    if key == "target_modules":
+        return isinstance(value, list) and all(isinstance(v, str) for v in value)
+    if key == "init_lora_weights":
+        return isinstance(value, bool)
+    return key in SAID or value in (None, False, 0, "", "none", [], {})
 
 
 def _from_file(file: Path, ref: str, options: Options) -> Family:

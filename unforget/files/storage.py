@@ -29,6 +29,8 @@ MAX_HEADER = 4 * 2**20
 """Largest header that is parsed, bytes; the largest models have a tenth of it."""
 MAX_JSON = 2**20
 """Largest JSON file of a model folder that is parsed, bytes."""
+MAX_PROMPTS = 2**24
+"""Largest list of prompts that is read, bytes."""
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -76,13 +78,20 @@ def write_json(value: Any, path: Path) -> None:
     write_bytes((json.dumps(value, indent=2, sort_keys=True) + "\n").encode(), path)
 
 
+def read_bytes(path: Path, most: int) -> bytes:
+    """A file, or what a pipe or a device gives; BadFile once that is more than `most` bytes."""
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise BadFile(f"'{path.name}' has more than {most} bytes")
+    return content
+
+
 def read_json(path: Path, *, most: int = MAX_JSON) -> Any:
     """A JSON file; BadFile if it is too large, too deep, or no JSON."""
-    size = path.stat().st_size
-    if size > most:
-        raise BadFile(f"'{path.name}' has {size} bytes, more than {most}")
+    content = read_bytes(path, most)
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(content)
     except (ValueError, RecursionError):
         raise BadFile(f"'{path.name}' is not JSON") from None
 
@@ -267,8 +276,9 @@ def digest(state: Mapping[str, Tensor]) -> str:
 def read_lines(path: Path) -> tuple[str, ...]:
     """The lines of a text file that are not empty: prompts."""
     try:
-        lines = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bytes(path, MAX_PROMPTS).decode("utf-8-sig")
+        lines = tuple(line.strip() for line in text.splitlines() if line.strip())
+    except (OSError, ValueError) as error:
         raise UsageError(f"cannot read '{path}': {error}", "Give a text file with one prompt a line.") from None
     if not lines:
         raise UsageError(f"'{path}' holds no prompt", "Write one prompt a line.")
