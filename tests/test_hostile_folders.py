@@ -488,6 +488,32 @@ def test_tables_that_are_computed_take_no_more_than_the_weights(folder):
     refused(folder, "tables of")
 
 
+TWICE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+DEEP: dict = {"type": "NFC"}
+for _ in range(400):
+    DEEP = {"type": "Sequence", "normalizers": [DEEP]}
+GROWING = [
+    DEEP,
+    {"type": "Sequence", "normalizers": [TWICE] * 26},
+    {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [TWICE] * 5}] * 5},
+    {"type": "Replace", "pattern": {"Regex": "."}, "content": "x" * 10**6},
+    {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "a" * 99}] * 9},
+]
+
+
+@families_of("z-image", "pixart")
+def test_a_tokenizer_that_makes_a_prompt_ever_longer(folder):
+    file = folder / "tokenizer" / "tokenizer.json"
+    sound = json.loads(file.read_text())
+    for normalizer in GROWING:
+        file.write_text(json.dumps({**sound, "normalizer": normalizer}))
+        refused(folder, "makes more of a prompt")
+    spaces = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "\u2581"}
+    marked = [{"type": "Prepend", "prepend": "\u2581"}, {"type": "NFKC"}, spaces]
+    file.write_text(json.dumps({**sound, "normalizer": {"type": "Sequence", "normalizers": marked}}))
+    families.load(str(folder))
+
+
 CONTENT = [b"\xff\xfe", b"\x80\x81", b"[" * 200_000, b"[1, 2]", b'"x"', b"", b"{", b"null", b"{}" * 9]
 
 
