@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection
 
 from unforget import families
-from unforget.api import export
+from unforget.api import export, show
 from unforget.config import ExportConfig, build
 from unforget.core import sampling
 from unforget.core.types import Progress
@@ -35,7 +36,7 @@ from unforget.exports.formats import FORMATS
 from unforget.exports.manifest import HEADER, ExportManifest, called
 from unforget.families import shipped, weights
 from unforget.files.patch import Patch, Provenance
-from unforget.files.storage import digest, open_tensors, undamaged
+from unforget.files.storage import checksummed, digest, open_tensors, undamaged
 from unforget.verification.report import Report, Target
 
 NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
@@ -417,6 +418,58 @@ def test_a_folder_of_a_single_file_has_the_parts_that_were_read(flux, tmp_path, 
     # `verify --candidate` opens it beside a base that is given the same files.
     options = families.Options(pipeline_config=config, text_encoder=tuple(files))
     assert shipped.load(done.output, str(model), options).spec.name == "flux"
+    # A candidate that holds them itself is judged by its own; as a model it has no place for them.
+    candidate = shipped.load(whole.output, str(model), options)
+    for name in ("text_encoder", "text_encoder_2"):
+        state = {n: t.float() for n, t in getattr(candidate.pipeline, name).state_dict().items()}
+        assert_same(state, {n: t for n, t in getattr(meant, name).state_dict().items() if n in state})
+    for file in files:
+        with pytest.raises(UsageError, match="has no place: the model holds every text encoder") as caught:
+            families.load(str(whole.output), dataclasses.replace(options, text_encoder=(file,)))
+        assert "Leave out --text-encoder" in caught.value.hint
+
+
+CATASTROPHIC = "(([a-z_0-9]+[.]?)+)+!"
+"""As a pattern on the name of a layer it takes longer than anybody waits."""
+UNASKED = {
+    "target_modules": CATASTROPHIC, "exclude_modules": CATASTROPHIC, "rank_pattern": {CATASTROPHIC: 4},
+    "alpha_pattern": {CATASTROPHIC: 4}, "layers_pattern": CATASTROPHIC, "r": 10**9, "lora_alpha": 1e300,
+    "init_lora_weights": "pissa", "use_dora": True, "modules_to_save": ["norm_out"], "bias": "all",
+    "auto_mapping": {"base_model_class": "x", "parent_library": "evil"}, "megatron_core": "evil",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["lora", "peft"])
+def test_what_a_shipped_lora_says_of_itself_takes_no_time_and_makes_nothing_else_of_it(base, tmp_path, form):
+    out = run(base, lora(base, tmp_path / "a.patch"), tmp_path / "out", format=form).output
+    file, config = next(out.glob("*.safetensors")), out / "adapter_config.json"
+    tensors, metadata = load_file(file), open_tensors(file).metadata
+    key = "lora_adapter_metadata"
+    sound = config.read_text() if form == "peft" else metadata[key]
+
+    def say(value):
+        if form == "peft":
+            config.write_text(value)
+        else:
+            save_file(tensors, file, {**metadata, key: value})
+
+    for name, value in UNASKED.items():
+        said = name if form == "peft" else f"transformer.{name}"
+        say(json.dumps({**json.loads(sound), said: value}))
+        with pytest.raises(CannotRun, match="read otherwise than by its rank, alpha and layers"):
+            shipped.load(out, str(base), families.Options())
+    for text in ("[" * 100_000, "{", "[]", "7", ""):
+        say(text)
+        with pytest.raises(CannotRun, match=r"which is no LoRA|is no sound LoRA"):
+            shipped.load(out, str(base), families.Options())
+    say(sound)
+    strange = next(name for name in tensors if "lora" in name)
+    save_file({**tensors, f"transformer.{CATASTROPHIC}.lora_A.weight": tensors[strange].clone()}, file, metadata)
+    with pytest.raises(CannotRun, match="which is no LoRA"):
+        shipped.load(out, str(base), families.Options())
+    save_file(tensors, file, metadata)
+    say(json.dumps({**json.loads(sound), **({"lora_dropout": 0.1, "bias": "none"} if form == "peft" else {})}))
+    shipped.load(out, str(base), families.Options())
 
 
 def test_every_format_that_a_family_has_is_one_that_is_known(base, ddpm):
@@ -739,6 +792,46 @@ def test_the_commands(base, ddpm, tmp_path, cli):
     assert "float32" in cli("show", "d/unet/diffusion_pytorch_model.safetensors").stdout
     foreign = json.loads(cli("show", ddpm / "unet" / "diffusion_pytorch_model.safetensors", "--json").stdout)
     assert foreign["digest"] == digest(load_file(ddpm / "unet" / "diffusion_pytorch_model.safetensors"))
+
+
+@pytest.mark.parametrize("form", ["diffusers", "lora", "peft", "transformer", "single-file"])
+def test_a_flipped_bit_of_an_export_is_noticed(base, tmp_path, form):
+    """Of any file but the card, which is there to be edited; and a file that is not there."""
+    out = tmp_path / ("out.safetensors" if form in ("transformer", "single-file") else "out")
+    done = run(base, lora(base, tmp_path / "a.patch"), out, format=form, force_rounding=True)
+    assert show(out).said["digest"] == done.manifest.digest
+    files = [p for p in out.rglob("*") if p.is_file() and p.name != "README.md"] if out.is_dir() else [out]
+    for file in files:
+        sound = file.read_bytes()
+        ends = range(8 * min(len(sound), 4096)), range(8 * max(0, len(sound) - 4096), 8 * len(sound))
+        for bit in [b for end in ends for b in random.Random(0).sample(end, 40)]:
+            damaged = bytearray(sound)
+            damaged[bit // 8] ^= 1 << bit % 8
+            file.write_bytes(damaged)
+            with pytest.raises(UsageError) as caught:
+                show(out)
+            assert caught.value.hint and len(caught.value.message.splitlines()) == 1
+        file.write_bytes(sound)
+        if out.is_dir():
+            file.rename(tmp_path / "away")
+            with pytest.raises(UsageError):
+                show(out)
+            (tmp_path / "away").rename(file)
+    (out / "README.md" if out.is_dir() else tmp_path / "x").write_text("mine")
+    assert show(out).kind == "export"
+
+
+def test_an_export_names_no_files_elsewhere(base, tmp_path):
+    """Nor does `show` read them: a pipe or a device would never end."""
+    run(base, lora(base, tmp_path / "a.patch"), tmp_path / "out")
+    path = tmp_path / "out" / "unforget.json"
+    said = json.loads(path.read_text())
+    os.mkfifo(tmp_path / "out" / "pipe")
+    for place in ("../a.patch", "/dev/zero", "pipe", "vae", "", "a\0b", "x" * 5000):
+        made = {k: v for k, v in said["made"].items() if k != "checksum"}
+        path.write_text(json.dumps({**said, "made": checksummed({**made, "files": {place: "0" * 64}})}))
+        with pytest.raises(UsageError, match=r"is missing|cannot read"):
+            show(tmp_path / "out")
 
 
 @pytest.mark.parametrize("what", ["nowhere", "folder", "picture", "short", "header"])

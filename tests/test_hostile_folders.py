@@ -18,6 +18,7 @@ from unforget import families
 from unforget.errors import CannotRun, UnforgetError, UsageError
 from unforget.exports.formats.diffusers_folder import copies
 from unforget.families import safety
+from unforget.families.memory import blueprint
 from unforget.families.parts import classes, listed, stored
 from unforget.files.patch import Patch, Provenance
 from unforget.files.storage import digest
@@ -160,6 +161,126 @@ def test_nobody_answers_what_a_library_asks(folder):
         assert code == 2, said
         assert "Traceback" not in said
         assert not list(Path().rglob("pwned"))
+
+
+def on_the_hub(folder, monkeypatch, *, weights):
+    """The same as the hub's cache has it, where nothing is downloaded: links to files named by their digests."""
+    import huggingface_hub.constants
+
+    commit, repo = "a" * 40, Path("hub/models--someone--tiny").absolute()
+    shutil.rmtree("hub", ignore_errors=True)
+    for file in (f for f in folder.rglob("*") if f.is_file() and (weights or f.suffix != ".safetensors")):
+        blob, link = repo / "blobs" / file.relative_to(folder), repo / "snapshots" / commit / file.relative_to(folder)
+        for place in (blob, link):
+            place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, blob)
+        link.symlink_to(blob)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for module in [huggingface_hub.constants, *list(sys.modules.values())]:
+        if getattr(module, "__name__", "").startswith(("diffusers", "huggingface_hub")) and hasattr(
+            module, "HF_HUB_CACHE"
+        ):
+            monkeypatch.setattr(module, "HF_HUB_CACHE", str(Path("hub").absolute()))
+    return "someone/tiny"
+
+
+@families_of(*MADE)
+def test_a_plan_of_a_model_on_the_hub_needs_no_weights(folder, monkeypatch):
+    local = blueprint(str(folder), families.Options())
+    plan = blueprint(on_the_hub(folder, monkeypatch, weights=False), families.Options())
+    for say in (lambda p: p.latent_shape, lambda p: p.beside, lambda p: p.encoders, lambda p: p.sampling_timesteps(3)):
+        assert say(plan) == say(local)
+
+
+def hostile(folder):
+    """Changes of any configuration that no plan is made of, one at a time."""
+    for part in (p for p in parts(folder) if p.loaded):
+        for file in (f for f in part.files() if f.name.endswith("config.json")):
+            kept = file.read_text()
+            for key, value in [("auto_map", {"AutoModel": "evil.Evil"}), ("base_model_name_or_path", "someone/else")]:
+                rewrite(file, **{key: value})
+                yield file
+            for content in (b"[" * 200_000, b"\xff\xfe", b"[]", b" " * 2**21):
+                file.write_bytes(content)
+                yield file
+            file.write_text(kept)
+            if part.kind == "model":
+                for key in [k for k, v in json.loads(kept).items() if isinstance(v, list) and v]:
+                    rewrite(file, **{**json.loads(kept), key: [0] * 5000})
+                    yield file
+                rewrite(file, **{**json.loads(kept), "num_layers": 20_000})
+                yield file
+            file.write_text(kept)
+    index = folder / "model_index.json"
+    kept = index.read_text()
+    for content in (b"[" * 200_000, b" " * 2**21, b"[]", b"{}"):
+        index.write_bytes(content)
+        yield index
+    index.write_text(kept)
+    for change in (
+        {"vae": ["evil", "Evil"]},
+        {"more": ["transformers", "CLIPProcessor"]},
+        {"../x": ["diffusers", "UNet2DModel"]},
+    ):
+        rewrite(index, **change)
+        yield index
+        index.write_text(kept)
+
+
+@families_of("sd", "sd3", "z-image")
+def test_a_plan_of_a_model_on_the_hub_looks_at_it_first(folder, monkeypatch):
+    """`--dry-run` builds from configurations alone, before any weights are here."""
+    for file in hostile(folder):
+        begun = time.process_time()
+        with pytest.raises(UnforgetError) as caught:
+            blueprint(on_the_hub(folder, monkeypatch, weights=False), families.Options())
+        assert caught.value.hint and len(caught.value.message) < 600, file
+        assert time.process_time() - begun < 5, file
+
+
+@families_of("sd3")
+def test_a_plan_of_a_single_file_looks_at_the_hubs_configuration_first(folder, monkeypatch):
+    first = folder / "text_encoder" / "model.safetensors"
+    save_file({**load_file(first), "text_projection.weight": torch.eye(8)}, first, {"format": "pt"})
+    family = families.load(str(folder))
+    origin = families.weights.source(str(folder), family, None)
+    tensors = families.weights.checkpoint(origin, origin.tensors, family.network.config)
+    save_file({k: v.make().clone() for k, v in tensors.items()}, "one.safetensors")
+    options = families.Options(pipeline_config=Path(on_the_hub(folder, monkeypatch, weights=False)))
+    assert blueprint("one.safetensors", options).latent_shape == family.latent_shape
+    for part in ("transformer", "tokenizer"):
+        file = folder / part / ("config.json" if part == "transformer" else "tokenizer_config.json")
+        kept = file.read_text()
+        rewrite(file, auto_map={"AutoModel": "evil.Evil"})
+        on_the_hub(folder, monkeypatch, weights=False)
+        with pytest.raises(UsageError, match="auto_map"):
+            blueprint("one.safetensors", options)
+        file.write_text(kept)
+
+
+@pytest.mark.slow
+@families_of("sd3")
+def test_the_command_plans_nothing_of_a_hostile_model_on_the_hub(folder, monkeypatch):
+    shutil.copy(HERE / "data" / "surrogate.png", "t.png")
+    asked = (
+        "unlearn",
+        "--model",
+        on_the_hub(folder, monkeypatch, weights=False),
+        "-t",
+        "t.png",
+        "-o",
+        "x",
+        "--dry-run",
+    )
+    env = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(Path("hub").absolute())}
+    code, said = run(*asked, env=env)
+    assert code == 0 and "memory_gib" in said, said
+    rewrite(folder / "transformer" / "config.json", auto_map={"AutoModel": "evil.Evil"})
+    on_the_hub(folder, monkeypatch, weights=False)
+    code, said = run(*asked, env=env)
+    assert code == 2 and "asks for code of its own" in said, said
 
 
 def test_a_question_of_a_library_is_not_answered(monkeypatch):
@@ -365,6 +486,32 @@ def test_a_product_of_modest_numbers_is_refused_at_once(folder):
 def test_tables_that_are_computed_take_no_more_than_the_weights(folder):
     rewrite(folder / "transformer" / "config.json", sample_size=8192)
     refused(folder, "tables of")
+
+
+TWICE = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+DEEP: dict = {"type": "NFC"}
+for _ in range(400):
+    DEEP = {"type": "Sequence", "normalizers": [DEEP]}
+GROWING = [
+    DEEP,
+    {"type": "Sequence", "normalizers": [TWICE] * 26},
+    {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [TWICE] * 5}] * 5},
+    {"type": "Replace", "pattern": {"Regex": "."}, "content": "x" * 10**6},
+    {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "a" * 99}] * 9},
+]
+
+
+@families_of("z-image", "pixart")
+def test_a_tokenizer_that_makes_a_prompt_ever_longer(folder):
+    file = folder / "tokenizer" / "tokenizer.json"
+    sound = json.loads(file.read_text())
+    for normalizer in GROWING:
+        file.write_text(json.dumps({**sound, "normalizer": normalizer}))
+        refused(folder, "makes more of a prompt")
+    spaces = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "\u2581"}
+    marked = [{"type": "Prepend", "prepend": "\u2581"}, {"type": "NFKC"}, spaces]
+    file.write_text(json.dumps({**sound, "normalizer": {"type": "Sequence", "normalizers": marked}}))
+    families.load(str(folder))
 
 
 CONTENT = [b"\xff\xfe", b"\x80\x81", b"[" * 200_000, b"[1, 2]", b'"x"', b"", b"{", b"null", b"{}" * 9]

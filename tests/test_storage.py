@@ -2,13 +2,18 @@
 
 import hashlib
 import json
+import resource
 import struct
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
 
+from unforget.config.files import read as read_toml
+from unforget.errors import UsageError
+from unforget.exports.manifest import Verified
 from unforget.files.storage import (
     BadFile,
     Digested,
@@ -17,6 +22,7 @@ from unforget.files.storage import (
     digest,
     open_tensors,
     read_json,
+    read_lines,
     write_bytes,
     write_tensors,
 )
@@ -177,3 +183,21 @@ def test_json_that_is_none(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(BadFile):
         read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("kind", ["a device without an end", "a large file"])
+def test_whatever_is_read_as_text_has_a_bound(tmp_path, kind):
+    """Each of the readers, of what a user names: lists of prompts, JSON, TOML."""
+    path = Path("/dev/zero")
+    if kind == "a large file":
+        path = tmp_path / "large"
+        with path.open("wb") as file:
+            file.truncate(2**31)
+    for read, error, said in (
+        (read_lines, UsageError, "more than 16777216 bytes"), (read_json, BadFile, "more than 1048576 bytes"),
+        (Verified.of, UsageError, "more than 16777216 bytes"), (read_toml, UsageError, "too large"),
+    ):  # fmt: skip
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with pytest.raises(error, match=said):
+            read(path)
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18, "KiB"

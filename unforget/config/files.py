@@ -43,9 +43,11 @@ def read(file: Path | None) -> dict[str, Any]:
     if file is None:
         return {}
     try:
-        if file.stat().st_size > LARGEST:
+        with file.open("rb") as opened:
+            content = opened.read(LARGEST + 1)  # of a pipe or a device, too
+        if len(content) > LARGEST:
             raise ValueError("too large")
-        found = tomllib.loads(file.read_text(encoding="utf-8-sig"))
+        found = tomllib.loads(content.decode("utf-8-sig").replace("\r\n", "\n"))
         return named({name.replace("-", "_"): value for name, value in found.items()})
     except (OSError, ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error

@@ -123,7 +123,7 @@ def _manifest(request: ExportRequest, form: Format, job: Job, stats: MergeStats,
     manifest = ExportManifest(
         format=form.kind, dtype=NAMES[form.dtype or job.merge.dtype], base=called(request.model),
         base_digest=patches[0].provenance.base_digest, patched_digest=stats.patched, digest=form.digest(stats),
-        patches=patches, verified=_verdict(request, stats, progress), versions=dict(request.versions),
+        patches=patches, verified=_verdict(request, stats, progress), versions=dict(request.versions), sealed=True,
     )  # fmt: skip
     if form.is_adapter:
         return manifest

@@ -9,6 +9,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from unforget.errors import UsageError
+from unforget.families.parts import HINTS, is_own
 from unforget.files.patch import Provenance
 from unforget.files.storage import BadFile, checksummed, read_json, undamaged
 from unforget.verification.report import Report, Verdict
@@ -99,6 +100,10 @@ class ExportManifest(_Record):
     """None where nothing is rounded."""
     verified: Verified | None = None
     versions: dict[str, str]
+    sealed: bool = False
+    """Whether damage of what holds this can be told: a file has a seal, a folder `files`."""
+    files: dict[str, str] = {}
+    """SHA-256 of the files beside this, by their places; of `unforget.json` of what it says besides."""
 
     @property
     def targets(self) -> list[str]:
@@ -112,3 +117,20 @@ class ExportManifest(_Record):
     def header(self) -> dict[str, str]:
         """As an entry in the header of a safetensors file."""
         return {HEADER: json.dumps(self.said(), sort_keys=True)}
+
+    def check_files(self, folder: Path) -> None:
+        """BadFile unless the files beside this are there, and are those that were written, bit for bit."""
+        for place, written in self.files.items():
+            if not is_own(folder / place, folder):
+                raise BadFile(f"'{place[:80]}' is missing")
+            if file_digest(folder / place) != written:
+                raise BadFile(f"'{place[:80]}' is damaged: it is not what was written")
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file; of `unforget.json` of all but where its folder came from."""
+    if path.name != HINTS:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    rest = {k: v for k, v in read_json(path).items() if k != "made"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

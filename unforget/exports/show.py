@@ -16,9 +16,10 @@ from unforget.exports.manifest import HEADER, ExportManifest, Verified
 from unforget.families.parts import LORA, PEFT
 from unforget.files.patch import HEADER as PATCH
 from unforget.files.patch import Patch
-from unforget.files.storage import BadFile, Digested, Lazy, open_tensors, undamaged
+from unforget.files.storage import SEAL, BadFile, Digested, Lazy, check_seal, open_tensors, undamaged
 
 WRONG = "Give a patch, an export, or a .safetensors file."
+COPY = "Copy it again, or export again."
 
 
 @dataclass(frozen=True)
@@ -34,19 +35,23 @@ def look(path: Path, report: Path) -> Shown:
 
     `report` is where that of `unforget verify` lies for a patch, if there is one.
     """
-    if path.is_dir():
-        if (made := families.hints(path).made) is not None:
-            return Shown("export", _manifest(made, path))
+    folder = path if path.is_dir() else None
+    if folder:
         path = next((path / name for name in (LORA, PEFT) if (path / name).is_file()), path)
-    if not path.is_file():
-        raise UsageError(f"'{path}' is no file, and no folder that `unforget export` wrote", WRONG)
     try:
+        if folder and (made := families.hints(folder).made) is not None:
+            return Shown("export", _manifest(made, folder, folder, True))
+        if not path.is_file():
+            raise UsageError(f"'{path}' is no file, and no folder that `unforget export` wrote", WRONG)
         opened = open_tensors(path)
+        if SEAL in opened.metadata:  # whatever else is in it
+            check_seal(path)
         if PATCH in opened.metadata:
             return Shown("patch", _patch(path, report))
         content = _content(opened.tensors)
         if HEADER in opened.metadata:
-            return Shown("export", {**_manifest(opened.metadata[HEADER], path), **content})
+            said = _manifest(opened.metadata[HEADER], path, folder, SEAL in opened.metadata)
+            return Shown("export", {**said, **content})
         digested = Digested()
         for name, lazy in opened.tensors.items():
             digested.add(name, lazy.make())
@@ -57,16 +62,25 @@ def look(path: Path, report: Path) -> Shown:
         raise UsageError(f"cannot read '{path}': {error.strerror}", WRONG) from None
 
 
-def _manifest(value: Any, path: Path) -> dict[str, Any]:
+def _manifest(value: Any, path: Path, folder: Path | None, sealed: bool) -> dict[str, Any]:
+    """What an export says of itself, and is; UsageError for a damaged one.
+
+    Only of a whole folder is it known what lies beside it.
+    """
     try:
         said = undamaged(json.loads(value) if isinstance(value, str) else value, always=False)
-        return ExportManifest.model_validate(said).model_dump(mode="json")
+        found = ExportManifest.model_validate(said)
+        if found.sealed and not sealed:
+            raise BadFile("it has lost its seal")
+        if folder:
+            found.check_files(folder)
+        return found.model_dump(mode="json", exclude={"sealed", "files"})
     except ValidationError as error:
         where = ".".join(str(p) for p in error.errors()[0]["loc"]) or "its header"
         raise UsageError(f"'{path}' is not an export of this version: {where}", WRONG) from None
     except (ValueError, RecursionError) as error:
         reason = error if isinstance(error, BadFile) else "its header is no JSON"
-        raise UsageError(f"what '{path}' says of itself cannot be read: {reason}", WRONG) from None
+        raise UsageError(f"'{path}' is not what it says of itself: {reason}", COPY) from None
 
 
 def _patch(path: Path, report: Path) -> dict[str, Any]:

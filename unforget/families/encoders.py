@@ -24,15 +24,28 @@ def matched(files: Iterable[Path], configs: Mapping[str, Any]) -> dict[str, Path
     found: dict[str, Path] = {}
     shapes = {name: (config.vocab_size, config.hidden_size) for name, config in configs.items()}
     for file in files:
-        own = {tuple(t.shape) for name, t in tensors_of(file).items() if name.endswith(EMBEDDING)}
+        if not shapes:
+            sentence = f"'{file}' has no place: the model holds every text encoder that its configuration describes"
+            raise UsageError(sentence, "Leave out --text-encoder, or give the --pipeline-config that describes it.")
+        own = _embeddings(tensors_of(file))
         names = [name for name, shape in shapes.items() if shape in own and name not in found]
         if not names:
-            known = ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "none"
+            known = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
             raise UsageError(
                 f"'{file}' is no text encoder that this model lacks", f"By their embeddings those are: {known}."
             )
         found[names[0]] = file
     return found
+
+
+def lacking(files: Iterable[Path], held: Mapping[str, Lazy]) -> tuple[Path, ...]:
+    """Those files of text encoders that are not in a single file with such tensors."""
+    own = _embeddings(held)
+    return tuple(file for file in files if not own & _embeddings(tensors_of(file)))
+
+
+def _embeddings(tensors: Mapping[str, Lazy]) -> set[tuple[int, ...]]:
+    return {tuple(t.shape) for name, t in tensors.items() if name.endswith(EMBEDDING)}
 
 
 def tensors_of(file: Path) -> dict[str, Lazy]:

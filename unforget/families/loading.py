@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from unforget import families
 from unforget.errors import CannotRun, UnforgetError, UsageError
 from unforget.families import safety
-from unforget.families.parts import LORA, PEFT_CONFIG, check_pointer
+from unforget.families.parts import HINTS, INDEX, LORA, PEFT_CONFIG, check_pointer
 from unforget.files.storage import BadFile, open_tensors, read_json
 
 if TYPE_CHECKING:
@@ -118,6 +118,22 @@ def examined(ref: str, options: Options) -> tuple[str, FamilySpec]:
     return source, spec
 
 
+def planned(ref: str, options: Options) -> tuple[str, FamilySpec, Path]:
+    """The folder or hub id with the configuration of what `ref` names, its row, and where that lies, looked at."""
+    source, spec = examined(ref, options)
+    single = Path(source).is_file()
+    config = str(options.pipeline_config) if single else source
+    with opening(ref, config):
+        folder = described(config)
+    if folder != Path(config):  # the hub's, which came just now
+        if single:
+            safety.check_single(Path(source), spec, folder, options.text_encoder)
+        else:
+            left = () if options.t5 else spec.optional
+            safety.check(folder, spec, options.allow_pickle, left, described=True)
+    return config, spec, folder
+
+
 def spec_of(ref: str) -> FamilySpec:
     """The row of the family that `ref` names, without loading any weights."""
     return _spec(_source(ref), ref)
@@ -130,14 +146,24 @@ def home(ref: str) -> Path | None:
         return Path(source) if Path(source).is_dir() else None
     from huggingface_hub import hf_hub_download
 
-    at = where(source)
-    repo, revision = at["pretrained_model_name_or_path"], at.get("revision")
-    return Path(hf_hub_download(repo, "model_index.json", revision=revision, local_files_only=True)).parent
+    repo, revision = at(source)
+    return Path(hf_hub_download(repo, INDEX, revision=revision, local_files_only=True)).parent
+
+
+def described(source: str) -> Path:
+    """The folder itself, or what the hub's has besides weights."""
+    if Path(source).is_dir():
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    repo, revision = at(source)
+    few = ["*.json", "*.txt", "*.model", "*.jinja"]
+    return Path(snapshot_download(repo, revision=revision, allow_patterns=few))
 
 
 def hints(folder: Path) -> Hints:
     """What a model folder says about itself to this tool; UsageError for what nobody understands."""
-    path = folder / "unforget.json"
+    path = folder / HINTS
     if not path.is_file():
         return Hints()
     try:
@@ -196,10 +222,11 @@ def _pipeline_class(source: str, ref: str) -> str:
     """What a folder or the hub calls the pipeline."""
     if Path(source).is_dir():
         return _class_name(Path(source))
-    from diffusers import DiffusionPipeline
+    from huggingface_hub import hf_hub_download
 
     with opening(ref, source):
-        return str(DiffusionPipeline.load_config(**where(source))["_class_name"])
+        repo, revision = at(source)
+        return _class_name(Path(hf_hub_download(repo, INDEX, revision=revision)).parent)
 
 
 def _spec_of_single(file: Path, ref: str) -> FamilySpec:
@@ -223,7 +250,7 @@ def _spec_of_single(file: Path, ref: str) -> FamilySpec:
 
 
 def _class_name(folder: Path) -> str:
-    index, hint = folder / "model_index.json", "Give the folder that `pipeline.save_pretrained` wrote."
+    index, hint = folder / INDEX, "Give the folder that `pipeline.save_pretrained` wrote."
     if any((folder / name).is_file() for name in (PEFT_CONFIG, LORA)):
         raise UsageError(f"'{folder}' is a LoRA (an adapter), not a model", "Give the model that it is for.")
     if not index.is_file():
@@ -235,10 +262,10 @@ def _class_name(folder: Path) -> str:
         raise UsageError(f"'{index}' does not name a pipeline class", hint) from None
 
 
-def where(source: str) -> dict[str, str]:
-    """A folder or hub id as arguments of stock `from_pretrained`."""
-    repo, at, revision = source.partition("@") if not Path(source).exists() else (source, "", "")
-    return {"pretrained_model_name_or_path": repo, **({"revision": revision} if at else {})}
+def at(source: str) -> tuple[str, str | None]:
+    """A hub id as the name of a repository and the revision, if one is named."""
+    repo, _, revision = source.partition("@")
+    return repo, revision or None
 
 
 def _check_single(file: Path, spec: FamilySpec, options: Options) -> None:

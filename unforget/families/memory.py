@@ -74,8 +74,8 @@ class Plan:
 class Blueprint:
     """A model without content, which says what a run costs: a `passes.Outline`.
 
-    Its network lies on the meta device; `source` is the folder or hub id of its configuration, `ref` what the user
-    called it, `beside` the bytes of its autoencoder, `encoders` those of its text encoders.
+    Its network lies on the meta device; `source` is the folder or hub id of its configuration, which lies in `folder`,
+    `ref` what the user called it, `beside` the bytes of its autoencoder, `encoders` those of its text encoders.
     """
 
     spec: FamilySpec
@@ -86,6 +86,7 @@ class Blueprint:
     encoders: int
     ref: str
     source: str
+    folder: Path
     options: Options
     prompts: list[str] = field(default_factory=lambda: [""])
 
@@ -150,11 +151,11 @@ class Blueprint:
         """The diffusers scheduler."""
         import diffusers
 
-        from unforget.families.loading import opening, where
+        from unforget.families.loading import opening
 
-        flat = Path(self.source).is_dir() and not (Path(self.source) / "scheduler").is_dir()
+        flat = not (self.folder / "scheduler").is_dir()
         with opening(self.ref, self.source):
-            config = diffusers.DDPMScheduler.load_config(**where(self.source), subfolder=None if flat else "scheduler")
+            config = diffusers.DDPMScheduler.load_config(self.folder, subfolder=None if flat else "scheduler")
             return getattr(diffusers, config["_class_name"]).from_config(config)
 
     @cached_property
@@ -170,45 +171,40 @@ class Blueprint:
 
 
 def blueprint(ref: str, options: Options) -> Blueprint:
-    """The network of a model on the meta device, from its configuration alone."""
+    """The network of a model on the meta device, from its configuration alone, which is looked at before."""
     import diffusers
 
-    from unforget.families.loading import opening, where
+    from unforget.families.loading import opening, planned
     from unforget.families.model import pixels_wide, shapes
     from unforget.families.pipelines import dtype_of, network_class, network_config
 
-    source, spec = families.examined(ref, options)
-    if Path(source).is_file():
-        source = str(options.pipeline_config)
+    source, spec, folder = planned(ref, options)
     with opening(ref, source):
-        config, factor, beside = network_config(spec, source), 1, 0
+        config, factor, beside = network_config(spec, folder), 1, 0
         dtype = dtype_of(spec, config)
         with torch.device("meta"):
             network = network_class(spec).from_config(config).to(dtype)
             if spec.autoencoder:
-                parts = diffusers.AutoencoderKL.load_config(**where(source), subfolder=spec.autoencoder)
+                parts = diffusers.AutoencoderKL.load_config(folder, subfolder=spec.autoencoder)
                 vae = getattr(diffusers, parts.get("_class_name", "AutoencoderKL")).from_config(parts)
                 vae = vae.to(getattr(torch, spec.vae_dtype) if spec.vae_dtype else dtype)
                 factor, beside = pixels_wide(spec, vae.config), _bytes(vae.parameters())
         made = shapes(spec, network.config, factor, ref, options.resolution)
         encoders = sum(
-            _encoder(n, spec, source, dtype) for n in spec.text_encoders if options.t5 or n not in spec.optional
+            _encoder(n, spec, folder, dtype) for n in spec.text_encoders if options.t5 or n not in spec.optional
         )
-        return Blueprint(spec, network, *made, beside, encoders, ref, source, options)
+        return Blueprint(spec, network, *made, beside, encoders, ref, source, folder, options)
 
 
-def _encoder(name: str, spec: FamilySpec, source: str, dtype: torch.dtype) -> int:
+def _encoder(name: str, spec: FamilySpec, folder: Path, dtype: torch.dtype) -> int:
     """Bytes of a text encoder; none where there is no configuration of it."""
     import transformers
 
-    from unforget.families.loading import where
-
-    if Path(source).is_dir() and not (Path(source) / name / "config.json").is_file():
+    if not (folder / name / "config.json").is_file():
         return 0  # transformers would take a default one
     kind = getattr(transformers, spec.text_encoders[name])
-    with contextlib.suppress(OSError), torch.device("meta"):
-        return _bytes(kind(kind.config_class.from_pretrained(**where(source), subfolder=name)).to(dtype).parameters())
-    return 0
+    with torch.device("meta"):
+        return _bytes(kind(kind.config_class.from_pretrained(folder, subfolder=name)).to(dtype).parameters())
 
 
 def weights_of(network: Any) -> int:

@@ -17,6 +17,8 @@ STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 """Names of weights, by where a part's class comes from; another name would be a module of the folder's own."""
 PICKLED = {"diffusers": "diffusion_pytorch_model", "transformers": "pytorch_model"}
 INDEX = "model_index.json"
+HINTS = "unforget.json"
+"""File in which a folder says of itself what stock pipelines have no place for."""
 LORA, PEFT, PEFT_CONFIG = "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"
 """Files of an adapter, where diffusers or kohya, or PEFT wrote it."""
 TOKENIZERS = {

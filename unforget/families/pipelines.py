@@ -13,8 +13,8 @@ from accelerate import init_empty_weights
 from diffusers.schedulers import KarrasDiffusionSchedulers
 
 from unforget.errors import CannotRun, UsageError
-from unforget.families import encoders
-from unforget.families.loading import Options, where
+from unforget.families import chat, encoders
+from unforget.families.loading import Options, at, described
 from unforget.families.parts import ANY, EXTRAS, TOKENIZERS, classes
 from unforget.families.safety import check, check_editor, check_single
 from unforget.families.spec import FamilySpec, is_inside, tokenizer
@@ -36,6 +36,7 @@ def stock(spec: FamilySpec, source: str, options: Options) -> Any:
         most = getattr(getattr(encoder, "config", None), "max_position_embeddings", None)
         if words is not None and most and words.model_max_length > most:
             words.model_max_length = most  # it was saved without a limit
+        chat.bound(words, tokenizer(name))
     if hasattr(pipeline, "tokenizer_max_length"):
         pipeline.tokenizer_max_length = pipeline.tokenizer.model_max_length
     return pipeline
@@ -46,10 +47,10 @@ def network_class(spec: FamilySpec) -> Any:
     return getattr(diffusers, spec.network_class)
 
 
-def network_config(spec: FamilySpec, source: str) -> dict[str, Any]:
-    """The network's configuration in a folder, in the root of an old one, or on the hub."""
-    flat = Path(source).is_dir() and not (Path(source) / spec.network).is_dir()
-    found: dict[str, Any] = network_class(spec).load_config(**where(source), subfolder=None if flat else spec.network)
+def network_config(spec: FamilySpec, folder: Path) -> dict[str, Any]:
+    """The network's configuration in a folder, or in the root of an old one."""
+    flat = not (folder / spec.network).is_dir()
+    found: dict[str, Any] = network_class(spec).load_config(folder, subfolder=None if flat else spec.network)
     return found
 
 
@@ -75,7 +76,7 @@ def _from_pretrained(spec: FamilySpec, source: str, options: Options, parts: dic
         absent += [tokenizer(n) for n in spec.text_encoders if n in absent or tokenizer(n) not in index]
         return kind.from_pretrained(
             seen, use_safetensors=None if options.allow_pickle else True, local_files_only=True,
-            trust_remote_code=False, **_dtypes(spec, str(seen), options), **dict.fromkeys((*_extras(kind), *absent)),
+            trust_remote_code=False, **_dtypes(spec, seen, options), **dict.fromkeys((*_extras(kind), *absent)),
             **parts,
         )  # fmt: skip
 
@@ -91,8 +92,8 @@ def _downloaded(spec: FamilySpec, kind: Any, source: str, options: Options, part
 
 def _snapshot(kind: Any, source: str, **how: Any) -> Path:
     """The folder that the hub's cache has of a repository, with what a pipeline's class is made of."""
-    at: dict[str, Any] = where(source)
-    return Path(kind.download(at.pop("pretrained_model_name_or_path"), **at, **how))
+    repo, revision = at(source)
+    return Path(kind.download(repo, revision=revision, **how))
 
 
 def _extras(kind: Any) -> list[str]:
@@ -100,7 +101,7 @@ def _extras(kind: Any) -> list[str]:
     return [name for name in EXTRAS if name in kind._get_signature_keys(kind)[0]]
 
 
-def _dtypes(spec: FamilySpec, source: str, options: Options) -> dict[str, Any]:
+def _dtypes(spec: FamilySpec, source: Path, options: Options) -> dict[str, Any]:
     """Precision of each part, as stock `from_pretrained` takes it."""
     if spec.float32:
         return {}
@@ -125,7 +126,7 @@ def _from_single_file(spec: FamilySpec, path: str, options: Options, parts: dict
     kind = getattr(diffusers, spec.pipeline_class)
     with _configured(spec, path, options) as config:
         how = {"config": str(config), "local_files_only": True}
-        rest = options.rest_dtype or dtype_of(spec, network_config(spec, str(config)))
+        rest = options.rest_dtype or dtype_of(spec, network_config(spec, config))
         held = open_tensors(Path(path)).tensors
         given = _given(spec, config, [n for n in spec.text_encoders if not is_inside(spec, n, held)], options)
         for name, class_name in {spec.autoencoder: spec.autoencoders[0], **spec.text_encoders}.items():
@@ -169,12 +170,7 @@ def _configured(spec: FamilySpec, path: str, options: Options) -> Iterator[Path]
     config = options.pipeline_config
     assert config is not None
     if not config.is_dir():
-        from huggingface_hub import snapshot_download
-
-        at = where(str(config))
-        few = ["*.json", "*.txt", "*.model", "*.jinja"]
-        found = snapshot_download(at["pretrained_model_name_or_path"], revision=at.get("revision"), allow_patterns=few)
-        config = Path(found)
+        config = described(str(config))
         check_single(Path(path), spec, config, options.text_encoder)
     with view(config, getattr(diffusers, spec.pipeline_class), classes(spec)) as seen:
         yield seen
@@ -198,9 +194,12 @@ def stock_editor(ref: str, name: str) -> Any:
     if "requires_safety_checker" in kind._get_signature_keys(kind)[1]:
         without["requires_safety_checker"] = False
     with view(folder, kind, allowed) as seen:
-        return kind.from_pretrained(
+        pipeline = kind.from_pretrained(
             seen, use_safetensors=True, local_files_only=True, trust_remote_code=False, **without
         )
+    for name, part in pipeline.components.items():
+        chat.bound(part, name)
+    return pipeline
 
 
 def signature(kind: Any) -> dict[str, tuple[str, ...]]:

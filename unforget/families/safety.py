@@ -38,6 +38,7 @@ UNLIMITED = ("model_max_length", "rope_theta", "theta", "max_pixels", "min_pixel
 SIDE = 8192  # largest `sample_size`
 SPARE = 1.05  # how many numbers a transformer may ask for, as a share of those in a single file
 LARGEST = 2**26  # largest file of a tokenizer, bytes; Gemma's has half of it, Qwen's a sixth
+GROWTH = 256  # times as long as a prompt may become; what Gemma, Qwen and T5 replace stays as long
 PIECES = 50_000  # most modules, parameters and buffers of a part; a large transformer has a tenth of them
 TABLES = 2**24  # most numbers in tables that are computed, where the weights are no more
 CODE = ("auto_map", "custom_pipeline", "custom_pipelines", "custom_generate", "trust_remote_code")
@@ -56,10 +57,13 @@ SCALES = (
 """Ends of names of tensors beside weights that are not what they say without them."""
 
 
-def check(folder: Path, spec: FamilySpec, allow_pickle: bool, given: Collection[str] = ()) -> None:
+def check(
+    folder: Path, spec: FamilySpec, allow_pickle: bool, given: Collection[str] = (), *, described: bool = False
+) -> None:
     """Refuse a diffusers folder, nested or flat, that is not what it says; parts that are `given` are not read.
 
-    Pickled weights, where allowed, are left to torch's restricted unpickler.
+    Pickled weights, where allowed, are left to torch's restricted unpickler. Where a folder is only `described`, its
+    weights are not here yet.
     """
     with sound(folder):
         allowed = classes(spec)
@@ -68,7 +72,7 @@ def check(folder: Path, spec: FamilySpec, allow_pickle: bool, given: Collection[
                 if part.loaded and (said := value.get("_class_name", part.class_name)) not in allowed[part.name]:
                     raise BadFile(f"'{part.name}/{name}' is of a '{str(said)[:40]}'")
             if part.loaded and part.kind == "model" and part.name not in given:
-                made = _check_weights(part, allow_pickle)
+                made = _described(part) if described else _check_weights(part, allow_pickle)
                 if part.name == spec.network:
                     check_driven(spec, made, str(folder))
 
@@ -148,9 +152,25 @@ def check_tables(part: Part) -> dict[str, Any]:
             _check_value(table, where)
         elif file.stat().st_size > LARGEST:
             raise BadFile(f"'{where}' has more than {LARGEST} bytes")
+        elif file.name == "tokenizer.json":
+            table = read_json(file, most=LARGEST)
+            if not isinstance(table, dict) or _growth(table.get("normalizer")) > GROWTH:
+                raise BadFile(f"'{where}' makes more of a prompt than any tokenizer does")
     if part.kind == "tokenizer" and not files:
         raise CannotRun(f"'{part.home}' holds no tokenizer", "Get the model again.")
     return found
+
+
+def _growth(step: Any, depth: int = 0) -> float:
+    """How many times as long a prompt may become by what a tokenizer replaces in it, steps within steps."""
+    if depth > 16:
+        return math.inf
+    if isinstance(step, list):
+        return math.prod(_growth(inner, depth + 1) for inner in step)
+    if not isinstance(step, dict):
+        return 1
+    text = step.get("content", step.get("prepend", ""))
+    return max(1, len(text) if isinstance(text, str) else 1) * _growth(list(step.values()), depth + 1)
 
 
 def _check_value(value: Any, where: str, key: str = "", depth: int = 0) -> None:
@@ -181,11 +201,22 @@ def _check_value(value: Any, where: str, key: str = "", depth: int = 0) -> None:
             raise BadFile(f"{where} says {key} = {str(value)[:24]}")
 
 
-def _check_weights(part: Part, allow_pickle: bool) -> Any:
-    """Compare what a part's configuration asks for with what its file holds; returns it without content."""
+def _config(part: Part) -> Any:
     if not (part.home / "config.json").is_file():
         raise CannotRun(f"'{part.home}' has no config.json", "Get the model again.")
-    config = read_json(part.home / "config.json")
+    return read_json(part.home / "config.json")
+
+
+def _described(part: Part) -> Any:
+    """A part without content, where nobody knows what its file holds."""
+    made = _made(part, _config(part), PIECES)
+    _check_tables(part, made, sum(p.numel() for p in made.parameters()))
+    return made
+
+
+def _check_weights(part: Part, allow_pickle: bool) -> Any:
+    """Compare what a part's configuration asks for with what its file holds; returns it without content."""
+    config = _config(part)
     found = opened(part.home, STEMS[part.library])
     if found is not None:
         made = _made(part, config, min(PIECES, 8 * len(found.tensors) + 1024))
@@ -216,8 +247,14 @@ def _check_fits(part: Part, made: Any, tensors: Mapping[str, Lazy]) -> None:
             raise CannotRun(f"'{part.name}' has '{name}' as {lazy.shape}, wanted {wanted}", "Get the model again.")
         if tensor.is_floating_point() and (lazy.dtype.itemsize == 1 or not lazy.dtype.is_floating_point):
             raise CannotRun(f"'{part.name}' has '{name}' as {str(lazy.dtype)[6:]}, which is quantised", QUANTISED)
+    _check_tables(part, made, sum(math.prod(t.shape) for t in tensors.values()))
+
+
+def _check_tables(part: Part, made: Any, held: int) -> None:
+    """BadFile where what is computed takes more than the weights do, which are `held` numbers."""
+    stored = set(made.state_dict())
     computed = sum(t.numel() for n, t in made.named_buffers() if n not in stored)
-    if computed > max(TABLES, sum(math.prod(t.shape) for t in tensors.values())):
+    if computed > max(TABLES, held):
         raise BadFile(f"the configuration of '{part.name}' asks for tables of {computed:,} numbers")
 
 

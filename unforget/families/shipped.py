@@ -1,5 +1,6 @@
 """A model as it is shipped: any form that `export` writes, opened by the stock loaders beside its base."""
 
+import json
 import os
 import re
 from dataclasses import replace
@@ -10,12 +11,18 @@ from unforget import families
 from unforget.core.types import Family
 from unforget.errors import CannotRun, UsageError
 from unforget.families import weights
+from unforget.families.encoders import lacking
 from unforget.families.loading import Options, opening
 from unforget.families.parts import INDEX, LORA, PEFT, PEFT_CONFIG, classes, listed
 from unforget.files.storage import BadFile, open_tensors, read_json
 
-FACTOR = re.compile(r".+([._]lora[._](A|B|down|up)\.weight|\.alpha)")
-
+FACTOR = re.compile(r"[A-Za-z0-9_.]+([._]lora[._](A|B|down|up)\.weight|\.alpha)")
+"""Names of factors; libraries make patterns of them."""
+SAID = (
+    "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "peft_version", "lora_dropout",
+)  # fmt: skip
+"""Keys of a LoRA's configuration that change nothing of what it puts on weights."""
+RANK = 2**14  # largest rank
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".gguf", ".sft", ".pkl")
 """How files of weights end, of any library."""
 
@@ -72,25 +79,45 @@ def _with_adapter(folder: Path, ref: str, options: Options) -> Family:
 def _check_adapter(folder: Path, file: Path) -> None:
     """Refuse what is no LoRA before a library opens it."""
     try:
-        names = open_tensors(file).tensors
-        kind = read_json(folder / PEFT_CONFIG) if file.name == PEFT else {"peft_type": "LORA"}
-    except (BadFile, OSError) as error:
+        opened = open_tensors(file)
+        names, said = opened.tensors, opened.metadata.get("lora_adapter_metadata", "{}")
+        kind = read_json(folder / PEFT_CONFIG) if file.name == PEFT else {"peft_type": "LORA", **json.loads(said)}
+    except (ValueError, TypeError, RecursionError, OSError) as error:
         raise CannotRun(f"'{folder}' is no sound LoRA: {error}", "Export again.") from None
     strange = [name for name in names if not FACTOR.fullmatch(name)]
-    if strange or not isinstance(kind, dict) or kind.get("peft_type") != "LORA" or kind.get("auto_mapping"):
+    if strange or not isinstance(kind, dict) or kind.get("peft_type") != "LORA":
         what = f"the tensor '{strange[0][:80]}'" if strange else "another kind of adapter"
         raise CannotRun(f"'{folder}' holds {what}, which is no LoRA", "Export again.")
+    for key, value in kind.items():
+        if not _is_plain(key.rpartition(".")[2], value):
+            sentence = f"'{folder}' is a LoRA that is read otherwise than by its rank, alpha and layers ({key[:40]})"
+            raise CannotRun(sentence, "Export again, or give a --patch.")
+
+
+def _is_plain(key: str, value: Any) -> bool:
+    """Whether an entry of a LoRA's configuration is one of the few that are needed, or says nothing.
+
+    Others are patterns, which may take forever on a name, ways to compute factors anew, and more modules.
+    """
+    if key in ("r", "lora_alpha"):
+        return isinstance(value, (int, float)) and 0 < value <= RANK
+    if key == "target_modules":
+        return isinstance(value, list) and all(isinstance(v, str) for v in value)
+    if key == "init_lora_weights":
+        return isinstance(value, bool)
+    return key in SAID or value in (None, False, 0, "", "none", [], {})
 
 
 def _from_file(file: Path, ref: str, options: Options) -> Family:
     """A single file in the original layout, its other parts as in the base, or the network alone."""
     try:
-        names = set(open_tensors(file).tensors)
+        held = open_tensors(file).tensors
     except BadFile as error:
         raise CannotRun(f"'{file}' cannot be judged: {error}", "Export again.") from None
     spec, home = families.spec_of(ref), options.pipeline_config or families.home(ref)
-    if spec.layout is not None and spec.layout.is_in(names):
-        return families.load(str(file), replace(options, pipeline_config=home))
+    if spec.layout is not None and spec.layout.is_in(held):
+        beside = lacking(options.text_encoder, held)  # of those that the base lacks
+        return families.load(str(file), replace(options, pipeline_config=home, text_encoder=beside))
     model: Any = families.load(ref, options)
     model.set_network(weights.network_file(file, spec.name, weights.network_config(model.network), model.dtype))
     return model  # type: ignore[no-any-return]

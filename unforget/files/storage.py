@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,12 +29,17 @@ MAX_HEADER = 4 * 2**20
 """Largest header that is parsed, bytes; the largest models have a tenth of it."""
 MAX_JSON = 2**20
 """Largest JSON file of a model folder that is parsed, bytes."""
+MAX_PROMPTS = 2**24
+"""Largest list of prompts that is read, bytes."""
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SEAL = "unforget.sha256"
+"""Key in a header: SHA-256 of the tensors' bytes and, after them, of the header with zeros in this place."""
+SEALED = re.compile(rb'"unforget\.sha256":"(.{64})"', re.DOTALL)
 
 
 class BadFile(ValueError):
@@ -72,13 +78,20 @@ def write_json(value: Any, path: Path) -> None:
     write_bytes((json.dumps(value, indent=2, sort_keys=True) + "\n").encode(), path)
 
 
+def read_bytes(path: Path, most: int) -> bytes:
+    """A file, or what a pipe or a device gives; BadFile once that is more than `most` bytes."""
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise BadFile(f"'{path.name}' has more than {most} bytes")
+    return content
+
+
 def read_json(path: Path, *, most: int = MAX_JSON) -> Any:
     """A JSON file; BadFile if it is too large, too deep, or no JSON."""
-    size = path.stat().st_size
-    if size > most:
-        raise BadFile(f"'{path.name}' has {size} bytes, more than {most}")
+    content = read_bytes(path, most)
     try:
-        return json.loads(path.read_bytes())
+        return json.loads(content)
     except (ValueError, RecursionError):
         raise BadFile(f"'{path.name}' is not JSON") from None
 
@@ -176,11 +189,12 @@ def _stored(path: Path, begin: int, name: str, kind: str, shape: tuple[int, ...]
 
 def write_tensors(
     tensors: Mapping[str, Lazy | Tensor], metadata: Mapping[str, str], path: Path, *, digested: Digested | None = None,
-    hash_key: str | None = None,
+    hash_key: str | None = None, sealed: bool = False,
 ) -> None:  # fmt: skip
     """Write a safetensors file with a sorted header, in place and a tensor at a time; equal content is equal bytes.
 
-    `digested` is told every tensor on its way; the header's `hash_key` gets the SHA-256 of the data (ModelSpec).
+    `digested` is told every tensor on its way; the header's `hash_key` gets the SHA-256 of the data (ModelSpec), and
+    that of all of the file is in it if it is `sealed`.
     """
     lazy = {n: t if isinstance(t, Lazy) else Lazy.of(t) for n, t in tensors.items()}
     # Wide types first, so that every tensor is aligned in its file.
@@ -191,26 +205,40 @@ def write_tensors(
         shape = list(lazy[name].shape)
         entries[name] = {"dtype": NAMES[lazy[name].dtype], "shape": shape, "data_offsets": [begin, end]}
 
-    def header(found: str) -> bytes:
-        known = {**metadata, **({hash_key: f"0x{found}"} if hash_key else {})}
+    def header(found: str, whole: str) -> bytes:
+        known = {**metadata, **({hash_key: f"0x{found}"} if hash_key else {}), **({SEAL: whole} if sealed else {})}
         text = json.dumps({"__metadata__": known, **entries}, sort_keys=True, separators=(",", ":")).encode()
         return struct.pack("<Q", len(text) + -len(text) % 8) + text + b" " * (-len(text) % 8)
 
     sha = hashlib.sha256()
     with path.open("wb") as file:
-        file.write(header("0" * 64))
+        file.write(header("0" * 64, "0" * 64))
         for name in order:
             tensor = lazy[name].make().detach().cpu().contiguous()
             if (tensor.dtype, tuple(tensor.shape)) != (lazy[name].dtype, lazy[name].shape):
                 raise ValueError(f"'{name}' became {tensor.dtype} {tuple(tensor.shape)}")
             content = raw(tensor)
             file.write(content)
-            if hash_key:
+            if hash_key or sealed:
                 sha.update(content)
             if digested is not None:
                 digested.add(name, tensor)
         file.seek(0)
-        file.write(header(sha.hexdigest()))
+        found = sha.hexdigest()
+        sha.update(header(found, "0" * 64))
+        file.write(header(found, sha.hexdigest()))
+
+
+def check_seal(path: Path) -> None:
+    """BadFile unless every bit of a safetensors file that was written `sealed` is as it was written."""
+    with path.open("rb") as file:
+        head = file.read(8)
+        head += file.read(min(int.from_bytes(head, "little"), MAX_HEADER))
+        sha, seal = hashlib.file_digest(file, "sha256"), SEALED.search(head)
+    if seal is not None:
+        sha.update(head[: seal.start(1)] + b"0" * 64 + head[seal.end(1) :])
+    if seal is None or sha.hexdigest().encode() != seal[1]:
+        raise BadFile(f"'{path.name}' is damaged: it is not what was written")
 
 
 def raw(tensor: Tensor) -> memoryview:
@@ -248,8 +276,9 @@ def digest(state: Mapping[str, Tensor]) -> str:
 def read_lines(path: Path) -> tuple[str, ...]:
     """The lines of a text file that are not empty: prompts."""
     try:
-        lines = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bytes(path, MAX_PROMPTS).decode("utf-8-sig")
+        lines = tuple(line.strip() for line in text.splitlines() if line.strip())
+    except (OSError, ValueError) as error:
         raise UsageError(f"cannot read '{path}': {error}", "Give a text file with one prompt a line.") from None
     if not lines:
         raise UsageError(f"'{path}' holds no prompt", "Write one prompt a line.")

@@ -18,7 +18,7 @@ from unforget.families.spec import FamilySpec
 from unforget.families.weights import Source
 from unforget.files.patch import HEADER as PATCH
 from unforget.files.patch import Stack
-from unforget.files.storage import Digested
+from unforget.files.storage import SEAL, Digested
 
 HASH = "modelspec.hash_sha256"
 """Written by `storage.write_tensors`: of the tensors alone."""
@@ -112,7 +112,7 @@ def check_written(written: Digested, manifest: ExportManifest) -> None:
 
 def header(job: Job, manifest: ExportManifest) -> dict[str, str]:
     """Of a file with the network's weights: what the base's own said that is still true and no place on a disk."""
-    gone = (HEADER, PATCH, HASH, "modelspec.date")
+    gone = (HEADER, PATCH, HASH, SEAL, "modelspec.date")
     kept = {k: v for k, v in job.origin.metadata.items() if k not in gone and not PATH.fullmatch(v)}
     return {**kept, "format": "pt", **manifest.header()}
 

@@ -13,10 +13,10 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from unforget import families
 from unforget.core.types import Family
 from unforget.exports.formats.base import OPEN, Format, Job, check_written, header
-from unforget.exports.manifest import PATH, ExportManifest
+from unforget.exports.manifest import PATH, ExportManifest, file_digest
 from unforget.exports.rounding import DTYPES
 from unforget.families import weights
-from unforget.families.parts import INDEX, classes, is_own, listed
+from unforget.families.parts import HINTS, INDEX, classes, is_own, listed
 from unforget.families.spec import FamilySpec, is_inside
 from unforget.files.storage import BadFile, Digested, open_tensors, write_json, write_tensors
 
@@ -59,8 +59,11 @@ class DiffusersFolder(Format):
         _clean_all(out)
         _write_shards(job, manifest, out / network)
         hints = families.hints(home) if home is not None else families.Hints()
-        value = {k: v for k, v in hints.model_dump(mode="json").items() if v not in (None, [])}
-        write_json({**value, "made": manifest.said()}, out / "unforget.json")
+        said = hints.model_dump(mode="json", exclude={"made"})
+        value = {k: v for k, v in said.items() if v not in (None, [])}
+        write_json(value, out / HINTS)
+        digests = {p.relative_to(out).as_posix(): file_digest(p) for p in sorted(out.rglob("*")) if p.is_file()}
+        write_json({**value, "made": manifest.model_copy(update={"files": digests}).said()}, out / HINTS)
 
     def load(self, job: Job, out: Path) -> Family:
         return weights.folder(out, job.options, job.merge.dtype, job.compute)
@@ -132,7 +135,8 @@ def _write_shards(job: Job, manifest: ExportManifest, folder: Path) -> None:
         filename_pattern=f"{STEM}{{suffix}}.safetensors",
     )  # fmt: skip
     for name, members in split.filename_to_tensors.items():
-        write_tensors({n: tensors[n] for n in members}, header(job, manifest), folder / name, digested=written)
+        mine, said = {n: tensors[n] for n in members}, header(job, manifest)
+        write_tensors(mine, said, folder / name, digested=written, sealed=True)
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         write_json(index, folder / f"{STEM}.safetensors.index.json")

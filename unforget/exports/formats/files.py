@@ -52,5 +52,5 @@ def _write(job: Job, manifest: ExportManifest, tensors: Mapping[str, Lazy], impl
         "modelspec.merged_from": own.get("modelspec.merged_from", manifest.base),
         "modelspec.tags": ", ".join(filter(None, [own.get("modelspec.tags"), said["modelspec.tags"]])),
     }
-    write_tensors(tensors, {**said, **own, **more}, out, digested=written, hash_key=HASH)
+    write_tensors(tensors, {**said, **own, **more}, out, digested=written, hash_key=HASH, sealed=True)
     return written

@@ -11,7 +11,7 @@ from torch.nn import functional
 from unforget.core.types import Family
 from unforget.errors import CannotRun, UsageError
 from unforget.exports.formats.base import HASH, OPEN, Format, Job, model_spec
-from unforget.exports.manifest import ExportManifest
+from unforget.exports.manifest import ExportManifest, file_digest
 from unforget.exports.merging import MergeStats
 from unforget.families import parts, weights
 from unforget.families.layouts import Layout, grouped, to_original
@@ -73,10 +73,10 @@ class Lora(Format):
         self._write(job, manifest, out, f"{job.family.network}.", more)
 
     def _write(self, job: Job, manifest: ExportManifest, out: Path, prefix: str, more: dict[str, str]) -> None:
-        out.mkdir()
+        out.mkdir(exist_ok=True)
         header = {"format": "pt", **manifest.header(), **model_spec(job, manifest), **more}
         header["modelspec.architecture"] += "/lora"
-        write_tensors(self._named(job, prefix), header, out / self.file, hash_key=HASH)
+        write_tensors(self._named(job, prefix), header, out / self.file, hash_key=HASH, sealed=True)
 
     def _named(self, job: Job, prefix: str) -> dict[str, torch.Tensor]:
         """A UNet's under the names that diffusers had before PEFT's: it reads both, and ComfyUI, of a UNet, no others.
@@ -169,6 +169,8 @@ class Peft(Lora):
     )
 
     def write(self, job: Job, manifest: ExportManifest, out: Path) -> None:
-        self._write(job, manifest, out, "base_model.model.", {})
+        out.mkdir()
         said = {"peft_type": "LORA", "base_model_name_or_path": manifest.base, "inference_mode": True}
         write_json({**said, **self._config()}, out / parts.PEFT_CONFIG)
+        files = {parts.PEFT_CONFIG: file_digest(out / parts.PEFT_CONFIG)}
+        self._write(job, manifest.model_copy(update={"files": files}), out, "base_model.model.", {})
