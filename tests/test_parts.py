@@ -97,6 +97,16 @@ def test_weights_beside_those_that_are_judged_are_refused(candidate, sd3_folder,
         shipped.load(candidate, str(sd3_folder), Options())
 
 
+@pytest.mark.parametrize("name", ["base.safetensors", "unet/diffusion_pytorch_model.bin"])
+def test_weights_beside_an_adapter_are_refused(tmp_path, sd3_folder, name):
+    folder = tmp_path / "lora"
+    (folder / name).parent.mkdir(parents=True)
+    for place in (name, "pytorch_lora_weights.safetensors"):
+        save_file({"transformer.x.lora_A.weight": torch.zeros(1, 1)}, folder / place)
+    with pytest.raises(CannotRun, match=f"also holds '{name}'"):
+        shipped.load(folder, str(sd3_folder), Options())
+
+
 def test_pictures_and_words_beside_them_are_not(candidate, sd3_folder):
     (candidate / "README.md").write_text("a model")
     shutil.copyfile(PLANTED / "0.png", candidate / "example.png")

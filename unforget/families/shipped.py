@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def load(path: Path, ref: str, options: Options) -> Family:
     """
     if (path / INDEX).is_file() or not path.exists():
         if path.exists():
-            _check_alone(path, ref)
+            _check_parts(path, ref, options.allow_pickle)
         return families.load(str(path), replace(options, text_encoder=()))
     with opening(str(path), str(path)):
         if path.is_dir():
@@ -42,19 +43,24 @@ def load(path: Path, ref: str, options: Options) -> Family:
         return _from_file(path, ref, options)
 
 
-def _check_alone(folder: Path, ref: str) -> None:
-    """CannotRun for weights beside those that are judged: another program may choose them."""
+def _check_parts(folder: Path, ref: str, pickled: bool) -> None:
+    """CannotRun for weights beside those of the parts that are judged."""
     with opening(str(folder), str(folder)):
         found = listed(folder, classes(families.spec_of(ref)))
-        read = {file for part in found if part.loaded for file in part.weights().values()}
-        for place, _, names in os.walk(folder):
-            for file in (Path(place, name) for name in sorted(names)):
-                mere = any(file.is_relative_to(part.home) for part in found if not part.loaded and part.home != folder)
-                if file.suffix in WEIGHTS and file not in read and not mere:
-                    raise CannotRun(
-                        f"'{folder}' also holds '{file.relative_to(folder)}', which another program may take instead",
-                        "Remove it, or judge it by itself.",
-                    )
+        read = [p.weights() or (p.weights(pickled=True) if pickled else {}) for p in found if p.loaded]
+        idle = [p.home for p in found if not p.loaded and p.home != folder]
+        _check_alone(folder, {file for files in read for file in files.values()}, idle)
+
+
+def _check_alone(folder: Path, read: Collection[Path], idle: Collection[Path] = ()) -> None:
+    """CannotRun for weights in a folder beside those that are read: another program may take them instead."""
+    for place, _, names in os.walk(folder):
+        for file in (Path(place, name) for name in sorted(names)):
+            if file.suffix in WEIGHTS and file not in read and not any(file.is_relative_to(home) for home in idle):
+                raise CannotRun(
+                    f"'{folder}' also holds '{file.relative_to(folder)}', which another program may take instead",
+                    "Remove it, or judge it by itself.",
+                )
 
 
 def _with_adapter(folder: Path, ref: str, options: Options) -> Family:
@@ -63,6 +69,7 @@ def _with_adapter(folder: Path, ref: str, options: Options) -> Family:
     if len(found) != 1:
         forms = "a diffusers folder, a LoRA's folder, or a .safetensors file"
         raise UsageError(f"'{folder}' is nothing that `unforget export` writes", f"Give {forms}, or a --patch.")
+    _check_alone(folder, found)
     _check_adapter(folder, found[0])
     model: Any = families.load(ref, options)
     if found[0].name == LORA:
