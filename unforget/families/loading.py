@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from unforget import families
-from unforget.errors import CannotRun, UnforgetError, UsageError
+from unforget.errors import CannotRun, UnforgetError, UsageError, is_full
 from unforget.families import safety
 from unforget.families.parts import LORA, PEFT_CONFIG, check_pointer
 from unforget.files.storage import BadFile, open_tensors, read_json
@@ -262,15 +262,33 @@ def opening(ref: str, source: str) -> Iterator[None]:
     given, sys.stdin = sys.stdin, io.StringIO()  # nobody answers what a library asks
     try:
         yield
-    except UnforgetError:
-        raise
-    except BaseException as error:  # what tokenizers raise where Rust panics is not even an Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+    except BaseException as error:
+        if not _of_a_library(error):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        reason = safety.reason(error)[:300]
         raise CannotRun(f"cannot open the model '{ref}': {reason}", _hint(source, str(error))) from error
     finally:
         sys.stdin = given
+
+
+@contextmanager
+def asking(ref: str) -> Iterator[None]:
+    """Let what fails inside a library while an opened model works be said in one sentence: its files fit their classes,
+    but what they say together cannot be done. What the memory does not hold is another matter."""
+    try:
+        yield
+    except BaseException as error:
+        if not _of_a_library(error) or is_full(error):
+            raise
+        hint = "Check its configurations; the stock pipeline must draw with it."
+        raise CannotRun(f"the model '{ref}' cannot work: {safety.reason(error)[:300]}", hint) from error
+
+
+def _of_a_library(error: BaseException) -> bool:
+    """Whether it says nothing to the user yet; what tokenizers raise where Rust panics is not even an Exception."""
+    return not isinstance(error, UnforgetError) and (
+        isinstance(error, Exception) or type(error).__name__ == "PanicException"
+    )
 
 
 def _hint(source: str, reason: str) -> str:
