@@ -122,7 +122,7 @@ KINDS = [
                                           ["edit-surrogate", *EDIT[1:5], *DDPM, "--force", "-o", "out.png", "--config", "config.toml"],
                                           [*EXPORT, "a.patch", *DDPM, "--config", "config.toml"], [*JUDGED, "--config", "config.toml"]], hostile.settings),
     Kind("prompts", "prompts.txt", [[*LEARN, "--model", "prompted", "--retain-prompts", "prompts.txt"],
-                                    [*EDIT, "--model", "zimage", "--retain-prompts", "prompts.txt", "-o", "out.png"]], hostile.lines),
+                                    [*EDIT, "--model", "prompted", "--retain-prompts", "prompts.txt", "-o", "out.png"]], hostile.lines),
     Kind("similarity", "m.{onnx,pt}", [[*JUDGED, "-t", "target.png", "--similarity", "sscd={}"]], hostile.other),
     Kind("cache", "cache/*.safetensors", [[*LEARN, *DDPM], ["cache"], ["cache", "--clear"]], hostile.tensors),
     Kind("cached figures", "cache/*.json", [[*JUDGED, "-t", "target.png"]], hostile.table),
@@ -186,7 +186,13 @@ def matching(home: Path, pattern: str) -> list[Path]:
 def commands(home: Path, kind: Kind) -> list[list[str]]:
     """All commands that read files of a kind."""
     named = dict.fromkeys(path.parts[0] for path in matching(home, kind.files))
-    return [[word.replace("{}", name) for word in command] for name in named for command in kind.commands]
+    return [filled(command, name) for name in named for command in kind.commands]
+
+
+def filled(command: list[str], name: str) -> list[str]:
+    """A command that reads what is called so; models that draw 256 pixels draw fewer."""
+    small = ["--resolution", "32"] if name in ("flux1", "zimage") and command[0] != "show" else []
+    return [word.replace("{}", name) for word in command] + small
 
 
 def damage(here: Path, path: Path, kind: Kind, draw: random.Random) -> str:
@@ -273,7 +279,7 @@ def main() -> None:
         for number in range(given.first, given.first + given.count):
             kind, draw = kinds[number % len(kinds)], random.Random(f"{given.seed}/{given.only}/{number}")
             path = draw.choice(matching(home, kind.files))
-            command = [word.replace("{}", path.parts[0]) for word in draw.choice(kind.commands)]
+            command = filled(draw.choice(kind.commands), path.parts[0])
             fresh(home, here)
             how = damage(here, path, kind, draw)
             nobody = how == "closed" and os.geteuid() == 0
@@ -287,6 +293,7 @@ def main() -> None:
             if peak > MOST:  # else it is below that beside the sound file, too
                 peak -= malformed.ask(fresh(home, here), command)[2]
             found = list(faults(code, said, peak, changed))
+            if os.environ.get("FUZZ_LOG"): print(f"# {number} {kind.name} {path} {how[:60]} {code} {seconds:.1f}", flush=True)
             total.update([(kind.name, "files"), (kind.name, f"exit {code}"), *((kind.name, fault) for fault in found)])
             slowest[kind.name] = max(slowest[kind.name], round(seconds * 10))
             if found:

@@ -177,6 +177,8 @@ def lines(content: bytes, draw: random.Random, others: list[bytes]) -> tuple[str
         ("a long or odd row", [*rows[:k], long, *rows[k:]]), ("only that", [long]), ("reversed", rows[::-1]), ("a row less", rows[:k] + rows[k + 1 :]),
         ("many rows", rows * (1 + 200_000 // len(content))), ("a row twice", [*rows[:k], rows[k], *rows[k:]]), ("words apart", [" ".join(r) for r in rows]),
         ("a bomb in YAML", ["---", "a0: &a0 xxxxxxxxxx", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)), "license: *a8", "---"]),
+        ("a bomb in a licence", ["---", "license: [&a0 [xxxx]", *(f", &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)), "]", "---"]),
+        ("many lines", ["---", *[""] * 900_000, "license: mit", "---"]),
     ))  # fmt: skip
     return how, "\n".join(left).encode("utf-8", "surrogatepass")
 

@@ -6,7 +6,7 @@ import io
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -18,6 +18,7 @@ from unforget import families
 from unforget.errors import CannotRun, UnforgetError, UsageError, is_full
 from unforget.families import safety
 from unforget.families.parts import LORA, PEFT_CONFIG, check_pointer
+from unforget.files.licence import licence
 from unforget.files.storage import BadFile, open_tensors, read_json
 
 if TYPE_CHECKING:
@@ -157,14 +158,15 @@ def editor(ref: str, device: str | torch.device = "cpu") -> tuple[Any, str]:
 
 
 def _licence(ref: str) -> str:
-    from huggingface_hub import ModelCard
+    from huggingface_hub import hf_hub_download
 
-    try:
-        card = Path(ref) / "README.md" if Path(ref).is_dir() else ref.partition("@")[0]
-        data = ModelCard.load(card).data
-        return str(getattr(data, "license_name", None) or data.license or "a licence that its card does not name")
-    except Exception:  # no card, or no network: the weights were opened all the same
-        return "a licence that could not be read"
+    home = Path(ref)
+    if not home.is_dir():
+        with suppress(Exception):  # no card, or no network: the weights were opened all the same
+            home = Path(hf_hub_download(ref.partition("@")[0], "README.md")).parent
+    found = licence(home / "README.md")
+    named = found.get("license_name") or found.get("license") or "a licence that its card does not name"
+    return (named if isinstance(named, str) else ", ".join(named))[:100]
 
 
 def _source(ref: str) -> str:

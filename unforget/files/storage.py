@@ -28,6 +28,8 @@ MAX_HEADER = 4 * 2**20
 """Largest header that is parsed, bytes; the largest models have a tenth of it."""
 MAX_JSON = 2**20
 """Largest JSON file of a model folder that is parsed, bytes."""
+MAX_LINES = 2**24
+"""Largest file of prompts that is read, bytes."""
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -248,8 +250,10 @@ def digest(state: Mapping[str, Tensor]) -> str:
 def read_lines(path: Path) -> tuple[str, ...]:
     """The lines of a text file that are not empty: prompts."""
     try:
+        if path.stat().st_size > MAX_LINES:
+            raise BadFile(f"it has more than {MAX_LINES} bytes")
         lines = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UsageError(f"cannot read '{path}': {error}", "Give a text file with one prompt a line.") from None
     if not lines:
         raise UsageError(f"'{path}' holds no prompt", "Write one prompt a line.")
