@@ -1,6 +1,7 @@
 """Damage that knows what a file means: values of another type or size where one stands, parts in one another's places,
 names that are taken, pictures of odd kinds, and things in a file's place that are no file. For `fuzz.py`."""
 
+import functools
 import io
 import json
 import os
@@ -116,9 +117,8 @@ def edit(value: Any, draw: random.Random, others: list[Any]) -> str:
         other, second, _ = draw.choice(found)
         if other[second] is not inside and inside[key] is not other:
             inside[key], other[second] = json.loads(json.dumps([other[second], inside[key]]))
-    elif how == "graft" and others:
-        other = [(i, k) for i, k, _ in spots(draw.choice(others))]
-        inside[key] = other[0][0] if draw.random() < 0.3 else draw.choice(other)[0]
+    elif how == "graft" and (more := list(spots(draw.choice(others or [None])))):
+        inside[key] = more[0][0] if draw.random() < 0.3 else draw.choice(more)[0]
     else:
         how, inside[key] = "odd", draw.choice(ODD)
     return f"{how} {str(key)[:20]}"
@@ -130,12 +130,13 @@ def table(content: bytes, draw: random.Random, others: list[bytes]) -> tuple[str
         return "another file", draw.choice(others)
     value, more = json.loads(content), [json.loads(o) for o in others[:20]]
     said = [edit(value, draw, more) for _ in range(draw.choice((1, 1, 1, 2, 4))) if value]
+    value = value if said else {draw.choice(list(KNOWN)): draw.choice(ODD)}
     if draw.random() < 0.8:
         value = resealed(value)
     text = json.dumps(value)
     if isinstance(value, dict) and value and draw.random() < 0.08:
         said, text = [*said, "twice"], f"{{{json.dumps(draw.choice(list(value)))}: {json.dumps(draw.choice(ODD))}, {text[1:]}"
-    return "; ".join(said), text.encode()
+    return "; ".join(said) or "a key", text.encode()
 
 
 def resealed(value: Any) -> Any:
@@ -286,6 +287,16 @@ def tensors(content: bytes, draw: random.Random, others: list[bytes]) -> tuple[s
 
 def picture(content: bytes, draw: random.Random, others: list[bytes]) -> tuple[str, bytes]:
     """Sound pictures of odd kinds, and pictures that are not what they say."""
+    if draw.random() < 0.06:  # as large as may be, of next to no bytes
+        mode = draw.choice(("RGB", "RGBA", "I;16", "LA", "P"))
+        Image.new(mode, size := draw.choice(((8192, 8192), (8192, 4096), (5000, 5000)))).save(out := io.BytesIO(), "PNG")
+        return f"{mode} of {size[0]}x{size[1]}", out.getvalue()
+    if draw.random() < 0.05:
+        plain = Image.new("P", (16, 16))
+        plain.save(out := io.BytesIO(), "GIF", save_all=True, append_images=[Image.new("P", (16, 16), 1)], duration=[9, 8])
+        left = out.getvalue()
+        last = left.rindex(b"\x21\xf9")
+        return "many frames", left[:last] + left[last:-1] * 200_000 + b";"
     side = draw.choice(((16, 16),) * 4 + ((1, 1), (1, 16), (16, 1), (1, 8192), (17, 16)))
     mode = draw.choice(("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "I", "F", "I;16"))
     plain = Image.frombytes("RGB", (16, 16), random.Random(0).randbytes(768)).resize(side)
@@ -299,7 +310,7 @@ def picture(content: bytes, draw: random.Random, others: list[bytes]) -> tuple[s
     out = io.BytesIO()
     try:
         image.save(out, form, **more)
-    except (OSError, ValueError, KeyError, TypeError, struct.error, AttributeError, SystemError):
+    except Exception:  # what that format has no place for
         plain.save(out := io.BytesIO(), form := "PNG")
     left = out.getvalue()
     if form == "PNG" and draw.random() < 0.6:
@@ -322,7 +333,7 @@ def chunks(png: bytes, draw: random.Random) -> Iterator[tuple[str, bytes]]:
         return png[:8] + b"".join(struct.pack(">I", len(c)) + t + c + struct.pack(">I", zlib.crc32(t + c)) for t, c in parts)
 
     head, data = found[0][1], b"".join(c for t, c in found if t == b"IDAT")
-    bomb = zlib.compress(bytes(2**28), 9)
+    bomb = _bomb()
     for t, c in ((b"zTXt", b"a\0\0" + bomb), (b"iTXt", b"a\0\1\0\0\0" + bomb), (b"iCCP", b"a\0\0" + bomb), (b"eXIf", b"\xff" * 99), (b"tRNS", b"\0" * 99),
                  (b"PLTE", b"\0" * 7), (b"acTL", b"\0\0\0\2\0\0\0\0"), (b"gAMA", b"\0\0\0\0"), (b"pHYs", b"\0"), (b"fdAT", b"x"), (b"IHDR", head), (b"cHRM", b"\0" * 31)):  # fmt: skip
         yield f"{t.decode()} chunk", joined([found[0], (t, c), *found[1:]])
@@ -333,6 +344,11 @@ def chunks(png: bytes, draw: random.Random) -> Iterator[tuple[str, bytes]]:
     yield "many texts", joined([found[0], *[(b"tEXt", b"k%d\0v" % i) for i in range(20_000)], *found[1:]])
     for at, byte in ((8, 16), (8, 3), (9, 0), (9, 3), (9, 6), (10, 1), (12, 1)):
         yield f"header byte {at} = {byte}", joined([(b"IHDR", head[:at] + bytes([byte]) + head[at + 1 :]), *found[1:]])
+
+
+@functools.cache
+def _bomb() -> bytes:
+    return zlib.compress(bytes(2**28), 9)
 
 
 def other(content: bytes, draw: random.Random, others: list[bytes]) -> tuple[str, bytes]:

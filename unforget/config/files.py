@@ -43,6 +43,8 @@ def read(file: Path | None) -> dict[str, Any]:
     if file is None:
         return {}
     try:
+        if file.exists() and not file.is_file():  # a pipe would keep us waiting
+            raise ValueError("it is no file")
         if file.stat().st_size > LARGEST:
             raise ValueError("too large")
         found = tomllib.loads(file.read_text(encoding="utf-8-sig"))

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -37,8 +37,8 @@ class Hints(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    guidance: float | None = Field(None, ge=1)
-    retain_prompts: tuple[str, ...] = ()
+    guidance: float | None = Field(None, ge=1, le=100)
+    retain_prompts: tuple[Annotated[str, Field(max_length=2**12)], ...] = Field((), max_length=2**12)
     made: dict[str, Any] | None = None
     """Where an exported folder came from, as `unforget.exports` writes it."""
 

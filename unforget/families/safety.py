@@ -23,6 +23,7 @@ from unforget.errors import CannotRun, UsageError
 from unforget.families.encoders import PROJECTION, matched, tensors_of
 from unforget.families.parts import EXTRAS, PEFT_CONFIG, STEMS, WORDS, Classes, Part, classes, listed, opened
 from unforget.families.spec import Setting, is_inside
+from unforget.families.words import LARGEST, check_words
 from unforget.files.storage import BadFile, Lazy, open_tensors, read_json
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ UNLIMITED = ("model_max_length", "rope_theta", "theta", "max_pixels", "min_pixel
 """Numbers that nothing is made of; libraries write 1e30 where there is no limit."""
 SIDE = 8192  # largest `sample_size`
 SPARE = 1.05  # how many numbers a transformer may ask for, as a share of those in a single file
-LARGEST = 2**26  # largest file of a tokenizer, bytes; Gemma's has half of it, Qwen's a sixth
 PIECES = 50_000  # most modules, parameters and buffers of a part; a large transformer has a tenth of them
 TABLES = 2**24  # most numbers in tables that are computed, where the weights are no more
 CODE = ("auto_map", "custom_pipeline", "custom_pipelines", "custom_generate", "trust_remote_code")
@@ -148,6 +148,8 @@ def check_tables(part: Part) -> dict[str, Any]:
             _check_value(table, where)
         elif file.stat().st_size > LARGEST:
             raise BadFile(f"'{where}' has more than {LARGEST} bytes")
+        elif file.name == "tokenizer.json":
+            check_words(file, where)
     if part.kind == "tokenizer" and not files:
         raise CannotRun(f"'{part.home}' holds no tokenizer", "Get the model again.")
     return found
