@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import struct
 import tracemalloc
 
@@ -9,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from unforget.errors import UsageError
 from unforget.files.storage import (
     BadFile,
     Digested,
@@ -17,6 +19,7 @@ from unforget.files.storage import (
     digest,
     open_tensors,
     read_json,
+    read_lines,
     write_bytes,
     write_tensors,
 )
@@ -177,3 +180,12 @@ def test_json_that_is_none(tmp_path, content):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(BadFile):
         read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(("content", "size"), [(b"a\n", 2**40), (b"\xff\xfe", None), (b"\n\n", None)])
+def test_prompts_that_are_no_text_are_refused(tmp_path, content, size):
+    (tmp_path / "a.txt").write_bytes(content)
+    if size:
+        os.truncate(tmp_path / "a.txt", size)
+    with pytest.raises(UsageError, match=r"cannot read|holds no prompt"):
+        read_lines(tmp_path / "a.txt")

@@ -3,9 +3,10 @@
     python examples/benchmark/fuzz.py [--seed 0] [--count 1000] [--only PATTERN]
 
 The damage is of another sort than `malformed.py`'s: see `hostile.py`. Each file goes through the real command in a
-process of its own. Whatever is in it, the command must end within 20 s, with no traceback nor what is taken for a bug of
-ours, and take at most 512 MiB more than with the sound file. It ends with exit code 0 where the damage is harmless, with
-a verdict where one was reached, else with 2 or 3 and one sentence; it writes nothing but its outputs.
+process of its own. Whatever is in it, the command must end within 20 s of the processor (60 s of the clock), with no
+traceback nor what is taken for a bug of ours, and take at most 512 MiB more than with the sound file. It ends with exit
+code 0 where the damage is harmless, with a verdict where one was reached, else with 2 or 3 and one sentence; it writes
+nothing but its outputs.
 """
 
 import argparse
@@ -39,19 +40,31 @@ LIMIT, WAIT, MOST, ROOM = 20, 60, 512 * 2**20, 3 * 2**30
 """Seconds of the processor and of the clock; bytes beside the sound file, and beside the start that a process may take.
 """
 MADE = {
-    "sd1": tiny_sd, "flux1": tiny_flux, "zimage": tiny_z_image, "sana1": tiny_sana, "pixart": tiny_pixart, "dit1": tiny_dit,
+    "sd1": tiny_sd, "flux1": tiny_flux, "zimage": tiny_z_image, "sana1": tiny_sana, "pixart": tiny_pixart,
+    "dit1": tiny_dit,
 }  # fmt: skip
 FEW = ["--retain-count", "8", "--sampler-steps", "2", "--resize", "--force"]
 TRAIN = ["--max-train-steps", "1", "--num-validation-images", "1", "-o", "y.patch", *FEW]
-LEARN = ["unlearn", "-t", "target.png", "-s", "surrogate.png", *TRAIN]
-EDIT = ["edit-surrogate", "-t", "target.png", "--method", "blur", *FEW]
+TARGET, OUT = ["-t", "target.png"], ["-o", "out.png"]
+LEARN = ["unlearn", *TARGET, "-s", "surrogate.png", *TRAIN]
+FROM = ["edit-surrogate", *TARGET]
+EDIT = [*FROM, "--method", "blur", *FEW]
+SLOW = ["--candidates", "1", "--editor-steps", "2", *FEW]
 EXPORT = ["export", "--force", "-o", "out", "--patch"]
-JUDGE = ["verify", "--force", "--model", "ddpm", "--paired", "16", "--draws", "2", "--controls", "8", "--sampler-steps", "2"]
-JUDGE += ["--max-rate", "0.5", "--samples", "16", "--resize", "--report", "out.json"]
-RESUME = [*malformed.UNLEARN, "--model", "ddpm", "--resume"]
+DDPM, SD3 = ["--model", "ddpm"], ["--model", "prompted"]
+HASTY = [
+    "--force", "--paired", "16", "--draws", "2", "--controls", "8", "--sampler-steps", "2", "--max-rate", "0.5",
+    "--samples", "16", "--resize", "--report", "out.json",
+]  # fmt: skip
+JUDGE = ["verify", *DDPM, *HASTY]
+JUDGED = [*JUDGE, "--patch", "a.patch"]
+RESUME = [*malformed.UNLEARN, *DDPM, "--resume"]
 SINGLE = ["--model", "sd3.safetensors", "--pipeline-config"]
-ENCODERS = ["--text-encoder", "clip.safetensors", "--text-encoder", "clip2.safetensors"]
-OUTPUTS = re.compile(r"\.?(out|y\.patch|y\.run|x\.patch|x\.run|a\.run|cache|state|tmp|target\.surrogate\.|out\.json|summary).*")
+BARE = [*SINGLE, "bare", "--text-encoder", "clip.safetensors", "--text-encoder", "clip2.safetensors"]
+EDITOR = [
+    [*FROM, "--instruction", "a red one", "--editor-model", "editor", *SLOW, *DDPM, *OUT],
+]  # fmt: skip
+OUTPUTS = re.compile(r"\.?(out|[xy]\.(patch|run)|a\.run|cache|state|tmp|target\.surrogate\.|summary).*")
 SENTENCE = re.compile(r"^error: \S.{8,1500}$", re.MULTILINE)
 VERDICT = re.compile(r"^(forgotten|failed|inconclusive|allowed): |stopped by|nothing changed|still says", re.MULTILINE)
 TRACE = re.compile(r"Traceback|this is a bug|Fatal Python error|Exception ignored")
@@ -67,67 +80,83 @@ class Kind:
     damage: hostile.Damage
 
 
-def of_models(names: list[str]) -> list[list[str]]:
-    """Commands that read a folder of a model."""
-    learn, edit = [*LEARN, "--model", "{}"], [*EDIT, "--model", "{}", "-o", "out.png"]
-    return [learn, [*learn, "--dry-run"], edit, edit, *[[*EXPORT, "{}.patch", "--model", "{}"]] * 2]
-
-
-DDPM, FOLDERS = ["--model", "ddpm"], "{ddpm,prompted,sharded,%s}" % ",".join(MADE)
-MODEL = of_models([])
-SHIPPED = [[*JUDGE, "-t", "target.png", "--candidate", "{}"], ["show", "{}"]]
-EDITOR = [["edit-surrogate", "-t", "target.png", "--instruction", "a red one", "--editor-model", "editor", "--editor-steps", "2",
-           "--candidates", "1", *FEW, *DDPM, "-o", "out.png"]]  # fmt: skip
-JUDGED = [*JUDGE, "--patch", "a.patch"]
+FOLDERS = ",".join(["{ddpm", "prompted", "sharded", *MADE]) + "}"
+MODEL = [
+    [*LEARN, "--model", "{}"], [*LEARN, "--model", "{}", "--dry-run"], *[[*EDIT, "--model", "{}", *OUT]] * 2,
+    *[[*EXPORT, "{}.patch", "--model", "{}"]] * 2,
+]  # fmt: skip
+SHIPPED = [[*JUDGE, *TARGET, "--candidate", "{}"], ["show", "{}"]]
+ADAPTER = [["verify", *SD3, *HASTY, *TARGET, "--candidate", "{}"], ["show", "{}"]]
+EXPORTED = [*EXPORT, "a.patch", *DDPM]
+PARTS = "{unet,transformer,vae,text_encoder*,safety_checker}"
+TABLE, TENSORS, PICTURE, LINES = hostile.table, hostile.tensors, hostile.picture, hostile.lines
 KINDS = [
-    Kind("index of a model", f"{FOLDERS}/model_index.json", MODEL, hostile.table),
-    Kind("scheduler", f"{FOLDERS}/scheduler/scheduler_config.json", MODEL, hostile.table),
-    Kind("tokenizer", f"{FOLDERS}/tokenizer*/*.json", MODEL, hostile.table),
-    Kind("words of a tokenizer", "{prompted,sd1}/tokenizer*/{merges.txt,vocab.json,tokenizer.json}", MODEL, hostile.table),
-    Kind("template of a chat", "zimage/tokenizer/chat_template.jinja", MODEL, hostile.lines),
-    Kind("processor", "sd1/feature_extractor/*.json", MODEL, hostile.table),
-    Kind("configuration of a part", f"{FOLDERS}/{{unet,transformer,vae,text_encoder*,safety_checker}}/config.json", MODEL, hostile.table),
-    Kind("weights", f"{FOLDERS}/*/*.safetensors", MODEL, hostile.tensors),
-    Kind("index of shards", "sharded/transformer/*.index.json", MODEL, hostile.table),
-    Kind("hints", f"{FOLDERS}/unforget.json", MODEL, hostile.table),
-    Kind("single file", "sd3.safetensors", [[*EXPORT, "b.patch", *SINGLE, "prompted"], [*LEARN, *SINGLE, "prompted"]], hostile.tensors),
-    Kind("text encoder", "clip*.safetensors", [[*LEARN, *SINGLE, "bare", *ENCODERS], [*EXPORT, "b.patch", *SINGLE, "bare", *ENCODERS]], hostile.tensors),
-    Kind("folder of a single file", "bare/**/*.json", [[*LEARN, *SINGLE, "bare", *ENCODERS], [*LEARN, *SINGLE, "bare", *ENCODERS, "--dry-run"]], hostile.table),
-    Kind("editor", "editor/**/*.json", EDITOR, hostile.table),
-    Kind("weights of an editor", "editor/*/*.safetensors", EDITOR, hostile.tensors),
-    Kind("card", "editor/README.md", EDITOR, hostile.lines),
-    Kind("exported folder", "exported/**/*.json", SHIPPED, hostile.table),
-    Kind("exported weights", "exported/*/*.safetensors", SHIPPED, hostile.tensors),
-    Kind("exported file", "exported.safetensors", [[*c[:-1], "exported.safetensors"] for c in SHIPPED], hostile.tensors),
-    Kind("exported LoRA", "{lora,peft}/*.safetensors", [["show", "{}"], ["verify", *JUDGE[2:], "--model", "prompted", "-t", "target.png", "--candidate", "{}"]], hostile.tensors),
-    Kind("exported LoRA's words", "{lora,peft}/*.json", [["show", "{}"], ["verify", *JUDGE[2:], "--model", "prompted", "-t", "target.png", "--candidate", "{}"]], hostile.table),
-    Kind("patch", "a.patch", [["show", "a.patch"], [*JUDGED, "-t", "target.png"], [*EXPORT, "a.patch", *DDPM], [*LEARN, *DDPM, "--patch", "a.patch"],
-                              [*JUDGED, "--dry-run"]], hostile.tensors),
-    Kind("patch of a LoRA", "l.patch", [["show", "l.patch"], [*EXPORT, "l.patch", "--model", "prompted", "--format", "lora"],
-                                        ["unlearn", "-t", "donor.png", "-s", "target.png", *TRAIN, "--model", "prompted", "--patch", "l.patch"]], hostile.tensors),
-    Kind("run", "x.run/run.json", [RESUME], hostile.table),
-    Kind("run's tensors", "x.run/*.safetensors", [RESUME], hostile.tensors),
-    Kind("run's log", "x.run/metrics.jsonl", [RESUME], hostile.lines),
-    Kind("run's pictures", "a.run/*.png", [JUDGED, [*LEARN, *DDPM, "--patch", "a.patch"]], hostile.picture),
-    Kind("report", "report.json", [[*EXPORT, "a.patch", *DDPM, "--report", "report.json"]], hostile.table),
-    Kind("report of a run", "a.run/verify.json", [["show", "a.patch"], [*EXPORT, "a.patch", *DDPM]], hostile.table),
-    Kind("target", "target.png", [[*LEARN, *DDPM], [*JUDGED, "-t", "target.png"], [*EDIT, *DDPM, "-o", "out.png"]], hostile.picture),
-    Kind("surrogate", "surrogate.png", [[*LEARN, *DDPM], [*JUDGED, "-t", "target.png", "-s", "surrogate.png"]], hostile.picture),
-    Kind("retained picture", "retain/*.png", [[*LEARN, *DDPM, "--retain", "retain"], [*JUDGED, "-t", "target.png", "--must-retain", "retain/0.png"]], hostile.picture),
-    Kind("mask", "mask.png", [[*EDIT[:3], "--mask", "mask.png", "--candidates", "1", "--editor-steps", "2", *FEW, *DDPM, "-o", "out.png"]], hostile.picture),
-    Kind("donor", "donor.png", [[*EDIT[:3], "--donor", "donor.png", *FEW, *DDPM, "-o", "out.png"]], hostile.picture),
-    Kind("picture of a card", "retain/0.png", [[*EXPORT, "a.patch", *DDPM, "--card-images", "retain"]], hostile.picture),
+    Kind("index of a model", f"{FOLDERS}/model_index.json", MODEL, TABLE),
+    Kind("scheduler", f"{FOLDERS}/scheduler/scheduler_config.json", MODEL, TABLE),
+    Kind("tokenizer", f"{FOLDERS}/tokenizer*/*.json", MODEL, TABLE),
+    Kind("words of a tokenizer", "{prompted,sd1}/tokenizer*/{merges.txt,vocab.json,tokenizer.json}", MODEL, TABLE),
+    Kind("template of a chat", "zimage/tokenizer/chat_template.jinja", MODEL, LINES),
+    Kind("processor", "sd1/feature_extractor/*.json", MODEL, TABLE),
+    Kind("configuration of a part", f"{FOLDERS}/{PARTS}/config.json", MODEL, TABLE),
+    Kind("weights", f"{FOLDERS}/*/*.safetensors", MODEL, TENSORS),
+    Kind("index of shards", "sharded/transformer/*.index.json", MODEL, TABLE),
+    Kind("hints", f"{FOLDERS}/unforget.json", MODEL, TABLE),
+    Kind(
+        "single file", "sd3.safetensors",
+        [[*EXPORT, "b.patch", *SINGLE, "prompted"], [*LEARN, *SINGLE, "prompted"]], TENSORS,
+    ),
+    Kind("text encoder", "clip*.safetensors", [[*LEARN, *BARE], [*EXPORT, "b.patch", *BARE]], TENSORS),
+    Kind("folder of a single file", "bare/**/*.json", [[*LEARN, *BARE], [*LEARN, *BARE, "--dry-run"]], TABLE),
+    Kind("editor", "editor/**/*.json", EDITOR, TABLE),
+    Kind("weights of an editor", "editor/*/*.safetensors", EDITOR, TENSORS),
+    Kind("card", "editor/README.md", EDITOR, LINES),
+    Kind("exported folder", "exported/**/*.json", SHIPPED, TABLE),
+    Kind("exported weights", "exported/*/*.safetensors", SHIPPED, TENSORS),
+    Kind("exported file", "exported.safetensors", SHIPPED, TENSORS),
+    Kind("exported LoRA", "{lora,peft}/*.safetensors", ADAPTER, TENSORS),
+    Kind("exported LoRA's words", "{lora,peft}/*.json", ADAPTER, TABLE),
+    Kind(
+        "patch", "a.patch",
+        [["show", "a.patch"], [*JUDGED, *TARGET], EXPORTED, [*LEARN, *DDPM, "--patch", "a.patch"],
+         [*JUDGED, "--dry-run"]], TENSORS,
+    ),
+    Kind(
+        "patch of a LoRA", "l.patch",
+        [["show", "l.patch"], [*EXPORT, "l.patch", *SD3, "--format", "lora"],
+         ["unlearn", "-t", "donor.png", "-s", "target.png", *TRAIN, *SD3, "--patch", "l.patch"]], TENSORS,
+    ),
+    Kind("run", "x.run/run.json", [RESUME], TABLE),
+    Kind("run's tensors", "x.run/*.safetensors", [RESUME], TENSORS),
+    Kind("run's log", "x.run/metrics.jsonl", [RESUME], LINES),
+    Kind("run's pictures", "a.run/*.png", [JUDGED, [*LEARN, *DDPM, "--patch", "a.patch"]], PICTURE),
+    Kind("report", "report.json", [[*EXPORTED, "--report", "report.json"]], TABLE),
+    Kind("report of a run", "a.run/verify.json", [["show", "a.patch"], EXPORTED], TABLE),
+    Kind("target", "target.png", [[*LEARN, *DDPM], [*JUDGED, *TARGET], [*EDIT, *DDPM, *OUT]], PICTURE),
+    Kind("surrogate", "surrogate.png", [[*LEARN, *DDPM], [*JUDGED, *TARGET, "-s", "surrogate.png"]], PICTURE),
+    Kind(
+        "retained picture", "retain/*.png",
+        [[*LEARN, *DDPM, "--retain", "retain"], [*JUDGED, *TARGET, "--must-retain", "retain/0.png"]], PICTURE,
+    ),
+    Kind("mask", "mask.png", [[*FROM, "--mask", "mask.png", *SLOW, *DDPM, *OUT]], PICTURE),
+    Kind("donor", "donor.png", [[*FROM, "--donor", "donor.png", *FEW, *DDPM, *OUT]], PICTURE),
+    Kind("picture of a card", "retain/0.png", [[*EXPORTED, "--card-images", "retain"]], PICTURE),
     Kind("policy", "{unforget,pyproject}.toml", [[*JUDGED, "--policy", "{}"]], hostile.settings),
-    Kind("configuration", "config.toml", [["unlearn", *DDPM, "--force", "-o", "y.patch", "--max-train-steps", "1", "--config", "config.toml"],
-                                          ["edit-surrogate", *EDIT[1:5], *DDPM, "--force", "-o", "out.png", "--config", "config.toml"],
-                                          [*EXPORT, "a.patch", *DDPM, "--config", "config.toml"], [*JUDGED, "--config", "config.toml"]], hostile.settings),
-    Kind("prompts", "prompts.txt", [[*LEARN, "--model", "prompted", "--retain-prompts", "prompts.txt"],
-                                    [*EDIT, "--model", "prompted", "--retain-prompts", "prompts.txt", "-o", "out.png"]], hostile.lines),
-    Kind("similarity", "m.{onnx,pt}", [[*JUDGED, "-t", "target.png", "--similarity", "sscd={}"]], hostile.other),
-    Kind("cache", "cache/*.safetensors", [[*LEARN, *DDPM], ["cache"], ["cache", "--clear"]], hostile.tensors),
-    Kind("cached figures", "cache/*.json", [[*JUDGED, "-t", "target.png"]], hostile.table),
+    Kind(
+        "configuration", "config.toml",
+        [[*words, "--config", "config.toml"] for words in (
+            ["unlearn", *DDPM, "--force", "-o", "y.patch", "--max-train-steps", "1"], JUDGED, EXPORTED,
+            [*FROM, "--method", "blur", *DDPM, "--force", *OUT],
+        )], hostile.settings,
+    ),
+    Kind(
+        "prompts", "prompts.txt",
+        [[*words, *SD3, "--retain-prompts", "prompts.txt"] for words in (LEARN, [*EDIT, *OUT])], LINES,
+    ),
+    Kind("similarity", "m.{onnx,pt}", [[*JUDGED, *TARGET, "--similarity", "sscd={}"]], hostile.other),
+    Kind("cache", "cache/*.safetensors", [[*LEARN, *DDPM], ["cache"], ["cache", "--clear"]], TENSORS),
+    Kind("cached figures", "cache/*.json", [[*JUDGED, *TARGET]], TABLE),
     Kind("secret", "state/unforget/cache.key", [[*LEARN, *DDPM]], hostile.other),
-    Kind("summary", "summary.md", [[*JUDGED, "-t", "target.png", "--summary", "summary.md"]], hostile.other),
+    Kind("summary", "summary.md", [[*JUDGED, *TARGET, "--summary", "summary.md"]], hostile.other),
 ]  # fmt: skip
 
 
@@ -140,8 +169,9 @@ def sound(home: Path) -> None:
         (home / name / "unforget.json").write_text('{"retain_prompts": ["a red square", "the green star"]}')
         loaded = families.load(str(home / name), Options())  # and all that it imports
         state = loaded.network.state_dict()
-        made = Provenance(base=name, base_digest=digest(state), targets=[], surrogates=[], recipe={}, seed=0, steps=1, versions={})
+        nothing: dict = {"targets": [], "surrogates": [], "recipe": {}, "seed": 0, "steps": 1, "versions": {}}
         first = next(n for n, t in state.items() if t.ndim == 2)
+        made = Provenance(base=name, base_digest=digest(state), **nothing)
         Patch({first: state[first] + 0.01}, made).save(home / f"{name}.patch")
     (home / "ddpm" / "unforget.json").write_text("{}")
     for name in ("prompted", "sharded"):
@@ -164,22 +194,24 @@ def sound(home: Path) -> None:
     (home / "pyproject.toml").write_text("[tool.unforget.verify]\nlevel = 'quick'\npaired = 16\n")
     (home / "unforget.toml").write_text("[verify]\nlevel = 'quick'\npaired = 16\n")
     malformed.begun(home)
-    exported = [*EXPORT, "a.patch", *DDPM]
     for command in (
-        [*JUDGED, "-t", "target.png"], [*LEARN, "--model", "prompted", "-o", "l.patch"], [*exported, "-o", "exported"],
-        [*exported, "--format", "transformer", "-o", "exported.safetensors"], EDITOR[0],
-        *([*EXPORT, "l.patch", "--model", "prompted", "--format", kind, "-o", kind] for kind in ("lora", "peft")),
+        [*JUDGED, *TARGET], [*LEARN, *SD3, "-o", "l.patch"], [*EXPORTED, "-o", "exported"], EDITOR[0],
+        [*EXPORTED, "--format", "transformer", "-o", "exported.safetensors"],
+        *([*EXPORT, "l.patch", *SD3, "--format", kind, "-o", kind] for kind in ("lora", "peft")),
     ):  # fmt: skip
-        with contextlib.chdir(home), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
-            with contextlib.suppress(SystemExit):
-                app(command)
-    assert all((home / n).exists() for n in ("exported", "lora", "peft", "exported.safetensors", "l.patch", "a.run/verify.json")), said.getvalue()
+        said = io.StringIO()
+        left = contextlib.suppress(SystemExit)
+        with contextlib.chdir(home), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), left:
+            app(command)
+    made = ("exported", "lora", "peft", "exported.safetensors", "l.patch", "a.run/verify.json")
+    assert all((home / name).exists() for name in made), said.getvalue()
 
 
 def matching(home: Path, pattern: str) -> list[Path]:
     """Files by a pattern with alternatives in braces."""
     if found := re.search(r"\{([^{}]*)\}", pattern):
-        return [p for one in found[1].split(",") for p in matching(home, pattern[: found.start()] + one + pattern[found.end() :])]
+        whole = [pattern[: found.start()] + one + pattern[found.end() :] for one in found[1].split(",")]
+        return [path for one in whole for path in matching(home, one)]
     return sorted(p.relative_to(home) for p in home.glob(pattern) if p.is_file())
 
 
@@ -220,7 +252,8 @@ def limited(nobody: bool) -> None:
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
     """All that lies in a folder, with sizes and times."""
-    return {str(p.relative_to(folder)): (p.lstat().st_size, p.lstat().st_mtime_ns) for p in folder.rglob("*") if not p.is_dir()}
+    found = [(str(p.relative_to(folder)), p.lstat()) for p in folder.rglob("*") if not p.is_dir()]
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in found}
 
 
 def fresh(home: Path, here: Path) -> Path:
@@ -248,11 +281,30 @@ def faults(code: int, said: str, over: int, changed: list[str]) -> Iterator[str]
     if changed:
         yield "written elsewhere"
     told = len(SENTENCE.findall(said)) == 1
-    if not (code == 0 or (code in (2, 3) and told) or (code in (1, 4) and VERDICT.search(said))) and not late:
+    if not (late or code == 0 or (code in (2, 3) and told) or (code in (1, 4) and VERDICT.search(said))):
         yield "wrong exit"
 
 
 COLUMNS = ("traceback", "hang", "memory", "wrong exit", "written elsewhere")
+
+
+def hostile_file(home: Path, here: Path, kind: Kind, draw: random.Random) -> tuple[str, int, float, list[str]]:
+    """One of a kind, by chance: what it was, and the exit code, seconds and faults of the command that reads it."""
+    path = draw.choice(matching(home, kind.files))
+    command = filled(draw.choice(kind.commands), path.parts[0])
+    how = damage(fresh(home, here), path, kind, draw)
+    nobody = how == "closed" and os.geteuid() == 0  # whom rights do not stop
+    for found in [here, *here.rglob("*"), here.parent / "tmp"] if nobody else ():
+        os.lchown(found, 65534, 65534)
+    before = listing(here)
+    code, said, peak, seconds = malformed.ask(here, command, WAIT, lambda: limited(nobody))
+    after = listing(here)
+    changed = [n for n in {**before, **after} if before.get(n) != after.get(n) and not OUTPUTS.fullmatch(n)]
+    if peak > MOST:  # else it is below that beside the sound file, too
+        peak -= malformed.ask(fresh(home, here), command, WAIT)[2]
+    faulty = list(faults(code, said, peak, changed))
+    name = f"{path}, {how[:100]}: exit {code}, {seconds:.1f} s, {peak / 2**20:.0f} MiB, {changed[:3]}"
+    return f"{name}: {' '.join(command)}\n    {said.strip()[-600:]}", code, seconds, faulty
 
 
 def main() -> None:
@@ -264,47 +316,34 @@ def main() -> None:
     parser.add_argument("--sound", action="store_true", help="try every command on sound files first")
     given = parser.parse_args()
     kinds = [k for k in KINDS if re.search(given.only, k.name)]
-    total, bad, slowest = Counter[tuple[str, str]](), [], Counter[str]()
+    total, bad, slowest = Counter[tuple[str, str]](), 0, Counter[str]()
     with tempfile.TemporaryDirectory() as name:
         home, here, scratch = (Path(name) / n for n in ("sound", "here", "tmp"))
-        for folder in (home, scratch):
-            folder.mkdir(mode=0o777)
-        os.environ.update(UNFORGET_CACHE="cache", XDG_STATE_HOME="state", TMPDIR=str(scratch), TOKENIZERS_PARALLELISM="false")
+        for folder in (home, here, scratch):
+            folder.mkdir()
+        os.environ.update(
+            UNFORGET_CACHE="cache", XDG_STATE_HOME="state", TMPDIR=str(scratch), TOKENIZERS_PARALLELISM="false"
+        )
         tempfile.tempdir = str(scratch)
         sound(home)
         Path(name).chmod(0o755)
         for command in {tuple(c): c for k in kinds for c in commands(home, k)}.values() if given.sound else ():
             code, said, _, seconds = malformed.ask(fresh(home, here), command, WAIT)
-            print(f"{seconds:5.1f} s, exit {code}: {' '.join(command)}", said[-400:] * (code not in (0, 1, 4)), flush=True)
+            print(f"{seconds:5.1f} s, exit {code}: {' '.join(command)}", said[-400:] * (code not in (0, 1, 4)))
         for number in range(given.first, given.first + given.count):
             kind, draw = kinds[number % len(kinds)], random.Random(f"{given.seed}/{given.only}/{number}")
-            path = draw.choice(matching(home, kind.files))
-            command = filled(draw.choice(kind.commands), path.parts[0])
-            fresh(home, here)
-            how = damage(here, path, kind, draw)
-            nobody = how == "closed" and os.geteuid() == 0
-            if nobody:
-                for found in [here, *here.rglob("*"), scratch]:
-                    os.lchown(found, 65534, 65534)
-            before = listing(here)
-            code, said, peak, seconds = malformed.ask(here, command, WAIT, lambda: limited(nobody))  # noqa: B023
-            after = listing(here)
-            changed = [n for n in before.keys() | after.keys() if before.get(n) != after.get(n) and not OUTPUTS.fullmatch(n)]
-            if peak > MOST:  # else it is below that beside the sound file, too
-                peak -= malformed.ask(fresh(home, here), command)[2]
-            found = list(faults(code, said, peak, changed))
-            if os.environ.get("FUZZ_LOG"): print(f"# {number} {kind.name} {path} {how[:60]} {code} {seconds:.1f}", flush=True)
-            total.update([(kind.name, "files"), (kind.name, f"exit {code}"), *((kind.name, fault) for fault in found)])
+            what, code, seconds, faulty = hostile_file(home, here, kind, draw)
+            total.update((kind.name, thing) for thing in ("files", f"exit {code}", *faulty))
             slowest[kind.name] = max(slowest[kind.name], round(seconds * 10))
-            if found:
-                bad.append(f"{number}: {kind.name}, {path}, {how[:100]}: {', '.join(found)}; exit {code}, {seconds:.1f} s, "
-                           f"{peak / 2**20:.0f} MiB, {changed[:3]}: {' '.join(command)}\n    {said.strip()[-600:]}")  # fmt: skip
-                print(bad[-1], flush=True)
+            if faulty:
+                bad += 1
+                print(f"{number}: {kind.name}: {', '.join(faulty)}: {what}", flush=True)
     table("file", "files", "exit 0, 1 or 4", "exit 2 or 3", *COLUMNS, "slowest, s")
     for kind in kinds:
         ended = [sum(total[kind.name, f"exit {c}"] for c in codes) for codes in ((0, 1, 4), (2, 3))]
-        row(kind.name, total[kind.name, "files"], *ended, *(total[kind.name, c] for c in COLUMNS), f"{slowest[kind.name] / 10:.1f}")
-    print(f"{given.count} files; {len(bad)} not as promised", flush=True)
+        found = [total[kind.name, column] for column in COLUMNS]
+        row(kind.name, total[kind.name, "files"], *ended, *found, f"{slowest[kind.name] / 10:.1f}")
+    print(f"{given.count} files; {bad} not as promised")
     sys.exit(bool(bad))
 
 

@@ -22,6 +22,7 @@ from unforget.errors import ExitCode, Interrupted, Terminated, UnforgetError, is
 PROCESS = int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
 """Which of several processes this is, as a launcher says; the first one alone speaks, but for errors."""
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+LONGEST = 1000  # characters of a sentence
 LESS_MEMORY = "Give a smaller --micro-batch; a run of `unlearn` goes on with --resume."
 BUG = "this is a bug in unforget; please report it"
 _asked: list[int] = []
@@ -73,8 +74,9 @@ def told(error: BaseException) -> int:
 
 
 def line(text: str) -> str:
-    """A sentence as it may be printed, on one line."""
-    return printable(re.sub(r"\s*[\r\n]\s*", " ", text))
+    """A sentence as it may be printed, on one line, and cut where a file puts a page into it."""
+    found = printable(re.sub(r"\s*[\r\n]\s*", " ", text))
+    return found if len(found) <= LONGEST else found[: LONGEST - 3] + "..."
 
 
 def _explained(error: BaseException) -> UnforgetError:

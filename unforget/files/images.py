@@ -18,7 +18,7 @@ from unforget.files.storage import write_bytes
 MAX_SIDE = 8192
 """Longest side of an image that is decoded at all, in pixels."""
 MAX_PIXELS = 2**25
-"""Most pixels of an image that is decoded: its colours are converted in memory, in several copies of four bytes each."""
+"""Most pixels of an image that is decoded: its colours are converted in memory, in copies of four bytes each."""
 MAX_BYTES = 2**28
 """Largest file of an image, which some decoders read whole."""
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF")
