@@ -11,17 +11,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDPMPipeline,
-    DDPMScheduler,
-    EulerDiscreteScheduler,
-    StableDiffusionInstructPix2PixPipeline,
-    UNet2DConditionModel,
-    UNet2DModel,
-)
-from pipelines import CAPTIONS, tiny_sd3
-from transformers import CLIPTextConfig, CLIPTextModel
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from pipelines import CAPTIONS, tiny_editor, tiny_sd3
 from typer.testing import CliRunner
 
 from unforget import families
@@ -101,22 +92,9 @@ def sd3(sd3_folder):
 
 @pytest.fixture
 def editor_folder(sd3, tmp_path):
-    """A tiny InstructPix2Pix with random weights."""
-    parts = sd3.pipeline
-    text = CLIPTextModel(CLIPTextConfig.from_dict({**parts.text_encoder.config.to_dict(), "architectures": None}))
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 4), norm_num_groups=2, latent_channels=4,
-    )  # fmt: skip
-    unet = UNet2DConditionModel(
-        block_out_channels=(4, 8), layers_per_block=1, in_channels=8, cross_attention_dim=8, norm_num_groups=2,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=2,
-    )  # fmt: skip
+    """A tiny InstructPix2Pix with random weights, and its card."""
     folder = tmp_path / "editor"
-    StableDiffusionInstructPix2PixPipeline(
-        vae, text, parts.tokenizer, unet, EulerDiscreteScheduler(), None, None, requires_safety_checker=False
-    ).save_pretrained(folder)
+    tiny_editor(sd3.pipeline).save_pretrained(folder)
     (folder / "README.md").write_text("---\nlicense: cc0-1.0\n---\n")
     return folder
 

@@ -24,6 +24,7 @@ from diffusers import (
     SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -279,3 +280,20 @@ def tiny_dit() -> DiTPipeline:
         torch.nn.init.normal_(p, std=0.2)  # a fresh transformer answers next to nothing
     scheduler = DDIMScheduler(clip_sample=False)
     return DiTPipeline(transformer, vae(4), scheduler, id2label={7: "cock, rooster", 207: "golden retriever"})
+
+
+def tiny_editor(parts: StableDiffusion3Pipeline) -> StableDiffusionInstructPix2PixPipeline:
+    """InstructPix2Pix that reads words as another model does."""
+    text = CLIPTextModel(CLIPTextConfig.from_dict({**parts.text_encoder.config.to_dict(), "architectures": None}))
+    images = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 4), norm_num_groups=2, latent_channels=4,
+    )  # fmt: skip
+    network = UNet2DConditionModel(
+        block_out_channels=(4, 8), layers_per_block=1, in_channels=8, cross_attention_dim=8, norm_num_groups=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=2,
+    )  # fmt: skip
+    return StableDiffusionInstructPix2PixPipeline(
+        images, text, parts.tokenizer, network, EulerDiscreteScheduler(), None, None, requires_safety_checker=False
+    )

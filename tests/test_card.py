@@ -1,8 +1,10 @@
 """The card of an export: what it says, what it never says, and that nothing a user wrote can break it."""
 
 import dataclasses
+import os
 import re
 import shutil
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -248,6 +250,33 @@ def test_the_licence_of_the_base_is_kept(tmp_path, readme, wanted):
     found = metadata(text)
     assert {k: v for k, v in found.items() if k.startswith("license")} == wanted
     assert "Old" not in text and "extra" not in found and "\r" not in text
+
+
+BOMB = ["a0: &a0 xxxxxxxxxx", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9))]
+MANY = ["model-index:", "- &m {name: x, results: &r [" + "*x, " * 5000 + "]}"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "wanted"),
+    [
+        ([*BOMB, "license: *a8"], {"license": "other"}), ([*BOMB, "license: mit"], {"license": "mit"}),
+        (["license: [&a mit, *a, [*a, *a]]"], {"license": ["mit", "mit"]}),
+        ([*MANY, "license: mit"], {"license": "mit"}), (["license_name:", *["- [[]]"] * 9000], {"license": "other"}),
+        (["\n" * 900_000, "license: mit"], {"license": "mit"}),
+    ],
+    ids=["bomb", "bomb beside", "aliases", "index", "long", "empty lines"],
+)  # fmt: skip
+def test_a_card_takes_no_longer_to_read_than_it_is_long(tmp_path, rows, wanted):
+    (tmp_path / "base.md").write_text("\n".join(["---", *rows, "---", ""]))
+    began = time.process_time()
+    found = metadata(write(tmp_path / "out", made(), base_card=tmp_path / "base.md"))
+    assert {k: v for k, v in found.items() if k.startswith("license")} == wanted
+    assert time.process_time() - began < 5
+
+
+def test_a_pipe_is_no_card(tmp_path):
+    os.mkfifo(tmp_path / "base.md")
+    assert metadata(write(tmp_path / "out", made(), base_card=tmp_path / "base.md"))["license"] == "other"
 
 
 def run(folder: Path, base: object, monkeypatch) -> object:

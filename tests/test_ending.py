@@ -15,6 +15,7 @@ import pytest
 import torch
 from test_reports import rich
 
+from unforget.cli.ending import LONGEST, line
 from unforget.errors import CannotRun, Interrupted, Terminated, UsageError, printable
 from unforget.files.patch import HEADER, Patch
 from unforget.files.storage import checksummed, digest, write_tensors
@@ -286,3 +287,9 @@ def test_any_encoding_will_do(tmp_path, encoding):
         errors = process.communicate(timeout=60)[1]
         assert process.returncode == (2 if args[1] == "\u4e2d" else 0), errors
         assert "Traceback" not in errors and "bug" not in errors
+
+
+@pytest.mark.parametrize("text", ["x" * 10**6, "\x1b" * 10**4, "a\n" * 10**4])
+def test_a_sentence_is_no_page(text):
+    assert len(line(text)) == LONGEST and line(text).endswith("...")
+    assert line(text[:100]) == line(line(text[:100]))

@@ -507,7 +507,7 @@ def test_a_tokenizer_that_makes_a_prompt_ever_longer(folder):
     sound = json.loads(file.read_text())
     for normalizer in GROWING:
         file.write_text(json.dumps({**sound, "normalizer": normalizer}))
-        refused(folder, "makes more of a prompt")
+        refused(folder, "makes more than|too many steps|nested too deep")
     spaces = {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "\u2581"}
     marked = [{"type": "Prepend", "prepend": "\u2581"}, {"type": "NFKC"}, spaces]
     file.write_text(json.dumps({**sound, "normalizer": {"type": "Sequence", "normalizers": marked}}))
@@ -530,6 +530,64 @@ def test_what_is_no_table_is_one_sentence(folder, content):
 
 
 # What a family cannot drive, and files that are no model, by their names.
+
+
+GROWS = {"type": "Replace", "pattern": {"Regex": "."}, "content": "xxxxxxxx"}
+FILL = {"direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}
+SPECIAL = {"SpecialToken": {"id": "x", "type_id": 0}}
+
+
+@families_of("sd3", "z-image")
+@pytest.mark.parametrize(("key", "value", "sentence"), [
+    ("normalizer", {"type": "Sequence", "normalizers": [GROWS] * 12}, "characters of one"),
+    ("normalizer", {"type": "Prepend", "prepend": "x" * 900}, "characters of one"),
+    ("pre_tokenizer", {"type": "Sequence", "pretokenizers": [{"type": "Whitespace"}] * 999}, "too many steps"),
+    ("post_processor", {"type": "TemplateProcessing", "single": [SPECIAL] * 999, "pair": [],
+                        "special_tokens": {"x": {"id": "x", "ids": [0], "tokens": ["x"]}}}, "too many steps"),
+    ("padding", {**FILL, "strategy": {"Fixed": 10**9}}, "tokens .padding"),
+    ("padding", {**FILL, "strategy": {"Fixed": 1}, "pad_to_multiple_of": 2**30}, "tokens .padding"),
+    ("truncation", {"direction": "Right", "max_length": 2**40, "strategy": "LongestFirst", "stride": 0}, "tokens"),
+    ("added_tokens", [{"id": i, "content": f"t{i}"} for i in range(20_000)], "tokens beside its words"),
+])  # fmt: skip
+def test_what_a_tokenizer_may_make_of_a_prompt_is_bounded(folder, key, value, sentence):
+    rewrite(folder / "tokenizer" / "tokenizer.json", **{key: value})
+    refused(folder, sentence)
+
+
+@families_of("sd3")
+@pytest.mark.parametrize("said", [
+    {"retain_prompts": ["x" * 5000]}, {"retain_prompts": ["x"] * 5000}, {"guidance": float("inf")}, {"guidance": 1e308},
+], ids=lambda said: next(iter(said)))  # fmt: skip
+def test_what_a_model_says_of_itself_is_bounded(folder, said):
+    (folder / "unforget.json").write_text(json.dumps(said))
+    refused(folder, "not what this tool expects")
+
+
+@families_of("z-image")
+def test_a_model_that_opens_and_cannot_work_is_one_sentence(folder):
+    (folder / "tokenizer" / "chat_template.jinja").write_text("")  # no token is left of a prompt
+    with pytest.raises(CannotRun) as caught:
+        loaded = families.load(str(folder), families.Options(resolution=32))
+        loaded.predict(torch.zeros(1, *loaded.latent_shape), torch.tensor([500.0]), torch.tensor([0]))
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("error", [
+    ValueError("odd"), RuntimeError("shape"), AssertionError(), KeyError("k"), ZeroDivisionError(), StopIteration(),
+], ids=repr)  # fmt: skip
+def test_whatever_a_library_raises_while_a_model_works_is_one_sentence(error):
+    with pytest.raises(CannotRun, match=r"the model 'm' cannot work: .+") as caught, families.asking("m"):
+        raise error
+    assert caught.value.__cause__ is error
+
+
+@pytest.mark.parametrize("error", [
+    UsageError("x"), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory"), KeyboardInterrupt(),
+], ids=repr)  # fmt: skip
+def test_what_is_no_librarys_stays_as_it_is(error):
+    with pytest.raises(type(error)) as caught, families.asking("m"):
+        raise error
+    assert caught.value is error
 
 
 @families_of("sd3")

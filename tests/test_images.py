@@ -1,5 +1,8 @@
 """What is read as an image, and what is refused."""
 
+import os
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -68,6 +71,22 @@ def broken(tmp_path, name):
         good.save(path, save_all=True, append_images=[Image.new("RGB", (16, 16), "blue")])
     elif name == "wide.png":
         Image.new("RGB", (20_000, 4)).save(path)
+    elif name == "many.gif":
+        good.save(path, save_all=True, append_images=[Image.new("RGB", (16, 16), "blue")], duration=[8, 9])
+        content = path.read_bytes()
+        last = content.rindex(b"\x21\xf9")
+        path.write_bytes(content[:last] + content[last:-1] * 500_000 + b";")
+    elif name == "vast.png":
+        Image.new("L", (8192, 8192)).save(path)
+    elif name == "long.webp":
+        good.save(path)
+        os.truncate(path, 2**40)
+    elif name == "colours.png":  # of a palette that is not there
+        Image.new("L", (16, 16)).save(path)
+        content = bytearray(path.read_bytes())
+        content[25] = 3
+        content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+        path.write_bytes(content)
     elif name == "large.png":
         Image.new("RGB", (64, 64)).save(path)
     return path
@@ -83,11 +102,15 @@ def broken(tmp_path, name):
         ("postscript.png", "is not an image of a kind that is read here"),
         ("range.tiff", "holds numbers without a fixed range"),
         ("long.tiff", "holds numbers without a fixed range"),
-        ("pages.tiff", "has 2 frames"),
-        ("moving.webp", "has 2 frames"),
-        ("moving.png", "has 2 frames"),
+        ("pages.tiff", "has several frames"),
+        ("moving.webp", "has several frames"),
+        ("moving.png", "has several frames"),
         ("truncated.png", "cannot be decoded"),
-        ("frames.gif", "has 2 frames"),
+        ("many.gif", "has several frames"),
+        ("vast.png", "is 8192x8192 pixels, more than 33,554,432 in all"),
+        ("long.webp", "has more than 268435456 bytes"),
+        ("colours.png", "cannot be decoded"),
+        ("frames.gif", "has several frames"),
         ("wide.png", "is 20000x4 pixels, more than 8192"),
         ("large.png", "is 64x64 pixels, the model's images are 16x16"),
     ],

@@ -201,6 +201,13 @@ def test_a_flipped_bit_is_noticed(patch, tmp_path):
         Patch.load(tmp_path / "a")
 
 
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.float64])
+def test_nan_is_found_in_numbers_of_any_width(patch, kind):
+    Patch({"x": torch.ones(3).to(kind)}, patch.provenance).check({"x": [3]})
+    with pytest.raises(CannotRun, match="NaN"):
+        Patch({"x": torch.full((3,), torch.nan).to(kind)}, patch.provenance).check({"x": [3]})
+
+
 @pytest.mark.parametrize("change", [
     {"9.lora_A.weight": torch.zeros(2, 3)}, {"1.lora_A.weight": torch.zeros(2, 7)},
     {"1.lora_B.weight": torch.zeros(2, 3)}, {"1.lora_B.weight": torch.full((2, 2), torch.nan)},

@@ -1,6 +1,8 @@
 """The policy file, and what beats what."""
 
 import datetime
+import os
+from pathlib import Path
 
 import pytest
 
@@ -145,3 +147,12 @@ def test_the_example_policy_is_one():
 
     example = Path(__file__).parents[1] / "examples" / "ci" / "unforget.toml"
     assert Policy.model_validate(read_policy(example)).level == "standard"
+
+
+@pytest.mark.parametrize("lies", [os.mkfifo, Path.mkdir])
+def test_settings_that_are_no_file_keep_nobody_waiting(tmp_path, lies):
+    lies(tmp_path / "a.toml")
+    with pytest.raises(UsageError, match="it is no file"):
+        resolve({"model": "faces", "patch": ["x.patch"]}, None, tmp_path / "a.toml")
+    with pytest.raises(UsageError, match="it is no file"):
+        resolve({"model": "faces", "patch": ["x.patch"]}, tmp_path / "a.toml", None)

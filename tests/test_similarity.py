@@ -2,6 +2,7 @@ import hashlib
 import importlib
 import importlib.util
 import io
+import os
 from pathlib import Path
 
 import numpy as np
@@ -320,3 +321,11 @@ def test_dlib_knows_the_same_face_flipped_and_no_face_in_noise():
     assert d[0] == 0
     assert d[1] < 0.3
     assert d[2].isnan()
+
+
+@pytest.mark.parametrize("name", ["m.onnx", "m.pt"])
+def test_weights_that_are_too_large_are_not_read(tmp_path, name):
+    (tmp_path / name).touch()
+    os.truncate(tmp_path / name, 2**40)
+    with pytest.raises(CannotRun, match="it has more than"):
+        backend(f"sscd={tmp_path / name}").check()

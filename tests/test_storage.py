@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import resource
 import struct
 import tracemalloc
@@ -195,9 +196,18 @@ def test_whatever_is_read_as_text_has_a_bound(tmp_path, kind):
             file.truncate(2**31)
     for read, error, said in (
         (read_lines, UsageError, "more than 16777216 bytes"), (read_json, BadFile, "more than 1048576 bytes"),
-        (Verified.of, UsageError, "more than 16777216 bytes"), (read_toml, UsageError, "too large"),
+        (Verified.of, UsageError, "more than 16777216 bytes"), (read_toml, UsageError, "too large|no file"),
     ):  # fmt: skip
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         with pytest.raises(error, match=said):
             read(path)
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18, "KiB"
+
+
+@pytest.mark.parametrize(("content", "size"), [(b"a\n", 2**40), (b"\xff\xfe", None), (b"\n\n", None)])
+def test_prompts_that_are_no_text_are_refused(tmp_path, content, size):
+    (tmp_path / "a.txt").write_bytes(content)
+    if size:
+        os.truncate(tmp_path / "a.txt", size)
+    with pytest.raises(UsageError, match=r"cannot read|holds no prompt"):
+        read_lines(tmp_path / "a.txt")

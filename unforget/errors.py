@@ -67,6 +67,14 @@ class NothingChanged(UnforgetError):
     code = ExitCode.FAILED
 
 
+_FULL = re.compile(r"out of memory|allocate memory|ALLOC_FAILED|bad_alloc", re.IGNORECASE)
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether there was no memory left."""
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_FULL.search(str(error))))
+
+
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "UNFORGET_SALT", "UNFORGET_CACHE_KEY")
 """Variables of the environment that hold one."""
 HIDDEN = "***"

@@ -16,11 +16,14 @@ import json
 import os
 import random
 import resource
+import select
 import shutil
+import signal
 import struct
 import sys
 import tempfile
 import time
+import traceback
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +36,7 @@ from conftest import tiny_pipeline, tiny_sd3
 from tables import row, table
 from test_similarity import Mean, mean_colour_onnx
 
+from unforget import cli
 from unforget.cli import app
 from unforget.families import layouts
 from unforget.families.layouts import sd3 as sd3_layout
@@ -273,44 +277,54 @@ def settings(content: bytes, draw: random.Random, each: int) -> Iterator[tuple[s
     yield "a date", content + b"x = 2026-13-45\n"
 
 
-def ask(folder: Path, command: list[str]) -> tuple[int, str, int, float]:
-    """Exit code (128 + signal, -1 for the time limit), what was said, peak memory in bytes above the start, seconds."""
+def ask(
+    folder: Path, command: list[str], limit: float = LIMIT, first: Callable[[], object] = lambda: None
+) -> tuple[int, str, int, float]:
+    """Exit code (128 + signal, -1 for the time limit), what was said, peak memory in bytes above the start, seconds.
+
+    `first` is called in the process that the command then runs in.
+    """
     read, write = os.pipe()
+    sys.stdout.flush()
     began = time.monotonic()
-    child = os.fork()
-    if child == 0:
+    with tempfile.TemporaryFile() as said:
+        child = os.fork()
+        if child == 0:
+            os.write(write, json.dumps(_run(folder, command, said.fileno(), first)).encode())
+            os._exit(0)
+        os.close(write)
+        late = not select.select([read], [], [], limit)[0]
+        if late:
+            os.kill(child, signal.SIGKILL)
+        answer = os.read(read, 4096)
         os.close(read)
-        os.chdir(folder)
-        said, code = io.StringIO(), 0
-        resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT))
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        from unforget.cli import console
+        _, status = os.waitpid(child, 0)
+        seconds = time.monotonic() - began
+        said.seek(0)
+        text = said.read().decode(errors="replace")
+    code, peak = json.loads(answer) if answer else (128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else 98, 0)
+    return -1 if late else code, text, peak, seconds
 
-        console.err.file = console.out.file = said
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            try:
-                app(command)
-            except SystemExit as end:
-                code = int(end.code or 0)
-            except BaseException:
-                import traceback
 
-                traceback.print_exc(file=said)
-                code = 99
-        peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-        os.write(write, json.dumps([code, said.getvalue()[-2000:], peak]).encode())
-        os._exit(0)
-    os.close(write)
-    content = b""
-    while part := os.read(read, 65536):
-        content += part
-    os.close(read)
-    _, status = os.waitpid(child, 0)
-    seconds = time.monotonic() - began
-    if not content:
-        return (128 + os.WTERMSIG(status)) if os.WIFSIGNALED(status) else 98, "", 0, seconds
-    code, text, peak = json.loads(content)
-    return code, text, peak, seconds
+def _run(folder: Path, command: list[str], said: int, first: Callable[[], object]) -> tuple[int, int]:
+    """The real command as its console script, in this process: exit code and peak memory above the start."""
+    code = 0
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number in (1, 2):  # what compiled libraries say, too
+        os.dup2(said, number)
+    sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
+    sys.argv = ["unforget", *command]
+    os.chdir(folder)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        first()
+        cli.main()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        code = 99
+    return code, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 
 def main() -> None:

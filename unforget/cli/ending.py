@@ -17,13 +17,13 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from unforget import __version__
-from unforget.errors import ExitCode, Interrupted, Terminated, UnforgetError, printable, redacted
+from unforget.errors import ExitCode, Interrupted, Terminated, UnforgetError, is_full, printable, redacted
 
 PROCESS = int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
 """Which of several processes this is, as a launcher says; the first one alone speaks, but for errors."""
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+LONGEST = 1000  # characters of a sentence
 LESS_MEMORY = "Give a smaller --micro-batch; a run of `unlearn` goes on with --resume."
-NO_MEMORY = re.compile(r"out of memory|allocate memory|ALLOC_FAILED|bad_alloc", re.IGNORECASE)
 BUG = "this is a bug in unforget; please report it"
 _asked: list[int] = []
 """The signals that came."""
@@ -74,8 +74,9 @@ def told(error: BaseException) -> int:
 
 
 def line(text: str) -> str:
-    """A sentence as it may be printed, on one line."""
-    return printable(re.sub(r"\s*[\r\n]\s*", " ", text))
+    """A sentence as it may be printed, on one line, and cut where a file puts a page into it."""
+    found = printable(re.sub(r"\s*[\r\n]\s*", " ", text))
+    return found if len(found) <= LONGEST else found[: LONGEST - 3] + "..."
 
 
 def _explained(error: BaseException) -> UnforgetError:
@@ -85,7 +86,7 @@ def _explained(error: BaseException) -> UnforgetError:
     if _asked or isinstance(error, KeyboardInterrupt):  # libraries make other errors of an interrupt
         told_to = _asked and _asked[-1] != signal.SIGINT
         return Terminated("told to stop") if told_to else Interrupted("interrupted")
-    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and NO_MEMORY.search(str(error))):
+    if is_full(error):
         return UnforgetError("out of memory", LESS_MEMORY)
     if isinstance(error, OSError):
         what = f"{error.strerror or error}" + (f": '{Path(str(error.filename)).name}'" if error.filename else "")

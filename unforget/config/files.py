@@ -43,8 +43,10 @@ def read(file: Path | None) -> dict[str, Any]:
     if file is None:
         return {}
     try:
+        if file.exists() and not file.is_file():  # a pipe would keep us waiting
+            raise ValueError("it is no file")
         with file.open("rb") as opened:
-            content = opened.read(LARGEST + 1)  # of a pipe or a device, too
+            content = opened.read(LARGEST + 1)
         if len(content) > LARGEST:
             raise ValueError("too large")
         found = tomllib.loads(content.decode("utf-8-sig").replace("\r\n", "\n"))

@@ -19,14 +19,13 @@ from unforget.exports.formats import FORMATS
 from unforget.exports.manifest import ExportManifest
 from unforget.families import HUB_ALIASES
 from unforget.families.spec import FamilySpec
+from unforget.files.licence import licence
 from unforget.files.patch import Provenance
 from unforget.files.storage import read_json, write_bytes
 from unforget.reports.rendering import template
 from unforget.reports.words import entities, one_line
 
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".gif"}
-MAX_CARD = 2**20
-"""Largest card of a base that is read, bytes."""
 _SPECIAL = re.compile(r"[&<>|`*_~\[\]\\$:@]|(?<=www)\.", re.IGNORECASE)
 """What is markup, or would become a link."""
 
@@ -79,18 +78,9 @@ def _options(folder: Path, manifest: ExportManifest) -> str:
 
 
 def _licence(card: Path | None) -> dict[str, Any]:
-    """What the card of a base says of its licence; nothing, if it cannot be read."""
-    try:
-        text = card.read_text(encoding="utf-8-sig") if card and card.stat().st_size <= MAX_CARD else ""
-        if not text.lstrip().startswith("---"):  # no metadata, at which ModelCard would log a warning
-            return {}
-        data = ModelCard(text, ignore_metadata_errors=True).data
-        found = {k: data.get(k) for k in ("license", "license_name", "license_link")}
-    except Exception:  # another's file may hold anything, and yaml's errors are its own
-        return {}
-    if isinstance(found["license"], list):  # the hub takes several
-        found["license"] = [one_line(v) for v in found["license"] if isinstance(v, str)] or None
-    return {k: one_line(v) if isinstance(v, str) else v for k, v in found.items() if v and isinstance(v, str | list)}
+    """What the card of a base says of its licence, each on one line."""
+    found = licence(card) if card else {}
+    return {k: one_line(v) if isinstance(v, str) else [one_line(one) for one in v] for k, v in found.items()}
 
 
 def _copied(images: Path | None, to: Path) -> list[str]:

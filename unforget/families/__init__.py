@@ -6,7 +6,7 @@ A new family is one file here, with its row `SPEC`, and its name in `ROWS`.
 from importlib import import_module
 
 from unforget.families.beside import parts_apart
-from unforget.families.loading import Hints, Options, editor, examined, hints, home, load, spec_of
+from unforget.families.loading import Hints, Options, asking, editor, examined, hints, home, load, spec_of
 from unforget.families.memory import trim_memory
 from unforget.families.spec import FamilySpec, check_scope, is_guided
 
@@ -18,5 +18,5 @@ HUB_ALIASES = {alias: repo for spec in FAMILIES for alias, repo in spec.aliases.
 
 __all__ = [
     "FAMILIES", "EMBEDDED", "HUB_ALIASES", "FamilySpec", "Options", "Hints", "load", "spec_of", "examined", "home",
-    "hints", "editor", "parts_apart", "check_scope", "is_guided", "trim_memory",
+    "hints", "editor", "asking", "parts_apart", "check_scope", "is_guided", "trim_memory",
 ]  # fmt: skip

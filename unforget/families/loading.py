@@ -6,18 +6,19 @@ import io
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from unforget import families
-from unforget.errors import CannotRun, UnforgetError, UsageError
+from unforget.errors import CannotRun, UnforgetError, UsageError, is_full
 from unforget.families import safety
 from unforget.families.parts import HINTS, INDEX, LORA, PEFT_CONFIG, check_pointer
+from unforget.files.licence import licence
 from unforget.files.storage import BadFile, open_tensors, read_json
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ class Hints(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    guidance: float | None = Field(None, ge=1)
-    retain_prompts: tuple[str, ...] = ()
+    guidance: float | None = Field(None, ge=1, le=100)
+    retain_prompts: tuple[Annotated[str, Field(max_length=2**12)], ...] = Field((), max_length=2**12)
     made: dict[str, Any] | None = None
     """Where an exported folder came from, as `unforget.exports` writes it."""
 
@@ -183,14 +184,15 @@ def editor(ref: str, device: str | torch.device = "cpu") -> tuple[Any, str]:
 
 
 def _licence(ref: str) -> str:
-    from huggingface_hub import ModelCard
+    from huggingface_hub import hf_hub_download
 
-    try:
-        card = Path(ref) / "README.md" if Path(ref).is_dir() else ref.partition("@")[0]
-        data = ModelCard.load(card).data
-        return str(getattr(data, "license_name", None) or data.license or "a licence that its card does not name")
-    except Exception:  # no card, or no network: the weights were opened all the same
-        return "a licence that could not be read"
+    home = Path(ref)
+    if not home.is_dir():
+        with suppress(Exception):  # no card, or no network: the weights were opened all the same
+            home = Path(hf_hub_download(ref.partition("@")[0], "README.md")).parent
+    found = licence(home / "README.md")
+    named = found.get("license_name") or found.get("license") or "a licence that its card does not name"
+    return (named if isinstance(named, str) else ", ".join(named))[:100]
 
 
 def _source(ref: str) -> str:
@@ -289,15 +291,33 @@ def opening(ref: str, source: str) -> Iterator[None]:
     given, sys.stdin = sys.stdin, io.StringIO()  # nobody answers what a library asks
     try:
         yield
-    except UnforgetError:
-        raise
-    except BaseException as error:  # what tokenizers raise where Rust panics is not even an Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+    except BaseException as error:
+        if not _of_a_library(error):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        reason = safety.reason(error)[:300]
         raise CannotRun(f"cannot open the model '{ref}': {reason}", _hint(source, str(error))) from error
     finally:
         sys.stdin = given
+
+
+@contextmanager
+def asking(ref: str) -> Iterator[None]:
+    """Let what fails inside a library while an opened model works be said in one sentence: its files fit their classes,
+    but what they say together cannot be done. What the memory does not hold is another matter."""
+    try:
+        yield
+    except BaseException as error:
+        if not _of_a_library(error) or is_full(error):
+            raise
+        hint = "Check its configurations; the stock pipeline must draw with it."
+        raise CannotRun(f"the model '{ref}' cannot work: {safety.reason(error)[:300]}", hint) from error
+
+
+def _of_a_library(error: BaseException) -> bool:
+    """Whether it says nothing to the user yet; what tokenizers raise where Rust panics is not even an Exception."""
+    return not isinstance(error, UnforgetError) and (
+        isinstance(error, Exception) or type(error).__name__ == "PanicException"
+    )
 
 
 def _hint(source: str, reason: str) -> str:

@@ -161,7 +161,10 @@ class Blueprint:
     @cached_property
     def schedule(self) -> Schedule:
         """As a loaded model has it."""
-        return Schedule.from_diffusers(self.scheduler)
+        from unforget.families.loading import asking
+
+        with asking(self.ref):
+            return Schedule.from_diffusers(self.scheduler)
 
     def sampling_timesteps(self, steps: int) -> list[float]:
         """As of a loaded model."""

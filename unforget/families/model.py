@@ -17,7 +17,7 @@ from unforget.core.schedule import Schedule
 from unforget.core.types import UNCONDITIONAL, Scope
 from unforget.errors import CannotRun, UsageError
 from unforget.families import offload
-from unforget.families.loading import Hints, Options
+from unforget.families.loading import Hints, Options, asking
 from unforget.families.scopes import check_precision, switch_adapter, trainable
 from unforget.families.spec import FamilySpec, Setting, is_guided, tokenizer
 from unforget.files.storage import digest
@@ -37,9 +37,9 @@ class DiffusionModel:
         self.spec, self.pipeline, self.name, self.device = spec, pipeline, name, torch.device(options.device)
         self.batch_size, self.note, self.options = options.batch_size, options.note, options
         self.schedule, self.plain = Schedule.from_diffusers(pipeline.scheduler), False
-        for name in spec.optional:
-            if getattr(pipeline, name) is not None and spec.silent(getattr(pipeline, name)):
-                pipeline.register_modules(**{name: None, tokenizer(name): None})
+        for part in spec.optional:
+            if getattr(pipeline, part) is not None and spec.silent(getattr(pipeline, part)):
+                pipeline.register_modules(**{part: None, tokenizer(part): None})
         self.absent = tuple(n for n in spec.text_encoders if getattr(pipeline, n) is None)
         self.network = self._placed(getattr(pipeline, spec.network))
         self.vae = getattr(pipeline, spec.autoencoder).to(self.device) if spec.autoencoder else None
@@ -90,7 +90,8 @@ class DiffusionModel:
             CannotRun: If the text encoders were released and a prompt is new.
         """
         if new := [p for p in dict.fromkeys(prompts) if p not in self.prompts]:
-            self._embed(new)
+            with asking(self.name):
+                self._embed(new)
         return torch.tensor([self.prompts.index(p) for p in prompts], dtype=torch.long)
 
     def _embed(self, prompts: list[str]) -> None:
@@ -166,18 +167,19 @@ class DiffusionModel:
         if not len(pictures):
             return torch.empty(0, *self.latent_shape)
         few = torch.split(pictures, self._in_one_pass)
-        answers = (vae.encode(part.to(vae.device, vae.dtype)) for part in few)
-        parts = [a.latent_dist.mode() if hasattr(a, "latent_dist") else next(iter(a.values())) for a in answers]
-        return self.spec.to_x_0(vae, torch.cat(parts).float()).cpu()
+        with asking(self.name):
+            answers = (vae.encode(part.to(vae.device, vae.dtype)) for part in few)
+            parts = [a.latent_dist.mode() if hasattr(a, "latent_dist") else next(iter(a.values())) for a in answers]
+            return self.spec.to_x_0(vae, torch.cat(parts).float()).cpu()
 
     @torch.no_grad()
     def decode(self, x_0: Tensor) -> Tensor:
         """Pictures in [-1, 1], (N, C, H, W); those of an autoencoder on the CPU."""
         vae = self.vae
         if vae is not None:
-            few = torch.split(self.spec.to_latents(vae, x_0), self._in_one_pass)
-            parts = [vae.decode(part.to(vae.device, vae.dtype)).sample.float().cpu() for part in few]
-            x_0 = torch.cat(parts)
+            with asking(self.name):
+                few = torch.split(self.spec.to_latents(vae, x_0), self._in_one_pass)
+                x_0 = torch.cat([vae.decode(part.to(vae.device, vae.dtype)).sample.float().cpu() for part in few])
         return x_0.clamp(-1, 1)
 
     @property
@@ -190,7 +192,7 @@ class DiffusionModel:
         device = self.device
         told = zip(*(self._conditioning[i] for i in prompt_ids.tolist()), strict=True)
         conditioning = [torch.stack(tensors).to(device) for tensors in told]
-        with self._adapter():
+        with asking(self.name), self._adapter():
             answer = self.spec.call(
                 self.network, x_t.to(device, self.dtype), timestep.to(device, torch.float32), conditioning,
                 Setting(self.image_shape[1:], self.guidance),
@@ -222,8 +224,9 @@ class DiffusionModel:
         x_t = (x_t * getattr(sampler, "init_noise_sigma", 1)).float()
         draws = {"generator": generator} if "generator" in inspect.signature(sampler.step).parameters else {}
         for t in sampler.timesteps:
-            answer = self._guided(scaled(x_t, t), t.expand(1), prompt_ids)
-            x_t = sampler.step(answer, t, x_t, **draws).prev_sample
+            with asking(self.name):
+                answer = self._guided(scaled(x_t, t), t.expand(1), prompt_ids)
+                x_t = sampler.step(answer, t, x_t, **draws).prev_sample
         return x_t
 
     def sampling_timesteps(self, steps: int) -> list[float]:
@@ -247,7 +250,8 @@ class DiffusionModel:
             # Where gradients go through the whole chain, one pass is kept at a time and computed again.
             again = torch.is_grad_enabled() and x_t.requires_grad
             answer = checkpoint(self._guided, *given, **ONE_PASS) if again else self._guided(*given)
-            x_t = sampler.step(answer, t, x_t).prev_sample
+            with asking(self.name):
+                x_t = sampler.step(answer, t, x_t).prev_sample
         return x_t
 
     def _guided(self, x_t: Tensor, timestep: Tensor, prompt_ids: Tensor) -> Tensor:
@@ -298,9 +302,9 @@ def sampler(
         raise UsageError(f"diffusers has no scheduler '{name}'", "Give a class name, such as DDIMScheduler.")
     try:
         made: Any = kind.from_config(config, **options)  # type: ignore[attr-defined]
-    except (ValueError, TypeError, NotImplementedError) as error:
-        raise UsageError(f"the scheduler '{name}' does not fit this model: {error}", "Give another.") from None
-    spec.timesteps(made, steps, latent_shape)
+        spec.timesteps(made, steps, latent_shape)
+    except Exception as error:  # whatever a library makes of a configuration that is none
+        raise UsageError(f"the scheduler '{name}' does not fit this model: {error}"[:300], "Give another.") from error
     return made
 
 

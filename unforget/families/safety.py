@@ -23,6 +23,7 @@ from unforget.errors import CannotRun, UsageError
 from unforget.families.encoders import PROJECTION, matched, tensors_of
 from unforget.families.parts import EXTRAS, PEFT_CONFIG, STEMS, WORDS, Classes, Part, classes, listed, opened
 from unforget.families.spec import Setting, is_inside
+from unforget.families.words import LARGEST, check_words
 from unforget.files.storage import BadFile, Lazy, open_tensors, read_json
 
 if TYPE_CHECKING:
@@ -37,8 +38,6 @@ UNLIMITED = ("model_max_length", "rope_theta", "theta", "max_pixels", "min_pixel
 """Numbers that nothing is made of; libraries write 1e30 where there is no limit."""
 SIDE = 8192  # largest `sample_size`
 SPARE = 1.05  # how many numbers a transformer may ask for, as a share of those in a single file
-LARGEST = 2**26  # largest file of a tokenizer, bytes; Gemma's has half of it, Qwen's a sixth
-GROWTH = 256  # times as long as a prompt may become; what Gemma, Qwen and T5 replace stays as long
 PIECES = 50_000  # most modules, parameters and buffers of a part; a large transformer has a tenth of them
 TABLES = 2**24  # most numbers in tables that are computed, where the weights are no more
 CODE = ("auto_map", "custom_pipeline", "custom_pipelines", "custom_generate", "trust_remote_code")
@@ -153,24 +152,10 @@ def check_tables(part: Part) -> dict[str, Any]:
         elif file.stat().st_size > LARGEST:
             raise BadFile(f"'{where}' has more than {LARGEST} bytes")
         elif file.name == "tokenizer.json":
-            table = read_json(file, most=LARGEST)
-            if not isinstance(table, dict) or _growth(table.get("normalizer")) > GROWTH:
-                raise BadFile(f"'{where}' makes more of a prompt than any tokenizer does")
+            check_words(file, where)
     if part.kind == "tokenizer" and not files:
         raise CannotRun(f"'{part.home}' holds no tokenizer", "Get the model again.")
     return found
-
-
-def _growth(step: Any, depth: int = 0) -> float:
-    """How many times as long a prompt may become by what a tokenizer replaces in it, steps within steps."""
-    if depth > 16:
-        return math.inf
-    if isinstance(step, list):
-        return math.prod(_growth(inner, depth + 1) for inner in step)
-    if not isinstance(step, dict):
-        return 1
-    text = step.get("content", step.get("prepend", ""))
-    return max(1, len(text) if isinstance(text, str) else 1) * _growth(list(step.values()), depth + 1)
 
 
 def _check_value(value: Any, where: str, key: str = "", depth: int = 0) -> None:

@@ -3,7 +3,8 @@
 import hashlib
 import io
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,15 @@ import torch
 from PIL import Image, ImageCms, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from unforget.errors import UsageError
+from unforget.errors import UnforgetError, UsageError
 from unforget.files.storage import write_bytes
 
 MAX_SIDE = 8192
 """Longest side of an image that is decoded at all, in pixels."""
+MAX_PIXELS = 2**25
+"""Most pixels of an image that is decoded: its colours are converted in memory, in copies of four bytes each."""
+MAX_BYTES = 2**28
+"""Largest file of an image, which some decoders read whole."""
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF")
 """What is decoded. Pillow knows more, some of which other programs decode."""
 SUFFIXES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif")
@@ -34,12 +39,18 @@ def read_image(
     Raises:
         UsageError: If it is not one readable image of that size (which `resize` crops and scales it to).
     """
+    with _decoding(path):
+        return _read(path, shape, resize, lambda sentence: note(f"{path}: {sentence}"))
+
+
+def _read(path: Path, shape: tuple[int, int, int], resize: bool, note: Note) -> Tensor:
     channels, height, width = shape
-    image = _upright(_open(path, (width, height), resize), lambda sentence: note(f"{path}: {sentence}"))
+    image = _upright(_open(path, (width, height), resize), note)
     if image.mode not in ("RGB", "L"):
-        note(f"{path}: {image.mode} converted to RGB" + (", on white" if image.has_transparency_data else ""))
+        note(f"{image.mode} converted to RGB" + (", on white" if image.has_transparency_data else ""))
         if image.mode.startswith("I"):
-            image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8))
+            eight = (np.arange(2**16) / 257).round().astype(np.uint8)
+            image = Image.fromarray(eight[np.asarray(image).clip(0, 2**16 - 1)])
         elif image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -47,6 +58,20 @@ def read_image(
     if image.size != (width, height):
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     return from_pil(image)
+
+
+@contextmanager
+def _decoding(path: Path) -> Iterator[None]:
+    """Say of a file what its decoder raises, which may be anything."""
+    try:
+        yield
+    except (UnforgetError, MemoryError):
+        raise
+    except UnidentifiedImageError:
+        raise UsageError(f"'{path}' is not an image of a kind that is read here", f"Give {_listed(FORMATS)}.") from None
+    except Exception as error:
+        reason = str(error) or type(error).__name__
+        raise UsageError(f"'{path}' cannot be decoded: {reason}", "The file looks truncated or damaged.") from None
 
 
 def _open(path: Path, size: tuple[int, int], resize: bool) -> Image.Image:
@@ -57,34 +82,42 @@ def _open(path: Path, size: tuple[int, int], resize: bool) -> Image.Image:
         raise UsageError(f"there is no file '{path}'", "Check the path.")
     if path.stat().st_size == 0:
         raise UsageError(f"'{path}' is empty", "Give an image file.")
-    try:
-        ImageFile.LOAD_TRUNCATED_IMAGES = False
-        Image.init()
-        known = [kind for kind in FORMATS if kind in Image.OPEN]  # Pillow before 11.3 lacks AVIF
-        image: Image.Image = Image.open(path, formats=known)
-        _check(image, path, size, resize)
-        image.load()
-    except UnidentifiedImageError:
-        raise UsageError(f"'{path}' is not an image of a kind that is read here", f"Give {_listed(FORMATS)}.") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UsageError(f"'{path}' cannot be decoded: {error}", "The file looks truncated or damaged.") from None
+    if path.stat().st_size > MAX_BYTES:
+        raise UsageError(f"'{path}' has more than {MAX_BYTES} bytes", "Scale it to the model's size first.")
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    Image.init()
+    known = [kind for kind in FORMATS if kind in Image.OPEN]  # Pillow before 11.3 lacks AVIF
+    image: Image.Image = Image.open(path, formats=known)
+    _check(image, path, size, resize)
+    image.load()
     return image
 
 
 def _check(image: Image.Image, path: Path, size: tuple[int, int], resize: bool) -> None:
     """Refuse before it is decoded what would not do."""
     found = f"'{path}' is {image.width}x{image.height} pixels"
-    if max(image.size) > MAX_SIDE:
-        raise UsageError(f"{found}, more than {MAX_SIDE} on a side", "Scale it to the model's size first.")
+    if max(image.size) > MAX_SIDE or image.width * image.height > MAX_PIXELS:
+        limit = f"{MAX_SIDE} on a side" if max(image.size) > MAX_SIDE else f"{MAX_PIXELS:,} in all"
+        raise UsageError(f"{found}, more than {limit}", "Scale it to the model's size first.")
     turned = image.getexif().get(ORIENTATION, UPRIGHT) > 4
     if not resize and (image.size[::-1] if turned else image.size) != size:
         sentence = f"{found}, the model's images are {size[0]}x{size[1]}"
         raise UsageError(sentence, "Give --resize to crop and scale it.")
     # A camera's file may hold previews and depth maps, too; to every viewer the first picture is all.
-    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-        raise UsageError(f"'{path}' has {image.n_frames} frames", "Save the one frame you mean as PNG.")  # type: ignore[attr-defined]
+    if image.format != "MPO" and _moves(image):
+        raise UsageError(f"'{path}' has several frames", "Save the one frame you mean as PNG.")
     if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):  # Pillow 10 opens PNGs of 16 bits so
         raise UsageError(f"'{path}' holds numbers without a fixed range", "Save it with 8 or 16 bits a channel.")
+
+
+def _moves(image: Image.Image) -> bool:
+    """Whether there is a second frame. They are not counted: that takes as long as there are any."""
+    try:
+        image.seek(1)
+    except EOFError:
+        return False
+    image.seek(0)
+    return True
 
 
 def _upright(image: Image.Image, note: Note) -> Image.Image:

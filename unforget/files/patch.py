@@ -196,7 +196,7 @@ class Patch:
             if not fits:
                 raise CannotRun(f"the network has no place for '{name}'", "The patch is for another architecture.")
         for name, tensor in self.tensors.items():
-            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):  # torch has none of 8 bits
                 raise CannotRun(f"the patch holds NaN or infinite numbers in '{name}'", "Unlearn again.")
 
 

@@ -125,10 +125,11 @@ class Instruct(Strategy):
         canvas.note(f"the editor {self.model} is under {licence}")
         picture, out = to_pil(canvas.target), []
         for i in range(self.seeds):
-            edit = pipeline(
-                image=picture, prompt=self.instruction, num_inference_steps=self.steps,
-                generator=torch.Generator().manual_seed(canvas.seed + i),
-            ).images[0]  # fmt: skip
+            with families.asking(self.model):
+                edit = pipeline(
+                    image=picture, prompt=self.instruction, num_inference_steps=self.steps,
+                    generator=torch.Generator().manual_seed(canvas.seed + i),
+                ).images[0]  # fmt: skip
             out.append(from_pil(edit.convert("RGB").resize(picture.size, Image.Resampling.LANCZOS)))
         return _edits(canvas, torch.stack(out), "instruct")
 

@@ -26,6 +26,8 @@ from unforget.errors import CannotRun, UsageError
 
 BATCH = 32
 """Images in one pass of a network."""
+LARGEST = 2**31
+"""Largest file of weights, bytes; ONNX has no larger ones, SSCD's have a twentieth of it."""
 
 
 class _Backend(Strategy):
@@ -206,6 +208,8 @@ def _file(kind: str, path: Path | None, package: str, *inside: str) -> Path:
     path = path.expanduser()  # no shell expands the ~ of KIND=~/FILE
     if not path.is_file():
         raise _cannot(kind, f"needs the file '{path}', which is not there")
+    if path.stat().st_size > LARGEST:
+        raise _cannot(kind, f"cannot use '{path}': it has more than {LARGEST} bytes")
     return path
 
 
