@@ -166,7 +166,8 @@ def test_a_folder(base, tmp_path):
         assert found[name] == before[name]  # the second text encoder is float16 and stays so
     said = families.hints(done.output)
     assert (said.guidance, said.retain_prompts) == (2.0, CAPTIONS)
-    assert ExportManifest.model_validate(undamaged(said.made)) == done.manifest
+    made = ExportManifest.model_validate(undamaged(said.made))
+    assert made.model_copy(update={"files": {}}) == done.manifest
     config = json.loads(found["vae/config.json"])
     assert "_name_or_path" not in config
     assert config["more"] == {}
