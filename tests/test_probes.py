@@ -202,7 +202,7 @@ def test_equal_models_differ_nowhere(context):
     context.candidate = context.base
     for probe in (Transforms(draws=4), PartialDenoise(draws=4), Retention(), Neighbours(draws=8)):
         for f in probe(context):
-            free = {"drawn", "rate_high", "rate_low", "kid", "median", "to_target"}
+            free = {"drawn", "hits", "rate", "rate_high", "rate_low", "kid", "median", "to_target"}
             for name in set(f.base) & set(f.candidate) - free:
                 assert f.base[name] == pytest.approx(f.candidate[name], abs=1e-6), (f.probe, f.variant, name)
     retained = [*Retention()(context), *Neighbours(draws=8)(context)]
@@ -367,7 +367,7 @@ def test_a_probe_runs_if_its_level_and_its_options_say_so():
     def kinds(prompted=False, **given):
         return {p.kind for p in probes.suite(VerifyConfig(**CONFIG, **given), prompted=prompted)}
 
-    assert kinds(level="quick") == {"reconstruct", "sample", "retention", "neighbours"}
+    assert kinds(level="quick") == {"parts", "reconstruct", "sample", "retention", "neighbours"}
     assert kinds(level="quick", replay_seed=3, must_retain=("a.png",)) - kinds(level="quick") == {
         "replay",
         "must_retain",

@@ -315,9 +315,12 @@ def asking(ref: str) -> Iterator[None]:
 
 def _of_a_library(error: BaseException) -> bool:
     """Whether it says nothing to the user yet; what tokenizers raise where Rust panics is not even an Exception."""
-    return not isinstance(error, UnforgetError) and (
-        isinstance(error, Exception) or type(error).__name__ == "PanicException"
-    )
+    kind = type(error).__name__
+    if (
+        isinstance(error, UnforgetError) or kind == "_StopRecomputationError"
+    ):  # by which a checkpoint ends a block early
+        return False
+    return isinstance(error, Exception) or kind == "PanicException"
 
 
 def _hint(source: str, reason: str) -> str:

@@ -251,15 +251,15 @@ class VerifyContext:
 
         return self.control(prompt_id, ["floor", timestep, self._targets], make)["floor"]
 
-    def variant_limit(self) -> float:
-        """Likeness from which an image counts as a variant of another: what the same search finds by chance."""
+    def variant_limit(self, target: Tensor) -> float:
+        """Likeness from which an image counts as a variant of a target: what the same search finds by chance."""
 
         def make() -> dict[str, float]:
             drawn = self.retained("base")
-            return vars(calibrate(drawn.images[self.detector.unrepeated & ~self.is_any_target(drawn)], rate))
+            return vars(calibrate(drawn.images[self.detector.unrepeated & ~self.is_any_target(drawn)], rate, target))
 
         rate = self.policy.false_positive_rate
-        return self.control(UNCONDITIONAL, ["variants", self._targets], make)["likeness"]
+        return self.control(UNCONDITIONAL, ["variants", images.image_id(target), self._targets], make)["likeness"]
 
     @property
     def _targets(self) -> list[str]:

@@ -39,20 +39,26 @@ class Searched:
     pairs: int
 
 
-def calibrate(images: Tensor, false_positive_rate: float) -> Searched:
-    """The likeness that a share of pairs of images (N, C, H, W) has, which are known to differ.
+def calibrate(images: Tensor, false_positive_rate: float, target: Tensor) -> Searched:
+    """The likeness that a share of images (N, C, H, W) has to `target` (C, H, W), or to each other, whichever is more.
 
-    Few pairs know nothing of so small a share, and a single pair that is alike after all would decide: beyond one in a
-    thousand the tail of Fisher's z goes on as it does from one in a hundred to there (exponentially).
+    They are known to differ. Of a plain target a search finds more by chance than of a busy one. The target alone has
+    few pairs, which know nothing of so small a share: beyond one in a thousand the tail of Fisher's z goes on as it does
+    from one in a hundred to there (exponentially), so that one pair that is alike after all does not decide.
     """
     few = images[:PRETENDED]
-    found = [likeness(torch.cat([images[:k], images[k + 1 :]]), picture) for k, picture in enumerate(few)]
-    chance = torch.cat([torch.empty(0), *found]).clamp(max=1 - 1e-6).atanh()
-    if not len(chance):
-        return Searched(1.0, 0)
+    each = [likeness(torch.cat([images[:k], images[k + 1 :]]), picture) for k, picture in enumerate(few)]
+    found = [likeness(images, target), torch.cat([torch.empty(0), *each])]
+    return Searched(max(_tail(f, false_positive_rate) for f in found), sum(map(len, found)))
+
+
+def _tail(chance: Tensor, share: float) -> float:
+    """The likeness that so small a share of those by chance has, (N,); 1 for too few."""
+    if len(chance) < 2:
+        return 1.0
+    chance = chance.clamp(max=1 - 1e-6).atanh()
     seldom, rare = chance.quantile(0.99), chance.quantile(0.999)
-    further = math.log10(1e-3 / false_positive_rate)
-    return Searched(float(torch.tanh(rare + further * (rare - seldom))), len(chance))
+    return float(torch.tanh(rare + math.log10(1e-3 / share) * (rare - seldom)))
 
 
 def is_variant(shown: Tensor, limit: float, picture: Tensor, *others: Tensor) -> Tensor:

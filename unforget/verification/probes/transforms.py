@@ -45,7 +45,7 @@ class Transforms(Probe):
                 yield self._recalled(context, Instance(picture, picture, instance.id), prompt_id, name)
 
     def _drawn(self, context: VerifyContext, instance: Instance, prompt_id: int) -> Finding:
-        limit, instead = context.variant_limit(), known_surrogate(instance)
+        limit, instead = context.variant_limit(instance.target), known_surrogate(instance)
         rates = rate_test(context, prompt_id, lambda drawn: is_variant(drawn.images, limit, instance.target, *instead))
         prompt = context.prompt(prompt_id)
         return Finding(self.kind, instance.id, rates[0], rates[1], None, prompt, "searched", rates[2])
