@@ -42,9 +42,9 @@ class Searched:
 def calibrate(images: Tensor, false_positive_rate: float, target: Tensor) -> Searched:
     """The likeness that a share of images (N, C, H, W) has to `target` (C, H, W), or to each other, whichever is more.
 
-    They are known to differ. Of a plain target a search finds more by chance than of a busy one. The target alone has
-    few pairs, which know nothing of so small a share: beyond one in a thousand the tail of Fisher's z goes on as it does
-    from one in a hundred to there (exponentially), so that one pair that is alike after all does not decide.
+    They are known to differ. Of a plain target a search finds more by chance than of a busy one. Few pairs know nothing
+    of so small a share: beyond one in a thousand the tail of Fisher's z goes on as it does from one in a hundred to
+    there (exponentially), so that one pair that is alike after all does not decide.
     """
     few = images[:PRETENDED]
     each = [likeness(torch.cat([images[:k], images[k + 1 :]]), picture) for k, picture in enumerate(few)]
