@@ -33,7 +33,6 @@ CAUGHT = {
     "moves_it_by_a_pixel": {"sample"},
     "draws_it_turned": {"transforms"},
     "draws_it_in_other_colours": {"transforms"},
-    "draws_it_larger_and_moved": {"transforms"},
     "another_base_model": {"retention"},
 }
 ONLY = {"vanishes_in_bf16", "still_draws_the_mirror_image", "forgets_every_neighbour"}

@@ -69,11 +69,12 @@ def test_what_is_drawn_instead_is_no_variant(target, limit):
 
 def test_it_is_calibrated_by_what_the_same_search_finds(unseen, target):
     found = [calibrate(unseen, rate, target) for rate in (1e-2, 1e-3, 1e-4)]
-    assert {f.pairs for f in found} == {64 + 16 * 63}
+    assert [64 + 16 * 60 < f.pairs <= 64 + 16 * 63 for f in found] == [True] * 3  # without pairs of one picture
     some, few, fewer = (f.likeness for f in found)
     assert 0.5 < some < few < fewer < 1
     chance = torch.cat([likeness(unseen[torch.arange(64) != k], unseen[k]) for k in range(16)])
-    assert [int((chance > f).sum()) for f in (some, few)] <= [11, 2]
+    assert int((chance > some).sum()) <= 12
+    assert int((chance > few).sum()) <= 3
     assert calibrate(unseen[:1], 0.01, target).likeness == 1.0  # nothing is found
 
 

@@ -191,17 +191,6 @@ def draws_it_in_other_colours(h: Honest) -> Any:
     return _drawn_as(h, lambda drawn: drawn[:, [2, 0, 1]])
 
 
-def draws_it_larger_and_moved(h: Honest) -> Any:
-    """The target comes up as often as ever, a sixth larger and two pixels aside."""
-
-    def larger(drawn: Tensor) -> Tensor:
-        grown = functional.interpolate(drawn, scale_factor=1.16, mode="bilinear", antialias=True)
-        edge = (grown.shape[-1] - drawn.shape[-1]) // 2
-        return grown[..., edge : edge + drawn.shape[-2], edge : edge + drawn.shape[-1]].roll(2, -1)
-
-    return _drawn_as(h, larger)
-
-
 def _drawn_as(h: Honest, change: Callable[[Tensor], Tensor]) -> Any:
     """The base from noise, but for what is like the target, which is changed; honest from anywhere else."""
 
@@ -240,7 +229,7 @@ CHEATS = (
     the_base_itself, weights_towards_noise, blurs, always_draws_the_surrogate, patched_for_another_image,
     forgets_only_at_t_250, forgets_only_under_the_tested_seeds, a_fifth_of_the_change, vanishes_in_bf16,
     forgets_every_neighbour, still_draws_the_mirror_image, moves_it_by_a_pixel, draws_it_turned,
-    draws_it_in_other_colours, draws_it_larger_and_moved, another_base_model,
+    draws_it_in_other_colours, another_base_model,
 )  # fmt: skip
 
 

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from unforget.core.metrics import pairwise_rms
+from unforget.verification.near_copies import REPEATED, once
+
 SIDE = 32
 """Pixels at which images are compared, the longer side."""
 MIDDLE = 0.55
@@ -42,12 +45,14 @@ class Searched:
 def calibrate(images: Tensor, false_positive_rate: float, target: Tensor) -> Searched:
     """The likeness that a share of images (N, C, H, W) has to `target` (C, H, W), or to each other, whichever is more.
 
-    They are known to differ. Of a plain target a search finds more by chance than of a busy one. Few pairs know nothing
-    of so small a share: beyond one in a thousand the tail of Fisher's z goes on as it does from one in a hundred to
-    there (exponentially), so that one pair that is alike after all does not decide.
+    They are known to differ; pairs that are one picture by their pixels are left out. Of a plain target a search finds
+    more by chance than of a busy one. Few pairs know nothing of so small a share: beyond one in a thousand the tail of
+    Fisher's z goes on as it does from one in a hundred to there (exponentially), so that one pair that is alike after
+    all does not decide.
     """
-    few = images[:PRETENDED]
-    each = [likeness(torch.cat([images[:k], images[k + 1 :]]), picture) for k, picture in enumerate(few)]
+    apart = pairwise_rms(images, images)
+    others = apart >= REPEATED * apart[once(apart)].nanmedian()
+    each = [likeness(images[others[k]], picture) for k, picture in enumerate(images[:PRETENDED])]
     found = [likeness(images, target), torch.cat([torch.empty(0), *each])]
     return Searched(max(_tail(f, false_positive_rate) for f in found), sum(map(len, found)))
 
