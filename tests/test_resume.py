@@ -205,6 +205,10 @@ CHANGED = {
     "checkpoint": [
         lambda t, v: t.clear(), lambda t, v: t.pop("generator"), lambda t, v: t.pop("weight.0"), turned("weight.0"),
         lambda t, v: t.update(generator=torch.zeros(3)), turned("optimizer.0.exp_avg"), lambda t, v: v.clear(),
+        turned("optimizer.0.step"), *(
+            lambda t, v, n=n: t.update({n: t[n].long()})
+            for n in ("weight.0", "optimizer.0.exp_avg", "optimizer.0.exp_avg_sq", "optimizer.0.step")
+        ),
         *(lambda t, v, n=n, odd=odd: v.update({n: odd})
           for n in ("step", "start", "learning_rate", "reached", "margin", "optimizer") for odd in ("x", -1, [1])),
     ],

@@ -191,7 +191,7 @@ class Trainer:
         margins = [m for m in (f["margin"], f["margin_before"]) if m is not None]
         if type(f["step"]) is not int or type(f["start"]) is not int or type(f["reached"]) is not bool:
             raise TypeError
-        if not (0 < f["step"] <= f["start"] + self.lr_schedule.cooldown <= self.recipe.max_train_steps):
+        if f["start"] < 1 or not 0 < f["step"] <= f["start"] + self.lr_schedule.cooldown <= self.recipe.max_train_steps:
             raise ValueError
         if not 0 < f["learning_rate"] <= 1 or not all(isinstance(m, float) for m in margins):
             raise ValueError
@@ -203,8 +203,9 @@ class Trainer:
             self.masks = [tensors[f"mask.{i}"].to(w.device) for i, w in enumerate(self.weights)]
         for i, weight in enumerate(self.weights):
             prefix = f"optimizer.{i}."
-            moments = [known[f"{prefix}{n}"] for n in MOMENTS if f"{prefix}{n}" in known]
-            if any(t.shape != weight.shape for t in (known[f"weight.{i}"], *moments)):
+            like = {f"weight.{i}": weight, **{f"{prefix}{n}": weight for n in MOMENTS}, f"{prefix}step": torch.ones(())}
+            same = [(known[n].shape, known[n].dtype) == (t.shape, t.dtype) for n, t in like.items() if n in tensors]
+            if not all(same) or (self.masks and self.masks[i].shape != weight.shape):
                 raise ValueError
             weight.copy_(known[f"weight.{i}"])
             # Adam keeps its count of steps on the CPU, its moments where the weight is.
