@@ -16,8 +16,9 @@ from unforget.errors import Interrupted, Terminated, UsageError
 from unforget.families.recipes import pixel_recipes
 from unforget.files import images
 from unforget.files.patch import Patch
-from unforget.files.storage import open_tensors
+from unforget.files.storage import checksummed, digest, open_tensors, write_tensors
 from unforget.unlearning import trainer
+from unforget.unlearning.run_directory import HEADER
 
 
 @pytest.mark.parametrize("step", [1, 19, 20, 21, 27])
@@ -185,6 +186,63 @@ def test_a_run_of_another_version_is_refused_in_a_sentence(config, monkeypatch):
     path.write_text(json.dumps({"asked": found["asked"], "how": found["environment"], "finished": None}))
     with pytest.raises(UsageError, match="of another run or version"):
         unlearn(config(resume=True))
+
+
+def resealed(path, change):
+    """A file of a run that says something else, its digest and checksums right: of another version, or hostile."""
+    opened = open_tensors(path)
+    tensors, header = opened.load(), json.loads(opened.metadata[HEADER])
+    change(tensors, header["values"])
+    header["digest"] = digest(tensors)
+    write_tensors(tensors, {HEADER: json.dumps(checksummed(header))}, path)
+
+
+def turned(name):
+    return lambda t, v: t.update({name: t[name].flatten()[None]})
+
+
+CHANGED = {
+    "checkpoint": [
+        lambda t, v: t.clear(), lambda t, v: t.pop("generator"), lambda t, v: t.pop("weight.0"), turned("weight.0"),
+        lambda t, v: t.update(generator=torch.zeros(3)), turned("optimizer.0.exp_avg"), lambda t, v: v.clear(),
+        turned("optimizer.0.step"), *(
+            lambda t, v, n=n: t.update({n: t[n].long()})
+            for n in ("weight.0", "optimizer.0.exp_avg", "optimizer.0.exp_avg_sq", "optimizer.0.step")
+        ),
+        *(lambda t, v, n=n, odd=odd: v.update({n: odd})
+          for n in ("step", "start", "learning_rate", "reached", "margin", "optimizer") for odd in ("x", -1, [1])),
+    ],
+    "prepared": [
+        *(turned(f"{n}.{k}") for n in ("instances", "encoded") for k in ("target", "surrogate")),
+        *(turned(f"{n}.x_0") for n in ("retain", "neighbours")), lambda t, v: t.pop("prior_counts"),
+        lambda t, v: t.update(prior_counts=torch.zeros(7)), lambda t, v: t["retain.prompt_ids"].fill_(99),
+        lambda t, v: t["retain.x_0"].fill_(torch.nan), lambda t, v: v.update(instances=[]),
+        lambda t, v: t.update({"retain.x_0": t["retain.x_0"].double()}), lambda t, v: v.update(instances=7),
+        lambda t, v: v.update(encoded=[["x", [99]]]),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_file_of_a_run_that_says_something_else_is_an_error(config, monkeypatch, name):
+    path = stopped(config, monkeypatch) / f"{name}.safetensors"
+    content = path.read_bytes()
+    for change in CHANGED[name]:
+        path.write_bytes(content)
+        resealed(path, change)
+        with pytest.raises(UsageError, match="of another run or version"):
+            unlearn(config(resume=True))
+
+
+def test_an_end_that_says_something_else_is_an_error(config):
+    unlearn(config(max_train_steps=2, cooldown_steps=1))
+    path = config().folder / "run.json"
+    found = json.loads(path.read_text())
+    changes = {"steps": "x"}, {"table": [{}]}, {"table": {}}, {"drawn": [1]}, {"more": 1}, {"digest": None}
+    for finished in (*(found["finished"] | change for change in changes), 7, ["x"]):
+        path.write_text(json.dumps(checksummed(found | {"finished": finished})))
+        with pytest.raises(UsageError, match="version"):
+            unlearn(config(resume=True, max_train_steps=2, cooldown_steps=1))
 
 
 def test_what_the_machine_does_otherwise_is_said(config, monkeypatch):

@@ -211,3 +211,10 @@ def test_prompts_that_are_no_text_are_refused(tmp_path, content, size):
         os.truncate(tmp_path / "a.txt", size)
     with pytest.raises(UsageError, match=r"cannot read|holds no prompt"):
         read_lines(tmp_path / "a.txt")
+
+
+def test_a_file_that_is_longer_than_it_says_is_not_mapped(tmp_path):
+    write_tensors({"a": torch.ones(3)}, {}, tmp_path / "a")
+    os.truncate(tmp_path / "a", 2**40)
+    with pytest.raises(BadFile, match="longer than its header says"):
+        open_tensors(tmp_path / "a")

@@ -3,9 +3,10 @@
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
 from unforget.api.common import holding_outputs, load, noted, pictures, read, recipe_of, salted, versions
@@ -195,9 +196,51 @@ def _provenance(config: UnlearnConfig, recipe: Recipe, inputs: RunInputs, base_d
     )  # fmt: skip
 
 
+class _Record(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class _Shown(_Record):
+    to_target: float
+    to_surrogate: float
+    nearer_surrogate: float
+
+
+class _Row(_Record):
+    target: str
+    probe: str
+    prompt: str
+    before: _Shown
+    after: _Shown
+
+
+class _Shares(_Record):
+    target: str
+    prompt: str
+    before: dict[str, float]
+    after: dict[str, float]
+
+
+class _Ended(_Record):
+    """What a run notes of its end: `Unlearned` without paths, and the digest of the patched network."""
+
+    steps: int
+    stopped: str
+    margin: float | None
+    table: list[_Row]
+    drawn: list[_Shares]
+    drift: dict[Literal["median", "mean"], float]
+    forgotten: bool
+    replaced: bool
+    digest: str
+
+
 def _remembered(ended: dict[str, Any], output: Path) -> Unlearned:
     """The result of a run that had ended already."""
-    known = dict(ended)
+    try:
+        known = _Ended.model_validate(ended).model_dump()
+    except ValidationError:
+        raise UsageError("the record of the run's end is of another version", "Start again with --force.") from None
     if not output.is_file() or provenance(output).patched_digest != known.pop("digest", None):
         raise UsageError(f"the run ended, but '{output}' is not its patch any more", "Start again with --force.")
     return Unlearned(output, run_folder(output), **known)

@@ -153,9 +153,11 @@ class Opened:
 def open_tensors(path: Path) -> Opened:
     """Read the header of a safetensors file; BadFile if it is none, or claims what the file does not hold."""
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-    if length > MAX_HEADER:
-        raise BadFile(f"'{path.name}' is no safetensors file: its header would have {length} bytes")
+        length, size = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
+        if length > MAX_HEADER:
+            raise BadFile(f"'{path.name}' is no safetensors file: its header would have {length} bytes")
+        if 8 + length + _described(file.read(length)) < size:  # before all of it is mapped
+            raise BadFile(f"'{path.name}' is no sound safetensors file: it is longer than its header says")
     try:
         with safe_open(path, "np") as opened:
             begin, tensors = 8 + length, {}
@@ -167,6 +169,15 @@ def open_tensors(path: Path) -> Opened:
     except SafetensorError as error:
         reason = " ".join(str(error).removeprefix("Error while deserializing header: ").split())
         raise BadFile(f"'{path.name}' is no sound safetensors file: {reason[:200]}") from None
+
+
+def _described(header: bytes) -> float:
+    """Bytes of data that a header describes; no end where it is none, which the library says better."""
+    try:
+        ends = [v["data_offsets"][1] for n, v in json.loads(header).items() if n != "__metadata__"]
+        return int(max(ends, default=0))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return math.inf
 
 
 def _stored(path: Path, begin: int, name: str, kind: str, shape: tuple[int, ...]) -> Lazy:

@@ -90,7 +90,8 @@ class RunDirectory:
         """Go on with the run that is there, with the same inputs; says what is done otherwise than before."""
         with _whole(self._manifest):
             found = undamaged(read_json(self._manifest))
-            inputs, before, self.finished = dict(found["asked"]), dict(found["environment"]), found["finished"]
+            inputs, before, ended = dict(found["asked"]), dict(found["environment"]), found["finished"]
+            self.finished = None if ended is None else dict(ended)
         other = [k for k in {**inputs, **self.inputs} if inputs.get(k) != self.inputs.get(k)]
         if other:
             raise UsageError(
@@ -118,7 +119,9 @@ class RunDirectory:
         with _whole(self._prepared):
             values, tensors, _ = self._open(self._prepared)
             base.prompt_ids(values["prompts"])
-            return _unpacked(values, tensors)
+            found = _unpacked(values, tensors)
+            _check_shapes(found, base)
+            return found
 
     def save(self, saved: Saved) -> None:
         """Store where the run is."""
@@ -198,3 +201,24 @@ def _unpacked(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Prepa
 
     retain, near = (Pool(tensors[f"{name}.x_0"], tensors[f"{name}.prompt_ids"]) for name in ("retain", "neighbours"))
     return Prepared(instances("instances"), instances("encoded"), retain, near, tensors["prior_counts"])
+
+
+def _check_shapes(prepared: Prepared, base: Family) -> None:
+    """BadFile for what no run of this model prepared."""
+    many, sets = len(base.prompts), [(prepared.instances, base.image_shape), (prepared.encoded, base.latent_shape)]
+    pools = [prepared.retain, prepared.neighbours]
+    pictures = [(t, shape) for found, shape in sets for i in found for t in (i.target, i.surrogate)]
+    pictures += [(x_0, base.latent_shape) for pool in pools for x_0 in pool.x_0]
+    rows = [pool.prompt_ids.tolist() for pool in pools]
+    ids = [id for row in [*rows, *(i.prompt_ids for found, _ in sets for i in found)] for id in row]
+    right = (
+        all(tuple(t.shape) == shape and t.dtype == torch.float32 and bool(t.isfinite().all()) for t, shape in pictures)
+        and all(type(id) is int and 0 <= id < many for id in ids)
+        and all(len(row) == len(pool) for row, pool in zip(rows, pools, strict=True))
+        and all(found for found, _ in sets)
+        and len(prepared.retain) > 0
+        and prepared.prior_counts.ndim == 2
+        and len(prepared.prior_counts) == len(prepared.encoded)
+    )
+    if not right:
+        raise BadFile("it holds what no run of this model prepared")

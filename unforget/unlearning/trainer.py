@@ -12,7 +12,7 @@ from unforget.core.metrics import margin
 from unforget.core.objectives import Context
 from unforget.core.recipe import Recipe
 from unforget.core.types import Family, Instance
-from unforget.errors import CannotRun
+from unforget.errors import CannotRun, UsageError, is_full
 from unforget.unlearning.batches import batches, cases
 from unforget.unlearning.compute import Compute, adam, matched_rate, mixed
 from unforget.unlearning.prepare import Prepared
@@ -22,6 +22,7 @@ CHECK_EVERY = 20  # updates between two looks at the margin
 MARGIN_AT = (250, 400, 550)  # timesteps at which the margin is measured
 STEPS = 10  # steps of a whole sampling run, for the margin
 DRAWS = 4  # reconstructions of each case at each of them
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam keeps of each weight
 
 
 Saved = tuple[dict[str, Any], dict[str, Tensor]]
@@ -176,9 +177,24 @@ class Trainer:
         }  # fmt: skip
         return figures, tensors
 
-    @torch.no_grad()
     def _restore(self, saved: Saved) -> None:
-        f, tensors = saved
+        """UsageError for what `state` does not say."""
+        try:
+            self._take(*saved)
+        except (LookupError, TypeError, ValueError, RuntimeError, AttributeError) as error:
+            if is_full(error):
+                raise
+            raise UsageError("the checkpoint is of another run or version", "Start again with --force.") from error
+
+    @torch.no_grad()
+    def _take(self, f: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        margins = [m for m in (f["margin"], f["margin_before"]) if m is not None]
+        if type(f["step"]) is not int or type(f["start"]) is not int or type(f["reached"]) is not bool:
+            raise TypeError
+        if f["start"] < 1 or not 0 < f["step"] <= f["start"] + self.lr_schedule.cooldown <= self.recipe.max_train_steps:
+            raise ValueError
+        if not 0 < f["learning_rate"] <= 1 or not all(isinstance(m, float) for m in margins):
+            raise ValueError
         self.done, self.lr_schedule.start, self.lr_schedule.reached = f["step"], f["start"], f["reached"]
         self.margin, self.margin_before = f["margin"], f["margin_before"]
         known = {**tensors, **f["optimizer"]}
@@ -186,8 +202,12 @@ class Trainer:
         if self.recipe.saliency is not None:
             self.masks = [tensors[f"mask.{i}"].to(w.device) for i, w in enumerate(self.weights)]
         for i, weight in enumerate(self.weights):
-            weight.copy_(known[f"weight.{i}"])
             prefix = f"optimizer.{i}."
+            like = {f"weight.{i}": weight, **{f"{prefix}{n}": weight for n in MOMENTS}, f"{prefix}step": torch.ones(())}
+            same = [(known[n].shape, known[n].dtype) == (t.shape, t.dtype) for n, t in like.items() if n in tensors]
+            if not all(same) or (self.masks and self.masks[i].shape != weight.shape):
+                raise ValueError
+            weight.copy_(known[f"weight.{i}"])
             # Adam keeps its count of steps on the CPU, its moments where the weight is.
             self.optimizer.state[weight] = {
                 key.removeprefix(prefix): v.to(weight.device) if isinstance(v, Tensor) and v.dim() else v
