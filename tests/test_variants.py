@@ -73,8 +73,9 @@ def test_it_is_calibrated_by_what_the_same_search_finds(unseen, target):
     some, few, fewer = (f.likeness for f in found)
     assert 0.5 < some < few < fewer < 1
     chance = torch.cat([likeness(unseen[torch.arange(64) != k], unseen[k]) for k in range(16)])
-    assert int((chance > some).sum()) <= 12
-    assert int((chance > few).sum()) <= 3
+    one_picture = 64 + 16 * 63 - found[0].pairs
+    assert int((chance > some).sum()) <= 11 + one_picture
+    assert int((chance > few).sum()) <= 2 + one_picture
     assert calibrate(unseen[:1], 0.01, target).likeness == 1.0  # nothing is found
 
 
