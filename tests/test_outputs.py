@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_pipeline
+from test_reports import rich
 
 from unforget import api
+from unforget.api.verifying import _append_summary
 from unforget.config import UnlearnConfig, VerifyConfig, check_paths, run_folder
 from unforget.core.types import Progress
 from unforget.errors import UsageError
@@ -224,6 +226,17 @@ def test_the_command_ends_with_the_verdict_all_the_same(cli, here, monkeypatch):
     assert result.exit_code == plain.exit_code in (0, 1, 4)
     assert json.loads(result.stdout)["exit_code"] == result.exit_code
     assert "note: '/github/file_commands/step_summary_1' could not be written" in " ".join(result.stderr.split())
+
+
+def test_a_summary_that_nobody_reads_keeps_nobody_waiting(here):
+    """Into a pipe: of a reader that is there it is read."""
+    os.mkfifo("pipe")
+    with pytest.raises(OSError, match="No such device"):
+        _append_summary(rich(), Path("pipe"))
+    reader = os.open("pipe", os.O_RDONLY | os.O_NONBLOCK)
+    _append_summary(rich(), Path("pipe"))
+    assert b"unforget" in os.read(reader, 2**16).lower()
+    os.close(reader)
 
 
 def test_the_pictures_of_a_run_may_fail_its_verdict_not(here, monkeypatch):

@@ -338,6 +338,8 @@ def main() -> None:
             if faulty:
                 bad += 1
                 print(f"{number}: {kind.name}: {', '.join(faulty)}: {what}", flush=True)
+            if number % 100 == 99:
+                print(f"{number + 1 - given.first} files, {bad} not as promised so far", file=sys.stderr, flush=True)
     table("file", "files", "exit 0, 1 or 4", "exit 2 or 3", *COLUMNS, "slowest, s")
     for kind in kinds:
         ended = [sum(total[kind.name, f"exit {c}"] for c in codes) for codes in ((0, 1, 4), (2, 3))]

@@ -141,7 +141,9 @@ def _save_images(result: Report, rows: list[Row], folder: Path) -> None:
 
 def _append_summary(result: Report, path: Path) -> None:
     if distributed.is_main():
-        with path.open("a", encoding="utf-8") as file:
+        # A pipe that nobody reads is an error, not a reason to wait.
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NONBLOCK", 0)
+        with os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8") as file:
             file.write(markdown(result) + "\n")
 
 
