@@ -190,6 +190,8 @@ def _licence(ref: str) -> str:
     if not home.is_dir():
         with suppress(Exception):  # no card, or no network: the weights were opened all the same
             home = Path(hf_hub_download(ref.partition("@")[0], "README.md")).parent
+    if not (home / "README.md").is_file():
+        return "a licence that could not be read"
     found = licence(home / "README.md")
     named = found.get("license_name") or found.get("license") or "a licence that its card does not name"
     return (named if isinstance(named, str) else ", ".join(named))[:100]

@@ -14,13 +14,13 @@ from unforget.files.storage import BadFile, read_json
 LARGEST = 2**26
 """Largest file of a tokenizer, bytes; Gemma's has half of it, Qwen's a sixth."""
 GROWTH = 2**6
-"""Most characters that stand for one after all steps; the released ones put one in the place of one."""
+"""Most characters that stand for one after all steps; those of CLIP and T5 put one in its place."""
 FILLED = 2**17
 """Most tokens to which a prompt is filled up, or cut."""
 PIECES = 2**8
-"""Most values that the steps before and after the tokens consist of; the released ones have a fifth of them."""
+"""Most values that the steps before and after the tokens consist of."""
 ADDED = 2**14
-"""Most tokens beside the vocabulary; Gemma has a quarter of them."""
+"""Most tokens beside the vocabulary."""
 
 
 def check_words(file: Path, where: str) -> None:

@@ -193,7 +193,7 @@ class Trainer:
             raise TypeError
         if f["start"] < 1 or not 0 < f["step"] <= f["start"] + self.lr_schedule.cooldown <= self.recipe.max_train_steps:
             raise ValueError
-        if not 0 < f["learning_rate"] <= 1 or not all(isinstance(m, float) for m in margins):
+        if not 0 < f["learning_rate"] < math.inf or not all(isinstance(m, float) for m in margins):
             raise ValueError
         self.done, self.lr_schedule.start, self.lr_schedule.reached = f["step"], f["start"], f["reached"]
         self.margin, self.margin_before = f["margin"], f["margin_before"]
