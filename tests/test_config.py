@@ -54,7 +54,7 @@ PARAMS = {name: {p.name: p for p in command(name).params} for name in COMMANDS}
 def test_option_key_and_keyword_are_one(name, model, field):
     param, said = PARAMS[name][field], model.model_fields[field]
     assert param.opts[0] == spelled(field)
-    assert param.help and param.help.replace("\\[", "[").startswith(said.description)
+    assert param.help.startswith(said.description)
     assert said.description.endswith(".") and len(said.description) > 10
     default_shows = param.default is not None or isinstance(param.show_default, str)
     assert default_shows or said.is_required()
@@ -62,7 +62,7 @@ def test_option_key_and_keyword_are_one(name, model, field):
 
 
 def test_there_are_no_other_options():
-    beside = {"config", "as_json", "dry_run", "policy"}
+    beside = {"config", "as_json", "dry_run", "policy", "quiet", "verbose"}
     for name, model in COMMANDS.items():
         assert set(PARAMS[name]) - set(model.model_fields) <= beside
 
@@ -169,12 +169,24 @@ def test_underscores_are_dashes(cli):
     assert said["output"] == "0.patch"
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_begins_with_two_examples_and_says_defaults_and_choices(cli, name):
+    page = cli(name, "--help").output
+    examples = page.partition("  Examples:\n")[2].splitlines()[:2]
+    assert all(example.startswith(f"    unforget {name}") for example in examples)
+    assert "\u2026" not in page, "nothing is cut"
+    assert all(param.help for param in PARAMS[name].values() if param.name != "ctx")
+    optional = [f for f in COMMANDS[name].model_fields.values() if not (f.is_required() or option_of(f).hidden)]
+    assert " ".join(page.split()).count("[default: ") >= len(optional)
+
+
 def test_help_keeps_brackets_and_shows_choices_and_completes(cli):
-    page = " ".join(cli("unlearn", "--help").output.replace("│", " ").split())
+    page = " ".join(cli("unlearn", "--help").output.split())
     assert "owner/name[@revision]" in page
     assert "[clean-space|linear|uniform]" in page
-    assert "One of sum, project, pcgrad" in page
+    assert "[sum|project|pcgrad|" in page
     assert "[default: (the recipe's)]" in page
+    assert "Seed of every random draw. [default: 0]" in page
     complete = PARAMS["unlearn"]["surgery"].shell_complete
     context = command("unlearn").make_context("unlearn", [], resilient_parsing=True)
     assert [c.value for c in complete(context, "p")] == ["project", "pcgrad"]

@@ -1,4 +1,4 @@
-"""Make a diffusion model stop producing one image, and prove it.
+"""Make a diffusion model stop producing one image, and collect the evidence.
 
 The commands of the `unforget` tool as functions: `edit_surrogate`, `unlearn`, `verify`, `export`, each with its
 configuration, and `show`. They are imported when first asked for, so that `import unforget` costs nothing.
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unforget.api import edit_surrogate, export, show, unlearn, verify
+    from unforget.cli.progress import ConsoleProgress
     from unforget.config import EditConfig, ExportConfig, UnlearnConfig, VerifyConfig
     from unforget.core.objectives import BaseObjective
     from unforget.core.recipe import Recipe
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "BaseObjective",
+    "ConsoleProgress",
     "EditConfig",
     "ExportConfig",
     "Recipe",
@@ -42,6 +44,7 @@ _HOME = {
     **dict.fromkeys(("edit_surrogate", "unlearn", "verify", "export", "show"), "api"),
     **dict.fromkeys(("EditConfig", "UnlearnConfig", "ExportConfig", "VerifyConfig"), "config"),
     "BaseObjective": "core.objectives",
+    "ConsoleProgress": "cli.progress",
     "Recipe": "core.recipe",
     "UnforgetError": "errors",
 }

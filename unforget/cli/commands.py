@@ -24,8 +24,8 @@ DryRun = Annotated[
 ]
 
 app = typer.Typer(
-    name="unforget", cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
-    context_settings=SETTINGS, help="Make a diffusion model stop producing one image, and prove it.",
+    name="unforget", cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    context_settings=SETTINGS, help="Make a diffusion model stop producing one image, and collect the evidence.",
     epilog="Exit codes: 0 done or passed, 1 still reproduced or too much lost, 2 wrong usage, 3 could not run, "
     "4 inconclusive, 130 interrupted. Options may be spelt with underscores, too, as in diffusers' scripts.",
 )  # fmt: skip
@@ -39,27 +39,32 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None: ...
 
 
 @command(app, "edit-surrogate", "EditConfig")
 def edit_surrogate(config: Any, *, as_json: AsJson = False) -> None:
-    """Make a surrogate: an image near the target that is another instance.
+    """Make a surrogate: another image near the target.
 
-    Writes the best candidate, and beside it a contact sheet of all (FILE.sheet.png).
+    \b
+    Examples:
+      unforget edit-surrogate --model faces --target demo:0
+      unforget edit-surrogate --model sd3 --target face.png --prompt "a face" --box 40,40,96,96 -o new.png
 
-    Example: unforget edit-surrogate --model faces --target face.png -o face.surrogate.png
+    It writes the best candidate, and beside it a contact sheet of all (FILE.sheet.png).
     """
     from unforget import api
 
-    with console.console_progress() as progress:
+    with console.progress() as progress:
         result = api.edit_surrogate(config, progress)
     if as_json:
         console.print_json(vars(result))
     else:
-        console.err.print(console.candidates_table(result.candidates))
-        console.err.print(f"All candidates: {escape(str(result.sheet))}; take another with --pick N --force.")
+        console.tell(console.candidates_table(result.candidates))
+        console.tell(f"All candidates: {escape(str(result.sheet))}; take another with --pick N --force.")
         console.say(str(result.output))
 
 
@@ -70,9 +75,12 @@ def unlearn(
 ) -> None:  # fmt: skip
     """Make the model generate a surrogate instead of the target.
 
-    Writes a patch, and beside it a folder (NAME.run) with the log, the surrogate and a contact sheet.
+    \b
+    Examples:
+      unforget unlearn --model faces --target demo:0 -o face.patch
+      unforget unlearn --model sd3 --target face.png --surrogate new.png --prompt "a face" --device cuda
 
-    Example: unforget unlearn --model faces --target face.png -o face.patch
+    It writes a patch, and beside it a folder (NAME.run) with the log, the surrogate and a contact sheet.
     """
     from unforget import api
     from unforget.config import RecipeOptions
@@ -81,10 +89,10 @@ def unlearn(
         recipe = api.recipe_of(config).model_dump(mode="json")
         rest = config.model_dump(mode="json", exclude=set(RecipeOptions.model_fields))
         plan = api.plan_unlearn(config)
-        console.err.print(console.costs_table(plan))
+        console.tell(console.costs_table(plan))
         console.print_json({**rest, "recipe": recipe, **plan})
         return
-    with console.console_progress() as progress:
+    with console.progress() as progress:
         result = api.unlearn(config, progress)
     with console.whatever_fails():
         _tell(result, as_json)
@@ -95,19 +103,17 @@ def _tell(result: Unlearned, as_json: bool) -> None:
     if as_json:
         console.print_json(vars(result))
     else:
-        console.err.print(console.before_after(result.table))
-        console.err.print(
+        console.tell(console.before_after(result.table))
+        console.tell(
             f"{result.steps} steps, stopped by {result.stopped}; same-seed drift: "
             f"median {result.drift['median']:.3f}. Look at {escape(str(result.folder / 'sheet.png'))}."
         )
         for row in result.drawn:
-            console.err.print(console.drawn(row), soft_wrap=True)
+            console.tell(console.drawn(row))
         if not result.forgotten:
-            console.err.print(
-                "[red]The target is still generated.[/] Raise --max-train-steps or lower --retain-weight."
-            )
+            console.tell("[red]The target is still generated.[/] Raise --max-train-steps or lower --retain-weight.")
         elif not result.replaced:
-            console.err.print(
+            console.tell(
                 "[red]The target is gone, but something else than the surrogate is drawn.[/] Raise --max-train-steps, "
                 "or give a --surrogate that the model can draw: look at the sheet."
             )
@@ -116,21 +122,24 @@ def _tell(result: Unlearned, as_json: bool) -> None:
 
 @command(app, "verify", "VerifyConfig")
 def verify(config: Any, *, as_json: AsJson = False, dry_run: DryRun = False) -> None:
-    """Judge a patch or a checkpoint: is the target gone, is the rest still there?
+    """Judge a patch or a checkpoint beside its base.
 
-    Passing is evidence, never a certificate.
+    \b
+    Examples:
+      unforget verify --model faces --patch face.patch --html report.html
+      unforget verify --model sd3 --candidate sd3-patched --target face.png --level quick --json
 
-    Example: unforget verify --model faces --patch face.patch --report report.json --html report.html
+    Is the target gone, is the rest still there? Passing is evidence, never a certificate.
     """
     from unforget import api
 
     if dry_run:
         plan = api.plan_verify(config)
-        console.err.print(console.costs_table(plan))
+        console.tell(console.costs_table(plan))
         console.print_json({**config.model_dump(mode="json"), **plan})
         return
     with ExitStack() as bar:
-        progress = bar.enter_context(console.console_progress())
+        progress = bar.enter_context(console.progress())
 
         def tell(result: Report) -> None:
             bar.close()
@@ -145,23 +154,26 @@ def _judged(result: Report, as_json: bool) -> None:
     if as_json:
         console.say(result.text())
     else:
-        console.err.print(console.checks_table(result))
+        console.tell(console.checks_table(result))
         for noted in result.robustness:
-            console.err.print(escape(f"{noted.target[:8]} {noted.probe}: {noted.sentence}"), soft_wrap=True)
+            console.tell(escape(f"{noted.target[:8]} {noted.probe}: {noted.sentence}"))
         console.say(f"{result.verdict}: {result.summary}")
 
 
 @command(app, "export", "ExportConfig")
 def export(config: Any, *, as_json: AsJson = False) -> None:
-    """Write the base with patches on in a form that stock loaders open.
+    """Write base and patches in a form that stock loaders open.
 
-    It is opened and compared, weights and an image, before the command says done.
+    \b
+    Examples:
+      unforget export --model faces --patch face.patch -o faces-patched
+      unforget export --model sd3 --patch face.patch --format lora -o sd3-lora
 
-    Example: unforget export --model faces --patch face.patch -o faces-patched
+    What is written is opened and compared, weights and an image, before the command says done.
     """
     from unforget import api
 
-    with console.console_progress() as progress:
+    with console.progress() as progress:
         done = api.export(config, progress)
     if as_json:
         console.print_json({"output": str(done.output), "url": done.url, **done.manifest.model_dump(mode="json")})
@@ -173,12 +185,15 @@ def export(config: Any, *, as_json: AsJson = False) -> None:
 def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Remove all entries.")] = False, as_json: AsJson = False
 ) -> None:
-    """Say where the cache lies, what it holds, and how much it may.
+    """Say where the cache lies and what it holds.
+
+    \b
+    Examples:
+      unforget cache
+      unforget cache --clear
 
     It holds images that models drew, perhaps targets among them, and figures. $UNFORGET_CACHE says where it lies,
     $UNFORGET_CACHE_SIZE how much it may take, such as 4GiB; what was not used for longest goes first.
-
-    Example: unforget cache --clear
     """
     from unforget.files import cache as kept
 
@@ -196,9 +211,14 @@ def show(
     path: Annotated[Path, typer.Argument(help="Patch, exported file or folder, or any .safetensors file.")],
     as_json: AsJson = False,
 ) -> None:
-    """Say where a patch or an export came from: base, targets (by digest), recipe, rounding, verdict, versions.
+    """Say where a patch or an export came from.
 
-    Example: unforget show face.patch
+    \b
+    Examples:
+      unforget show face.patch
+      unforget show faces-patched --json
+
+    That is its base, targets (by digest), recipe, rounding, verdict and versions.
     """
     from unforget import api
 

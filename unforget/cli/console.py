@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
@@ -14,11 +15,11 @@ from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
-from unforget.cli.ending import PROCESS, line, told
-from unforget.errors import UsageError, printable, redacted
+from unforget.cli.ending import PROCESS, told
+from unforget.errors import UsageError, printable
 
 if TYPE_CHECKING:
-    from unforget.core.types import Progress
+    from unforget.cli.progress import ConsoleProgress
     from unforget.exports.show import Shown
     from unforget.verification.report import Check, Report
 
@@ -32,6 +33,8 @@ class _Console(Console):
 
 err = _Console(stderr=True, highlight=False, emoji=False, quiet=PROCESS > 0)
 out = _Console(highlight=False, emoji=False)
+voice = SimpleNamespace(quiet=False, verbose=False)
+"""How much is said: what --quiet and --verbose set."""
 UNPARSED: type[Exception] = typer.BadParameter.__mro__[2]
 """What the parser raises: typer gives no name to the class of all its errors."""
 SIGNS = {"at least": "\u2265", "at most": "\u2264"}
@@ -42,6 +45,19 @@ OF_A_PATCH = {"base", "digest", "targets", "surrogates", "prompts", "earlier", "
 def say(text: str) -> None:
     """A result on stdout."""
     typer.echo(printable(text))
+
+
+def tell(text: Any) -> None:
+    """A table or a sentence beside the result, on stderr, unless --quiet."""
+    if not voice.quiet:
+        err.print(text, soft_wrap=isinstance(text, str))
+
+
+def progress() -> ConsoleProgress:
+    """How far the command is, as much of it as is wanted."""
+    from unforget.cli.progress import ConsoleProgress
+
+    return ConsoleProgress(quiet=voice.quiet, verbose=voice.verbose)
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -171,33 +187,6 @@ def drawn(row: dict[str, Any]) -> str:
     """What the patched model draws under a prompt, in a line."""
     parts = (f"{share:.0%} {name.replace('_', ' ')}" for name, share in row["after"].items() if share)
     return f"under '{escape(row['prompt'])}' it draws: {', '.join(parts)}"
-
-
-@contextmanager
-def console_progress() -> Iterator[Progress]:
-    """A bar on stderr, or nothing when it is not a terminal. Notes are always said."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    from unforget.core.types import Progress
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Bar(*columns, TextColumn("{task.fields[figures]}"), console=err, disable=not err.is_terminal or PROCESS > 0)
-    with bar:
-        task = bar.add_task("loading", total=None, figures="")
-
-        def stage(title: str, total: int) -> None:
-            nonlocal task
-            task = bar.add_task(title, total=total, figures="")
-
-        def advance(n: int = 1, **figures: Any) -> None:
-            shown = [f"{k} {figures[k]:.3g}" for k in ("forget", "retain", "cosine", "margin") if k in figures]
-            bar.update(task, advance=n, total=figures.get("of"), figures="  ".join(shown))
-
-        def note(sentence: str) -> None:
-            err.print(f"note: {escape(line(redacted(sentence)))}", style="yellow", soft_wrap=True)
-
-        yield Progress(stage, advance, note)
 
 
 @contextmanager
