@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-COMMANDS = ("", "edit-surrogate", "unlearn", "verify", "export", "show", "cache")
+COMMANDS = ("", "edit-surrogate", "unlearn", "verify", "export", "show", "cache", "doctor", "models")
 
 
 def reference() -> str:

@@ -13,6 +13,7 @@ from rich.markup import escape
 from unforget import __version__
 from unforget.cli import console
 from unforget.cli.options import SETTINGS, Commands, command
+from unforget.errors import ExitCode
 
 if TYPE_CHECKING:
     from unforget.api import Unlearned
@@ -198,8 +199,7 @@ def cache(
     from unforget.files import cache as kept
 
     removed = kept.clear() if clear else None
-    sizes = [path.lstat().st_size for path in kept.entries()]
-    found = {"folder": kept.cache_folder(), "entries": len(sizes), "bytes": sum(sizes), "limit": kept.limit()}
+    found = kept.state()
     if as_json:
         console.print_json({**found, **({"removed": removed} if clear else {})})
     else:
@@ -227,3 +227,47 @@ def show(
         console.print_json(found.said)
     else:
         console.out.print(console.shown(found))
+
+
+@app.command(context_settings=SETTINGS)
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine has: devices, libraries, disk.
+
+    \b
+    Examples:
+      unforget doctor
+      unforget doctor --json
+
+    Exit code 3 means that something is missing without which nothing runs. The hub's token is never shown.
+    """
+    from unforget.cli import doctor
+
+    found = doctor.look()
+    wrong = doctor.wrong(found)
+    if as_json:
+        console.print_json({**found, "wrong": wrong})
+    else:
+        console.out.print(console.doctor_table(found))
+        for sentence in wrong:
+            console.err.print(f"[red]{escape(sentence)}[/]", soft_wrap=True)
+    console.leave(ExitCode.CANNOT_RUN if wrong else ExitCode.OK)
+
+
+@app.command(context_settings=SETTINGS)
+def models(as_json: AsJson = False) -> None:
+    """List the names of models, and what each family can do.
+
+    \b
+    Examples:
+      unforget models
+      unforget models --json
+
+    Memory to unlearn is told of models whose configuration lies on this disk: nothing is downloaded.
+    """
+    from unforget import api
+
+    found = api.models()
+    if as_json:
+        console.print_json({"families": found})
+    else:
+        console.say(console.models_list(found))

@@ -83,6 +83,37 @@ def cache_table(found: dict[str, Any], removed: int | None) -> Table:
     return table
 
 
+def doctor_table(found: dict[str, Any]) -> Table:
+    """What this machine has, a row a thing."""
+    table = Table(Column(style="bold"), Column(overflow="fold"), show_header=False, box=None, pad_edge=False)
+    table.add_row("unforget", escape(f"{found['unforget']}, Python {found['python']}, {found['platform']}"))
+    for title, packages in {"libraries": found["libraries"], **found["extras"]}.items():
+        row = title if title == "libraries" else f"extra {title}"
+        table.add_row(row, escape(", ".join(_package(*p) for p in packages.items())))
+    for said in found["devices"].values():
+        table.add_row("device", escape(_text(said)))
+    for part in ("hub", "cache", "disk"):
+        table.add_row(part, escape(_text(found[part])))
+    return table
+
+
+def _package(name: str, found: dict[str, Any]) -> str:
+    return f"{name} {found['version'] or 'missing'}" + ("" if found["ok"] or not found["version"] else " (too old)")
+
+
+def models_list(families: list[dict[str, Any]]) -> str:
+    """The models that have a name, under what their family can do; lines that no width cuts."""
+    lines = []
+    for family in families:
+        prompts = "prompts" if family["prompts"] else "no prompts"
+        trained, formats = (", ".join(family[name]) for name in ("trained", "formats"))
+        lines.append(f"{family['title']}: {prompts}; trains {trained}; exports {formats}")
+        for model in family["names"]:
+            memory = "" if model["memory_gib"] is None else f"; {model['memory_gib']:.1f} GiB to unlearn"
+            lines.append(f"  {model['name']:15}{model['source']}; tested: {model['tested']}{memory}")
+    return "\n".join(lines)
+
+
 def before_after(rows: list[dict[str, Any]]) -> Table:
     """What `unlearn` changed, a row a target and noise level."""
     title = "Reconstructions of the target: RMS to target / surrogate, share nearer to the surrogate"
@@ -173,9 +204,11 @@ def _rows(table: Table, said: dict[str, Any]) -> None:
 
 def _text(value: Any) -> str:
     """A value as people read it: a table in one line, a list of texts one under another, long numbers in groups."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, dict):
         inner = ((k, f"({_text(v)})" if isinstance(v, dict) else _text(v)) for k, v in value.items())
-        return ", ".join(f"{k} {v}" for k, v in inner)
+        return ", ".join(f"{k.replace('gib', 'GiB').replace('_', ' ')} {v}" for k, v in inner)
     if isinstance(value, list):
         return ("\n" if any(isinstance(v, (str, dict)) for v in value) else " ").join(_text(v) for v in value)
     if isinstance(value, float):

@@ -164,9 +164,8 @@ class ModelConfig(Config):
     """What every command asks about the model and the machine."""
 
     model: str = option(
-        "Model: an alias (faces, flags, ddpm-celebahq, sd1.5, sdxl, sd3, sd3.5-medium, sd3.5-large, flux-dev, "
-        "flux-schnell, flux2-klein, z-image, z-image-turbo, sana, pixart-sigma, dit, ldm-celebahq), a diffusers "
-        "folder, a .safetensors file, or a hub id owner/name[@revision].",
+        "Model: a name that `unforget models` lists, a diffusers folder, a .safetensors file, or a hub id "
+        "owner/name[@revision].",
         names=("-m", "--pretrained-model-name-or-path"),
     )
     pipeline_config: Path | None = option(
