@@ -14,7 +14,14 @@ from unforget.config import resolve
 def folders(tmp_path, monkeypatch):
     """before/ with a.png, b.png and what is no picture, after/ with b.webp and a.png."""
     monkeypatch.chdir(tmp_path)
-    for name in ("before/b.png", "before/a.png", "before/.hidden.png", "before/notes.txt", "after/b.webp", "after/a.png"):
+    for name in (
+        "before/b.png",
+        "before/a.png",
+        "before/.hidden.png",
+        "before/notes.txt",
+        "after/b.webp",
+        "after/a.png",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     return tmp_path
@@ -40,10 +47,10 @@ def test_what_has_no_pair_is_named(folders):
     (folders / "after" / "b.webp").rename(folders / "after" / "b.jpg")
     assert UnlearnConfig(model="faces", target="before", surrogate="after").surrogate[1].name == "b.png"
     (folders / "after" / "b.png").rename(folders / "after" / "b.gif")
-    with pytest.raises(UnforgetError, match="more than one picture in 'after' is called as 'before/b.png'"):
+    with pytest.raises(UnforgetError, match=r"more than one picture in 'after' is called as 'before/b\.png'"):
         UnlearnConfig(model="faces", target="before", surrogate="after")
     (folders / "after" / "a.png").unlink()
-    with pytest.raises(UnforgetError, match="no picture in 'after' is called as 'before/a.png'"):
+    with pytest.raises(UnforgetError, match=r"no picture in 'after' is called as 'before/a\.png'"):
         UnlearnConfig(model="faces", target="before", surrogate="after")
     (folders / "empty").mkdir()
     with pytest.raises(UnforgetError, match="there are no pictures in 'empty'"):

@@ -1,6 +1,7 @@
 """`unlearn`: targets in, a patch out, and beside it the folder of the run."""
 
 from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -83,16 +84,14 @@ def _unlearned(config: UnlearnConfig, recipe: Recipe, progress: Progress) -> Unl
     promised = _recorded(config, recipe, inputs, stack, base_digest)
     directory = RunDirectory(config.folder, promised, _environment(config, compute), config.checkpointing_steps)
     distributed.barrier()
-    if not config.resume:
-        directory.begin()
-    else:
+    if config.resume:
         for difference in directory.take_up():
             progress.note(f"{difference}: the last bits may come out otherwise")
         if directory.finished is not None:
             return _remembered(directory.finished, config.output)
-    trained = run(
-        patched, inputs, recipe, compute, directory, _provenance(config, recipe, inputs, base_digest), progress
-    )
+    record = _provenance(config, recipe, inputs, base_digest)
+    with nullcontext() if config.resume else directory.begun():
+        trained = run(patched, inputs, recipe, compute, directory, record, progress)
     final = joined(stack, trained.patch, plain(patched.network))
     made = Stack((final,)).digest({**plain(patched.network), **root})
     Patch(final.tensors, final.provenance.model_copy(update={"patched_digest": made})).save(config.output)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -233,20 +233,22 @@ def old_names() -> Iterator[None]:
 
 
 @contextmanager
-def errors() -> Iterator[None]:
-    """Turn what went wrong into a sentence, a way out and an exit code."""
+def errors(args: Sequence[str]) -> Iterator[None]:
+    """Turn what went wrong with these arguments into a sentence, a way out and an exit code, as JSON if they say so."""
+    as_json = "--json" in args
     try:
         yield
     except (typer.Exit, SystemExit):
         raise
     except BaseException as error:
         if not isinstance(error, UNPARSED):
-            raise typer.Exit(told(error)) from None
+            raise typer.Exit(told(error, as_json=as_json)) from None
         if type(error).__name__ == "NoArgsIsHelpError":  # it shows the help
             raise
         path = error.ctx.command_path if getattr(error, "ctx", None) else "unforget"  # type: ignore[attr-defined]
         sentence = error.format_message()  # type: ignore[attr-defined]
-        raise typer.Exit(told(UsageError(sentence, f"See `{path} --help`."))) from None
+        wrong = UsageError(sentence, f"See `{path} --help`.")
+        raise typer.Exit(told(wrong, as_json=as_json)) from None
 
 
 def leave(code: int) -> NoReturn:

@@ -56,13 +56,14 @@ class Commands(typer.core.TyperGroup):
         single.command(name, cls=Command, context_settings=SETTINGS)(_generated(*BODIES[name]))
         return name, typer.main.get_command(single), rest
 
-    def make_context(self, *given: Any, **more: Any) -> Any:
-        with errors():
-            return super().make_context(*given, **more)
+    def make_context(self, name: str | None, args: list[str], *given: Any, **more: Any) -> Any:
+        self._args = tuple(args)
+        with errors(self._args):
+            return super().make_context(name, args, *given, **more)
 
     def invoke(self, ctx: Any) -> Any:
         """Parse what follows and run the command: whatever comes of it has one of our exit codes."""
-        with errors():
+        with errors(self._args):
             try:
                 return super().invoke(ctx)
             except SystemExit as left:  # no command of ours leaves so: its code would pass for a verdict
