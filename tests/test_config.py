@@ -130,7 +130,7 @@ def test_a_wrong_key_is_refused_by_a_sentence(tmp_path, key, sentence):
 
 @pytest.mark.parametrize("old", ["--forget-batch-size=4", "--forget_batch_size=4"])
 def test_an_old_option_is_the_new_one_and_says_so(cli, old):
-    said = cli("unlearn", "--model", "faces", "-t", TARGET, old, "--dry-run")
+    said = cli("unlearn", "--model", "faces", "-t", TARGET, old, "--dry-run", "--json")
     assert "--forget-batch-size is now --train-batch-size" in said.stderr
     assert json.loads(said.stdout)["recipe"]["forget_batch_size"] == 4
 
@@ -162,7 +162,8 @@ def test_a_delta_is_gone(cli):
 
 
 def test_underscores_are_dashes(cli):
-    shown = cli("unlearn", "--model", "faces", "-t", TARGET, "--max_train_steps", 7, "--learning_rate=0.5", "--dry-run")
+    shown = cli("unlearn", "--model", "faces", "-t", TARGET, "--max_train_steps", 7, "--learning_rate=0.5",
+                "--dry-run", "--json")  # fmt: skip
     assert shown.exit_code == 0, shown.output
     said = json.loads(shown.stdout)
     assert (said["recipe"]["max_train_steps"], said["recipe"]["learning_rate"]) == (7, 0.5)

@@ -75,10 +75,12 @@ def _unlearned(config: UnlearnConfig, recipe: Recipe, progress: Progress) -> Unl
     compute = compute_of(config, patched.network)
     base_digest = digest(patched.network.state_dict())
     stack = Stack.load(config.patch, config.scale)
-    inputs = _inputs(config, patched, stack, salted(base_digest), progress)
+    inputs = read_inputs(config, patched, stack, salted(base_digest), progress)
     inputs = replace(inputs, needs_surrogate=recipe.objective.needs_surrogate)
     if not inputs.replaces:
         progress.note("no surrogate: what comes back is compared with the nearest other image of the retain set")
+    for path, target, surrogate in zip(config.surrogate, inputs.targets, inputs.surrogates, strict=False):
+        _note_what_is_lost(path, target, surrogate, patched, progress)
     root = stack.before(patched.network)
     stack.apply(patched.network, name=config.model, note=progress.note)
     promised = _recorded(config, recipe, inputs, stack, base_digest)
@@ -102,8 +104,8 @@ def _unlearned(config: UnlearnConfig, recipe: Recipe, progress: Progress) -> Unl
     return Unlearned(config.output, config.folder, **ended)
 
 
-def _inputs(config: UnlearnConfig, family: Family, stack: Stack, salt: str, progress: Progress) -> RunInputs:
-    """All files of a run, read and checked."""
+def read_inputs(config: UnlearnConfig, family: Family, stack: Stack, salt: str, progress: Progress) -> RunInputs:
+    """All files of a run, read and checked; of the family nothing but shapes and prompts is asked."""
     targets = tuple(read(p, family, config, progress) for p in config.target)
     forgotten = {t for p in stack.patches for t in p.provenance.all_targets}
     prompt_ids(family, config.prompt)  # the rows of the table before those of earlier patches
@@ -118,8 +120,6 @@ def _inputs(config: UnlearnConfig, family: Family, stack: Stack, salt: str, prog
     for path, target in zip(config.target, targets, strict=True):
         if images.image_id(target, salt) in forgotten:
             raise UsageError(f"'{path}' is forgotten already by a --patch", "Leave it out, or leave the patch out.")
-    for path, target, surrogate in zip(config.surrogate, targets, inputs.surrogates, strict=False):
-        _note_what_is_lost(path, target, surrogate, family, progress)
     return inputs
 
 

@@ -54,11 +54,10 @@ def compare(
 ) -> tuple[Report, list[Row]]:
     """Judge a candidate that is loaded already: the report, and the images that it rests on, for a sheet or a page."""
     progress = progress or Progress()
-    for text in config.similarity:
-        backend(text).check()
+    check_backends(config)
     made = [provenance(path) for path in config.patch]
     base_digest = digest(base.network.state_dict())
-    instances = _read_instances(config, base, base_digest, made, progress)
+    instances = read_instances(config, base, base_digest, made, progress)
     must_retain = tuple(read(p, base, config, progress) for p in config.must_retain)
     stay = retain_prompt_ids(config, base, instances[0].prompt_ids)
     candidate.prompt_ids(base.prompts)  # the same ids in both tables
@@ -76,6 +75,12 @@ def compare(
     return result, evidence_rows(instances, findings)
 
 
+def check_backends(config: VerifyConfig) -> None:
+    """CannotRun if a package or a file of a similarity backend is missing."""
+    for text in config.similarity:
+        backend(text).check()
+
+
 def _nonce(config: VerifyConfig) -> str:
     """The one that was given, or one that nobody could know, the same in every process."""
     return distributed.broadcast(secrets.token_hex(16)) if config.nonce is None else config.nonce
@@ -88,7 +93,7 @@ def retain_prompt_ids(config: VerifyConfig, base: Family, given: tuple[int, ...]
     return tuple(i for i in dict.fromkeys(base.prompt_ids(listed).tolist()) if i not in own)
 
 
-def _read_instances(
+def read_instances(
     config: VerifyConfig, base: Family, base_digest: str, made: list[Provenance], progress: Progress
 ) -> tuple[Instance, ...]:
     """The targets with their surrogates; one whose surrogate is not known has itself."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.markup import escape
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Print the configuration and its cost (memory, passes, time), and stop.")
+    bool, typer.Option("--dry-run", help="Say whether it would run, where, and what it would take, and stop.")
 ]
 
 app = typer.Typer(
@@ -84,20 +84,26 @@ def unlearn(
     It writes a patch, and beside it a folder (NAME.run) with the log, the surrogate and a contact sheet.
     """
     from unforget import api
-    from unforget.config import RecipeOptions
 
     if dry_run:
-        recipe = api.recipe_of(config).model_dump(mode="json")
-        rest = config.model_dump(mode="json", exclude=set(RecipeOptions.model_fields))
-        plan = api.plan_unlearn(config)
-        console.tell(console.costs_table(plan))
-        console.print_json({**rest, "recipe": recipe, **plan})
-        return
+        _rehearsed(config, as_json)
     with console.progress() as progress:
         result = api.unlearn(config, progress)
     with console.whatever_fails():
         _tell(result, as_json)
     console.leave(result.code)
+
+
+def _rehearsed(config: Any, as_json: bool) -> NoReturn:
+    """Say whether the command would run, and end."""
+    from unforget import api
+
+    found = api.rehearse(config)
+    if as_json:
+        console.print_json(found)
+    else:
+        console.out.print(console.costs_table(found))
+    console.leave(ExitCode.OK if found["would_run"] else ExitCode.CANNOT_RUN)
 
 
 def _tell(result: Unlearned, as_json: bool) -> None:
@@ -135,10 +141,7 @@ def verify(config: Any, *, as_json: AsJson = False, dry_run: DryRun = False) -> 
     from unforget import api
 
     if dry_run:
-        plan = api.plan_verify(config)
-        console.tell(console.costs_table(plan))
-        console.print_json({**config.model_dump(mode="json"), **plan})
-        return
+        _rehearsed(config, as_json)
     with ExitStack() as bar:
         progress = bar.enter_context(console.progress())
 

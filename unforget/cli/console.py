@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -128,16 +129,24 @@ def before_after(rows: list[dict[str, Any]]) -> Table:
 
 
 def costs_table(plan: dict[str, Any]) -> Table:
-    """What a run will cost: network passes by stage, memory, and time where a pass was timed."""
-    table = Table("stage", Column("passes, at least", justify="right"), Column("at most", justify="right"))
-    for name, (least, most) in plan["passes"].items():
-        table.add_row(name, f"{least:,}", f"{most:,}", style="bold" if name == "in all" else "")
-    table.caption = f"memory {plan['memory_gib']['peak']:.2f} GiB"
-    if "hours" in plan:
-        least, most = plan["hours"]
-        timed = f"{plan['seconds_a_pass']:.3g} s a pass (the median of three, timed here)"
-        table.caption += f"; {timed}: {least:.2f} to {most:.2f} hours, less what the cache holds"
+    """Whether a command would run, and what it would take: network passes by stage, and time if a pass was timed."""
+    free = "" if plan["free_gib"] is None else f" of {plan['free_gib']:.1f} that are free"
+    memory = f"{plan['memory_gib']['peak']:.2f} GiB{free} on {escape(plan['computes_on'])}"
+    would = "It would run" if plan["would_run"] else "[red]It would not run: more memory is needed than there is[/]"
+    pass_takes = plan.get("seconds_a_pass")
+    figures = (Column(name, justify="right") for name in ("passes", "at most", "time", "at most"))
+    table = Table(Column("stage", no_wrap=True), *figures, title=f"{would}; {memory}", title_justify="left")
+    for name, counts in plan["passes"].items():
+        times = [duration(pass_takes * n) if pass_takes else "" for n in counts]
+        table.add_row(name, *(f"{n:,}" for n in counts), *times, style="bold" if name == "in all" else "")
+    if pass_takes:
+        table.caption = f"{pass_takes:.3g} s a pass (the median of three, timed here), less what the cache holds"
     return table
+
+
+def duration(seconds: float) -> str:
+    """A time as h:mm:ss."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 def candidates_table(rows: list[dict[str, Any]]) -> Table:

@@ -56,10 +56,10 @@ class Commands(typer.core.TyperGroup):
         single.command(name, cls=Command, context_settings=SETTINGS)(_generated(*BODIES[name]))
         return name, typer.main.get_command(single), rest
 
-    def make_context(self, name: str | None, args: list[str], *given: Any, **more: Any) -> Any:
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         self._args = tuple(args)
         with errors(self._args):
-            return super().make_context(name, args, *given, **more)
+            return super().make_context(info_name, args, parent, **extra)
 
     def invoke(self, ctx: Any) -> Any:
         """Parse what follows and run the command: whatever comes of it has one of our exit codes."""

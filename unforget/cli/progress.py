@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import suppress
-from datetime import timedelta
 from typing import Any, Self
 
 from rich.markup import escape
@@ -13,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.table import Column
 
-from unforget.cli.console import err
+from unforget.cli.console import duration, err
 from unforget.cli.ending import PROCESS, line
 from unforget.core.types import Progress
 from unforget.errors import redacted
@@ -143,13 +142,9 @@ class _Stage:
         self._first = self._first or (now, self.done)
         begun, before = self._first
         if not self.total:
-            return self.title + (f", for {_clock(now - begun)}" if now > begun else "")
+            return self.title + (f", for {duration(now - begun)}" if now > begun else "")
         text = f"{self.title}: {self.done:,} of {max(self.total, self.done):,}"
         if self.done <= before:
             return text
         left = (now - begun) / (self.done - before) * max(self.total - self.done, 0)
-        return f"{text}, {_clock(left)} left"
-
-
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
+        return f"{text}, {duration(left)} left"

@@ -43,7 +43,7 @@ class Compute:
 def adam(weights: list[nn.Parameter], learning_rate: float, *, eight_bit: bool = False) -> torch.optim.Optimizer:
     """Adam with a short memory, its state in 8 bits on request."""
     kind = _adam8bit() if eight_bit else torch.optim.Adam
-    return kind(weights, lr=learning_rate, betas=(0.9, 0.99))  # type: ignore[no-any-return]
+    return kind(weights, lr=learning_rate, betas=(0.9, 0.99))
 
 
 def _adam8bit() -> Any:
