@@ -48,9 +48,13 @@ def _edited(config: EditConfig, progress: Progress) -> Edited:
     number = config.pick or 1
     if number > len(ranked):
         raise UsageError(f"there is no candidate {number}, only {len(ranked)}", f"Give --pick 1 to {len(ranked)}.")
-    images.write_image(ranked[number - 1].image, config.output)
+    picked = ranked[number - 1]
+    if (near := picked.nearest()) < config.near_copy and not config.allow_near_copy:
+        sentence = f"candidate {number} is a near-copy of the target, or of what the base draws: RMS {near:.3f}"
+        raise UsageError(sentence, "Give another --pick, --strength or --method, or say --allow-near-copy.")
+    images.write_image(picked.image, config.output)
     images.write_image(candidate_sheet(target, ranked, number), config.sheet)
-    if not ranked[number - 1].accepted:
+    if not picked.accepted:
         progress.note("the candidate is too near the target or of another quality; look at the sheet before using it")
     rows = [{"pick": i, **{k: v for k, v in asdict(c).items() if k != "image"}} for i, c in enumerate(ranked, 1)]
     return Edited(config.output, config.sheet, number, rows)

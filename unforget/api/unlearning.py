@@ -34,6 +34,9 @@ from unforget.verification.context import Finding, Role, VerifyContext, known_su
 from unforget.verification.probes.reconstruct import Reconstruct
 from unforget.verification.probes.replaced import Replaced, as_drawn, what_is_shown
 
+DRAWN = {"seed", "sampler_steps", "retain_count"}
+NEARER = 0.5
+"""Least share of a judged row's reconstructions that are nearer to the surrogate."""
 SHOWN = ("to_target", "to_surrogate", "nearer_surrogate")
 
 
@@ -114,7 +117,7 @@ def read_inputs(config: UnlearnConfig, family: Family, stack: Stack, salt: str, 
         images.read_folder(config.retain, family.image_shape, resize=config.resize, note=progress.note)
         if config.retain else None,
         storage.read_lines(config.retain_prompts) if config.retain_prompts else (),
-        **config.model_dump(include={"seed", "near_copy", "min_distance", "sampler_steps", "retain_count"}),
+        **config.model_dump(include=DRAWN | {"near_copy", "min_distance", "allow_near_copy"}),
         salt=salt, earlier=_earlier(config, stack, family, salt, progress),
     )  # fmt: skip
     for path, target in zip(config.target, targets, strict=True):
@@ -159,9 +162,9 @@ def _recorded(
     config: UnlearnConfig, recipe: Recipe, inputs: RunInputs, stack: Stack, base_digest: str
 ) -> dict[str, Any]:
     """All that the result of a run depends on, as JSON."""
-    fields = {"seed", "prompt", "near_copy", "min_distance", "sampler_steps", "retain_count", "num_validation_images"}
+    fields = DRAWN | {"prompt", "near_copy", "min_distance", "num_validation_images"}
     return {
-        **config.model_dump(mode="json", include={*fields, "guidance", "resolution", "t5", "scale"}),
+        **config.model_dump(mode="json", include=fields | {"guidance", "resolution", "t5", "scale"}),
         "base": base_digest, "recipe": recipe.model_dump(mode="json"), "patch": [p.digest for p in stack.patches],
         "target": _ids(inputs.targets, inputs.salt), "surrogate": _ids(inputs.surrogates, inputs.salt),
         "retain": None if inputs.retain is None else digest({"": inputs.retain}),
@@ -211,6 +214,7 @@ class _Row(_Record):
     prompt: str
     before: _Shown
     after: _Shown
+    judged: bool = True
 
 
 class _Shares(_Record):
@@ -310,15 +314,16 @@ def _drawn(context: VerifyContext, case: tuple[Instance, int], count: int, unrel
 
 def judged(findings: list[Finding], drawn: list[Finding], unknown: Collection[str] = ()) -> dict[str, Any]:
     """The tables, and what they come to; nothing takes the place of a target whose surrogate is `unknown`."""
+    # Under the empty prompt a target that has prompts of its own may be right: see `verdict`.
+    prompted = {f.target for f in findings if f.prompt}
     table = [{
         "target": f.target, "probe": f"{f.probe}@{f.timestep:g}", "prompt": f.prompt,
         "before": {k: f.base[k] for k in SHOWN}, "after": {k: f.candidate[k] for k in SHOWN},
+        "judged": bool(f.prompt) or f.target not in prompted,
     } for f in findings]  # fmt: skip
     shares = [{"target": f.target, "prompt": f.prompt, "before": f.base, "after": f.candidate} for f in drawn]
-    # Under the empty prompt a target that has prompts of its own may be right: see `verdict`.
-    prompted = {f.target for f in findings if f.prompt}
-    counted = [f.candidate["nearer_surrogate"] for f in findings if f.prompt or f.target not in prompted]
-    gone = all(share >= 0.5 for share in counted) and not any(f.candidate["target"] for f in drawn)
+    counted = [row["after"]["nearer_surrogate"] for row in table if row["judged"]]
+    gone = all(share >= NEARER for share in counted) and not any(f.candidate["target"] for f in drawn)
     checks = (c for f in drawn if f.target not in unknown for c in Replaced().judge(f, Policy(), known=True))
     replaced = all(check.outcome != "failed" for check in checks)
     return {"table": table, "drawn": shares, "forgotten": gone, "replaced": replaced}

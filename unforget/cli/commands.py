@@ -90,7 +90,7 @@ def unlearn(
     with console.progress() as progress:
         result = api.unlearn(config, progress)
     with console.whatever_fails():
-        _tell(result, as_json)
+        _tell(config, result, as_json)
     console.leave(result.code)
 
 
@@ -106,25 +106,27 @@ def _rehearsed(config: Any, as_json: bool) -> NoReturn:
     console.leave(ExitCode.OK if found["would_run"] else ExitCode.CANNOT_RUN)
 
 
-def _tell(result: Unlearned, as_json: bool) -> None:
+def _tell(config: Any, result: Unlearned, as_json: bool) -> None:
     if as_json:
         console.print_json(vars(result))
-    else:
-        console.tell(console.before_after(result.table))
-        console.tell(
-            f"{result.steps} steps, stopped by {result.stopped}; same-seed drift: "
-            f"median {result.drift['median']:.3f}. Look at {escape(str(result.folder / 'sheet.png'))}."
+        return
+    console.tell(console.before_after(result.table))
+    console.tell(
+        f"{result.steps} updates: {console.STOPPED[result.stopped]}. Same-seed drift: "
+        f"median {result.drift['median']:.3f}. Look at {escape(str(result.folder / 'sheet.png'))}."
+    )
+    for row in result.drawn:
+        console.tell(console.drawn(row))
+    if not result.forgotten:
+        console.complain("The target is still generated.", "Raise --max-train-steps or lower --retain-weight.")
+    elif not result.replaced:
+        console.complain(
+            "The target is gone, but something else than the surrogate is drawn.",
+            "Raise --max-train-steps, or give a --surrogate that the model can draw: look at the sheet.",
         )
-        for row in result.drawn:
-            console.tell(console.drawn(row))
-        if not result.forgotten:
-            console.tell("[red]The target is still generated.[/] Raise --max-train-steps or lower --retain-weight.")
-        elif not result.replaced:
-            console.tell(
-                "[red]The target is gone, but something else than the surrogate is drawn.[/] Raise --max-train-steps, "
-                "or give a --surrogate that the model can draw: look at the sheet."
-            )
-        console.say(str(result.output))
+    else:
+        console.tell(f"Next, collect the evidence: {escape(console.verify_command(config))}")
+    console.say(str(result.output))
 
 
 @command(app, "verify", "VerifyConfig")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -52,6 +53,11 @@ def tell(text: Any) -> None:
     """A table or a sentence beside the result, on stderr, unless --quiet."""
     if not voice.quiet:
         err.print(text, soft_wrap=isinstance(text, str))
+
+
+def complain(sentence: str, hint: str) -> None:
+    """What is wrong with a result, on stderr, however quiet."""
+    err.print(f"[red]{escape(sentence)}[/] {escape(hint)}", soft_wrap=True)
 
 
 def progress() -> ConsoleProgress:
@@ -116,16 +122,42 @@ def models_list(families: list[dict[str, Any]]) -> str:
 
 
 def before_after(rows: list[dict[str, Any]]) -> Table:
-    """What `unlearn` changed, a row a target and noise level."""
-    title = "Reconstructions of the target: RMS to target / surrogate, share nearer to the surrogate"
-    table = Table("target", "probe", "before", "after", title=title)
+    """What `unlearn` changed, a row a target, prompt and noise level, and what it is judged by."""
+    title = "What comes back of a noised target: RMS to target / surrogate, share nearer to the surrogate"
+    names = ("target", "prompt", "timestep", "before", "after", "nearer", "wanted")
+    table = Table(*(Column(name, no_wrap=name in ("before", "after"), overflow="fold") for name in names), title=title)
     for row in rows:
-        sides = [
-            f"{row[s]['to_target']:.2f} / {row[s]['to_surrogate']:.2f}  {row[s]['nearer_surrogate']:.0%}"
-            for s in ("before", "after")
-        ]
-        table.add_row(str(row["target"])[:8], str(row["probe"]), *sides)
+        before, after = (row[side] for side in ("before", "after"))
+        sides = (f"{s['to_target']:.2f} / {s['to_surrogate']:.2f}" for s in (before, after))
+        share = " to ".join(f"{s['nearer_surrogate']:.0%}" for s in (before, after))
+        judged = f"{SIGNS['at least']} 50%" if row["judged"] else "not judged"
+        where = (str(row["target"])[:8], escape(row["prompt"]) or "none", row["probe"].partition("@")[2])
+        table.add_row(*where, *sides, share, judged)
     return table
+
+
+STOPPED = {
+    "margin": "stopped early, for the margin to the surrogate was held (--stop-margin)",
+    "budget": "all that --max-train-steps gives, which is no failure: the rows above say what came of it",
+}
+"""How a run ended, as people are told."""
+
+
+def verify_command(config: Any) -> str:
+    """The command that judges what a run of `unlearn` wrote: the same model, opened in the same way."""
+    from unforget.config import ModelConfig
+    from unforget.config.base import spelled
+
+    words = ["unforget", "verify"]
+    for name in ModelConfig.model_fields:
+        if name not in config.model_fields_set or name in ("seed", "force"):
+            continue
+        value, flag = getattr(config, name), spelled(name)
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif value is not None:
+            words += [word for one in (value if isinstance(value, tuple) else [value]) for word in (flag, str(one))]
+    return shlex.join([*words, "--patch", str(config.output), "--html", str(config.output.with_suffix(".html"))])
 
 
 def costs_table(plan: dict[str, Any]) -> Table:

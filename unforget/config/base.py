@@ -225,6 +225,7 @@ class DrawConfig(ImageConfig):
     )  # fmt: skip
     sampler_steps: int = option("Sampler steps of those images.", 20, ge=2, le=1000)
     near_copy: float = option("RMS at 80 px under which two images are the same one, in [-1, 1].", 0.16, gt=0, lt=2)
+    allow_near_copy: bool = option("Take a surrogate although it is a near-copy, by --near-copy.", False)
     min_distance: float = option("Least RMS of a made surrogate to its target.", 0.2, gt=0, lt=2)
 
 

@@ -43,6 +43,10 @@ class Candidate:
     score: float = 0.0  # smaller is better
     accepted: bool = False  # another instance than the target, of fair quality, and nobody the base draws already
 
+    def nearest(self) -> float:
+        """Distance to the nearest of all that it must not be."""
+        return min(self.distance, self.familiar, self.moved)
+
 
 def rank(
     candidates: Sequence[Candidate], canvas: Canvas, *, distance: float, near_copy: float = 0.16
