@@ -316,7 +316,7 @@ def judged(findings: list[Finding], drawn: list[Finding], unknown: Collection[st
     """The tables, and what they come to; nothing takes the place of a target whose surrogate is `unknown`."""
     # Under the empty prompt a target that has prompts of its own may be right: see `verdict`.
     prompted = {f.target for f in findings if f.prompt}
-    table = [{
+    table: list[dict[str, Any]] = [{
         "target": f.target, "probe": f"{f.probe}@{f.timestep:g}", "prompt": f.prompt,
         "before": {k: f.base[k] for k in SHOWN}, "after": {k: f.candidate[k] for k in SHOWN},
         "judged": bool(f.prompt) or f.target not in prompted,

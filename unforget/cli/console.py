@@ -123,9 +123,11 @@ def models_list(families: list[dict[str, Any]]) -> str:
 
 def before_after(rows: list[dict[str, Any]]) -> Table:
     """What `unlearn` changed, a row a target, prompt and noise level, and what it is judged by."""
-    title = "What comes back of a noised target: RMS to target / surrogate, share nearer to the surrogate"
-    names = ("target", "prompt", "timestep", "before", "after", "nearer", "wanted")
-    table = Table(*(Column(name, no_wrap=name in ("before", "after"), overflow="fold") for name in names), title=title)
+    title = "What comes back of a noised target: RMS to target / surrogate, share nearer to that"
+    names = ("target", "prompt", "at", "before", "after", "nearer", "wanted")
+    table = Table(
+        *(Column(name, no_wrap=name in ("target", "before", "after"), overflow="fold") for name in names), title=title
+    )
     for row in rows:
         before, after = (row[side] for side in ("before", "after"))
         sides = (f"{s['to_target']:.2f} / {s['to_surrogate']:.2f}" for s in (before, after))
