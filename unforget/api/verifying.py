@@ -3,7 +3,9 @@
 import os
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -13,6 +15,7 @@ from unforget.config import Policy, VerifyConfig, run_folder
 from unforget.core import distributed
 from unforget.core.types import Family, Instance, Progress
 from unforget.errors import CannotRun, UsageError
+from unforget.exports.manifest import Verified
 from unforget.families import shipped
 from unforget.files import images, storage
 from unforget.files.patch import Provenance, Stack, provenance
@@ -29,6 +32,8 @@ from unforget.verification.context import VerifyContext, known_surrogate
 from unforget.verification.report import Report
 from unforget.verification.similarity import backend
 
+LEVELS = get_args(Policy.model_fields["level"].annotation)
+"""The levels of `verify`, the weakest first."""
 PRIVATE = {"target", "surrogate", "must_retain", "prompt", "retain_prompts", "allow", "similarity"}
 """Settings that name files, prompts or targets: they stay out of the report."""
 
@@ -120,7 +125,7 @@ def _write(config: VerifyConfig, result: Report, rows: list[Row], progress: Prog
     beside = run_folder(config.patch[-1]) if config.patch else None
     step = os.environ.get("GITHUB_STEP_SUMMARY")
     wanted: list[tuple[Path | None, Callable[[Path], object]]] = [
-        (beside / "verify.json" if beside and beside.is_dir() else None, result.save),
+        (beside / "verify.json" if beside and beside.is_dir() else None, lambda path: _record(result, path, progress)),
         (config.report, result.save),
         (config.junit, lambda path: write_bytes(junit(result).encode(), path)),
         (config.attestation, lambda path: write_bytes(attestation(result, _judged(config)).encode(), path)),
@@ -132,6 +137,16 @@ def _write(config: VerifyConfig, result: Report, rows: list[Row], progress: Prog
         if path is not None:
             with noted(progress, f"'{path}'"):
                 write(path)
+
+
+def _record(result: Report, path: Path, progress: Progress) -> None:
+    """Keep the verdict of a patch for its export: the last one of the strongest level of these weights."""
+    with suppress(UsageError):  # there is none yet, or none that can be read
+        known = Verified.of(path)
+        if known.candidate_digest == result.candidate_digest and LEVELS.index(known.level) > LEVELS.index(result.level):
+            progress.note(f"'{path}' stays as it is: its verdict '{known.verdict}' is of the level {known.level}")
+            return
+    result.save(path)
 
 
 def _judged(config: VerifyConfig) -> list[Path]:
