@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from unforget.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from unforget.cli.progress import ConsoleProgress
+    from unforget.config import UnlearnConfig
     from unforget.exports.show import Shown
     from unforget.verification.report import Check, Report
 
@@ -145,21 +145,13 @@ STOPPED = {
 """How a run ended, as people are told."""
 
 
-def verify_command(config: Any) -> str:
+def verify_command(config: UnlearnConfig) -> str:
     """The command that judges what a run of `unlearn` wrote: the same model, opened in the same way."""
     from unforget.config import ModelConfig
-    from unforget.config.base import spelled
+    from unforget.config.commands import command_line
 
-    words = ["unforget", "verify"]
-    for name in ModelConfig.model_fields:
-        if name not in config.model_fields_set or name in ("seed", "force"):
-            continue
-        value, flag = getattr(config, name), spelled(name)
-        if isinstance(value, bool):
-            words.append(flag if value else f"--no-{flag[2:]}")
-        elif value is not None:
-            words += [word for one in (value if isinstance(value, tuple) else [value]) for word in (flag, str(one))]
-    return shlex.join([*words, "--patch", str(config.output), "--html", str(config.output.with_suffix(".html"))])
+    fields = [name for name in ModelConfig.model_fields if name not in ("seed", "force")]
+    return command_line(config, fields, "verify", patch=config.output, html=config.output.with_suffix(".html"))
 
 
 def costs_table(plan: dict[str, Any]) -> Table:
@@ -188,7 +180,7 @@ def candidates_table(rows: list[dict[str, Any]]) -> Table:
     table = Table("pick", "how", "distance", "typicality", "sharpness", "accepted", title="Candidates, best first")
     for row in rows[:10]:
         figures = (f"{row['distance']:.3f}", f"{row['typicality']:.3f}", f"{row['quality']:.2f}")
-        table.add_row(str(row["pick"]), str(row["label"]), *figures, "yes" if row["accepted"] else "no")
+        table.add_row(str(row["pick"]), str(row["label"]), *figures, "yes" if row["accepted"] else row["refused"])
     return table
 
 

@@ -51,6 +51,11 @@ class EditConfig(DrawConfig):
     )
     pick: int | None = option("Take this candidate of the contact sheet.", None, "the best", ge=1)
 
+    html: Path | None = option(
+        "HTML page to write: all candidates, why some are refused, and the command that takes each.", None, "none",
+        writes="file",
+    )  # fmt: skip
+
     @property
     def sheet(self) -> Path:
         """The contact sheet of all candidates."""
