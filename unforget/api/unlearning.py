@@ -12,6 +12,7 @@ from torch import Tensor
 
 from unforget.api.common import holding_outputs, load, noted, pictures, read, recipe_of, salted, versions
 from unforget.api.computing import compute_of
+from unforget.api.tracking import tracked
 from unforget.config import Policy, UnlearnConfig, run_folder
 from unforget.core import distributed
 from unforget.core.devices import chosen
@@ -70,7 +71,9 @@ def unlearn(
     """
     with holding_outputs(config):
         check_start(config.folder, resume=config.resume, force=config.force)
-        return _unlearned(config, recipe_of(config, objective), progress or Progress())
+        recipe = recipe_of(config, objective)
+        with tracked(config, progress or Progress()) as shown:
+            return _unlearned(config, recipe, shown)
 
 
 def _unlearned(config: UnlearnConfig, recipe: Recipe, progress: Progress) -> Unlearned:

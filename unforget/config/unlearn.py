@@ -137,6 +137,10 @@ class UnlearnConfig(RecipeOptions, DrawConfig, PatchedConfig):
         "on for large models, unless the card has room",
         panel=MACHINE,
     )
+    report_to: Literal["tensorboard", "wandb", "trackio"] | None = option(
+        "Tracker that hears of each update, too; needs its package. TensorBoard's files go into NAME.run/logs.", None,
+        "none",
+    )  # fmt: skip
     use_8bit_adam: bool = option("Keep the optimiser's state in 8 bits; needs bitsandbytes.", False, panel=MACHINE)
     mixed_precision: Literal["auto", "no", "bf16"] = option(
         "Precision of the network's passes; auto is bf16 where the machine has it.", "auto", panel=MACHINE
