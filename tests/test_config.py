@@ -1,6 +1,7 @@
 """A field is the option, the TOML key and the Python keyword, by one name; and a wrong one is refused at once."""
 
 import json
+import shlex
 import subprocess
 import sys
 import typing
@@ -179,6 +180,15 @@ def test_help_begins_with_two_examples_and_says_defaults_and_choices(cli, name):
     assert all(param.help for param in PARAMS[name].values() if param.name != "ctx")
     optional = [f for f in COMMANDS[name].model_fields.values() if not (f.is_required() or option_of(f).hidden)]
     assert " ".join(page.split()).count("[default: ") >= len(optional)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_examples_of_the_help_are_commands(cli, name):
+    examples = cli(name, "--help").output.partition("  Examples:\n")[2].splitlines()[:2]
+    for _, _, *args in map(shlex.split, examples):
+        context = command(name).make_context(name, args)
+        given = [n for n in COMMANDS[name].model_fields if context.get_parameter_source(n).name == "COMMANDLINE"]
+        assert COMMANDS[name](**{n: context.params[n] for n in given})
 
 
 def test_help_keeps_brackets_and_shows_choices_and_completes(cli):

@@ -51,6 +51,10 @@ def test_a_line_has_the_stage_n_of_m_and_the_time_left():
     assert said(one_stage(100, 2), verbose=True)[-1][1].endswith("; forget 0.25")
 
 
+def test_more_than_was_foretold_has_no_time_left():
+    assert said(one_stage(10, 2), seconds=60)[-1][1] == "unlearn: 30 of 10 or more"
+
+
 def test_what_a_resumed_run_had_done_before_tells_nothing_of_the_time_left():
     def work(lines, second):
         if second == 1:

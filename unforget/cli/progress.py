@@ -143,8 +143,9 @@ class _Stage:
         begun, before = self._first
         if not self.total:
             return self.title + (f", for {duration(now - begun)}" if now > begun else "")
-        text = f"{self.title}: {self.done:,} of {max(self.total, self.done):,}"
-        if self.done <= before:
+        if self.done > self.total:  # foretold was the least
+            return f"{self.title}: {self.done:,} of {self.total:,} or more"
+        text = f"{self.title}: {self.done:,} of {self.total:,}"
+        if self.done == before:
             return text
-        left = (now - begun) / (self.done - before) * max(self.total - self.done, 0)
-        return f"{text}, {duration(left)} left"
+        return f"{text}, {duration((now - begun) / (self.done - before) * (self.total - self.done))} left"
