@@ -187,7 +187,8 @@ def test_the_examples_of_the_help_are_commands(cli, name):
     examples = cli(name, "--help").output.partition("  Examples:\n")[2].splitlines()[:2]
     for _, _, *args in map(shlex.split, examples):
         context = command(name).make_context(name, args)
-        given = [n for n in COMMANDS[name].model_fields if context.get_parameter_source(n).name == "COMMANDLINE"]
+        sources = {n: context.get_parameter_source(n) for n in COMMANDS[name].model_fields if n in context.params}
+        given = [n for n, source in sources.items() if source.name == "COMMANDLINE"]
         assert COMMANDS[name](**{n: context.params[n] for n in given})
 
 
