@@ -56,7 +56,7 @@ class Policy(PromptConfig):
     controls: int = option("Number of images that show what any model returns.", **_at(48, quick=24), ge=8, le=4096)
     sampler_steps: int = option("Sampler steps of the draws.", **_at(20, quick=15), ge=2, le=1000)
     nearer: float = option(
-        "Share of reconstructions that must be nearer to the surrogate than to the target: more than this.",
+        "Share of reconstructions nearer to the surrogate than to the target: it must be over this.",
         0.65,
         ge=0,
         lt=1,
