@@ -10,8 +10,10 @@ from unforget.files.images import to_pil
 from unforget.surrogate.ranking import Candidate
 from unforget.verification import probes
 from unforget.verification.context import ROLES, Finding, known_surrogate
+from unforget.verification.report import Check, Place
 
 Row = tuple[str, Sequence[tuple[Tensor, str]]]
+"""Heading, and images (C, H, W) with their captions; a row without a heading belongs to the one above."""
 CELL = (96, 256)
 """Least and most pixels of a cell's side; between them an image has its own size."""
 PAD = 8
@@ -62,25 +64,28 @@ def candidate_sheet(target: Tensor, ranked: Sequence[Candidate], picked: int) ->
     return sheet("Surrogate candidates", rows)
 
 
-def evidence_rows(instances: Sequence[Instance], findings: Sequence[Finding]) -> list[Row]:
-    """Targets, surrogates, what base and candidate made of them, and same-seed pairs."""
+def evidence_rows(
+    instances: Sequence[Instance], findings: Sequence[Finding], checks: Sequence[Check] = ()
+) -> list[Row]:
+    """Targets, surrogates, what base and candidate made of them, and same-seed pairs.
+
+    A row whose `checks` are all informational says that it does not decide.
+    """
     headings = {probe.kind: probe.heading for probe in probes.load() if probe.heading}
     rows: list[Row] = []
     for k, instance in enumerate(instances):
         cells = [(instance.target, "target"), *((image, "surrogate") for image in known_surrogate(instance))]
         rows.append((f"target {k + 1}{' and its surrogate' if cells[1:] else ''}", cells))
-        own = [f for f in findings if f.target == instance.id and f.images]
-        rows += [_pairs(f, headings[f.probe]) for f in own if f.probe in headings]
-    rows += [
-        (f"same seed, {role}", [(image, "") for image in f.images[role][:8]])
-        for f in findings
-        if f.probe == "retention"
-        for role in ROLES
-    ]
-    return rows
+        for f in findings:
+            if f.target == instance.id and f.images and f.probe in headings:
+                outcomes = {c.outcome for c in checks if (c.target, c.name) == (f.target, Place(**f.place).name)}
+                under = f" under '{f.prompt}'" if f.prompt else ""
+                aside = " (does not decide)" if outcomes == {"informational"} else ""
+                rows += _pair(f, f"{headings[f.probe].format(timestep=f.timestep)}{under}{aside}", 4)
+    return rows + [row for f in findings if f.probe == "retention" for row in _pair(f, "same seeds", 8)]
 
 
-def _pairs(f: Finding, heading: str) -> Row:
-    under = f" under '{f.prompt}'" if f.prompt else ""
-    cells = [(image, role) for role in ROLES for image in f.images.get(role, ())[:4]]
-    return f"{heading.format(timestep=f.timestep)}{under}: base, then candidate", cells
+def _pair(f: Finding, heading: str, most: int) -> list[Row]:
+    """The base's images, and below them the candidate's of the same noise."""
+    roles = [role for role in ROLES if len(f.images.get(role, ()))]
+    return [(heading if i == 0 else "", [(image, r) for image in f.images[r][:most]]) for i, r in enumerate(roles)]

@@ -91,6 +91,8 @@ class Target(_Record):
     verdict: Verdict
     reason: str
     """The worst that was found, in words."""
+    rate: str = ""
+    """How often it is drawn, in a sentence; empty where no rate was taken."""
 
 
 class Robustness(_Record):
@@ -129,13 +131,19 @@ class Report(_Record):
     """Thresholds and counts of the policy that was applied."""
     backends: list[str]
     """Similarity backends, by name and version."""
+    model: str = ""
+    """What the base is called: an alias, a hub id, or the last part of a path."""
+    patches: list[str] = []
+    """Digests of the patches that make the candidate; empty where it is a folder or a file."""
+    date: str = ""
+    """When it was judged, UTC."""
     base_digest: str
     candidate_digest: str
     nonce: str = ""
     """What the candidate's own noise was drawn with, beside its digest: `--nonce` repeats the verdict."""
     versions: dict[str, str]
     seconds: dict[str, float]
-    """Time a probe took; all that differs between two runs of one command and nonce, beside the checksum."""
+    """Time a probe took; with date and checksum all that differs between two runs of one command and nonce."""
     checksum: str = ""
     """SHA-256 of the rest, as it is written: tells damage, not malice."""
 
