@@ -81,7 +81,8 @@ def test_all_good_is_forgotten():
         ([rate(), rate(hits=9, high=0.03, decision="fails", prompt="a flag")],
          "9 of 598 draws under 'a flag' were near-copies (base: 5 of 256): rate not below 0.5 % at 95 % confidence"),
         ([rate(drawn=90, decision=None)],
-         "0 of 90 draws were near-copies (base: 5 of 256): too few to tell if the rate is below 0.5 % at 95 % confidence"),
+         "0 of 90 draws were near-copies (base: 5 of 256): too few to tell if the rate is below 0.5 % at 95 % "
+         "confidence"),
         ([rate(base=None)], "0 of 598 draws were near-copies: rate below 0.5 % at 95 % confidence"),
         ([], ""),
     ],

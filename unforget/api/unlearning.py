@@ -47,7 +47,7 @@ class Unlearned:
     margin: float | None
     table: list[dict[str, Any]]  # before and after, a row a target and noise level
     drawn: list[dict[str, Any]]  # shares of what is drawn under each given prompt, before and after
-    drift: dict[str, float]  # under the same seed, over a few seeds (`num_validation_images`), RMS
+    drift: dict[str, float]  # median and mean RMS of pixels in [-1, 1], base to patched, over a few equal seeds
     forgotten: bool  # whether every row returns the surrogate, and no draw under a given prompt is the target
     replaced: bool  # whether what is drawn under each given prompt is the surrogate, if there is one
 
@@ -63,6 +63,8 @@ def unlearn(
     """Make the model generate the surrogates instead of the targets, and write the difference as a patch.
 
     An `objective` of your own takes the place of the recipe's; the patch and the run record its kind and its fields.
+    UsageError if a file or an option is wrong; CannotRun if the model cannot be loaded, no surrogate that it makes is
+    accepted, the loss is not a number, or memory is out. A target that is still generated is no error: see `forgotten`.
     """
     with holding_outputs(config):
         check_start(config.folder, resume=config.resume, force=config.force)

@@ -40,7 +40,9 @@ def verify(
 ) -> Report:
     """Put base and candidate side by side and judge: is every target forgotten, is the rest retained?
 
-    `told` is given the verdict before any file is written; a file that then cannot be written is a note.
+    `told` is given the verdict before any file is written; a file that then cannot be written is a note. Rates are
+    shares of draws, distances RMS of pixels in [-1, 1]. UsageError if a file or an option is wrong; CannotRun if a
+    model cannot be loaded, or the candidate is of another architecture. A failed verdict is no error: see `exit_code`.
     """
     progress = progress or Progress()
     with holding_outputs(config):
