@@ -80,6 +80,11 @@ def test_both_names_are_the_command(wheel):
 
 
 def test_relative_links_of_the_pages_lead_somewhere():
-    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*/README.md")]:
+    for page in [
+        ROOT / "README.md",
+        *(ROOT / "docs").rglob("*.md"),
+        *ROOT.glob(".github/*.md"),
+        *ROOT.glob("examples/*/README.md"),
+    ]:
         for link in re.findall(r"\]\((?!https?:|#|mailto:)([^)#]+)", page.read_text()):
             assert (page.parent / link).exists(), f"{page.name}: {link}"

@@ -433,10 +433,10 @@ def test_an_empty_report_has_every_format():
     assert Reader(page(empty)).open == []
 
 
-@pytest.mark.parametrize("name", ["github.yml", "gitlab.yml"])
-def test_ci_examples_are_yaml_that_keeps_the_reports(name):
+@pytest.mark.parametrize("name", ["github.yml", "gitlab.yml", "Jenkinsfile"])
+def test_ci_examples_keep_the_reports(name):
     text = (CI / name).read_text()
-    assert yaml.safe_load(text)
+    assert name == "Jenkinsfile" or yaml.safe_load(text)
     assert "unforget verify --no-cache --model models/base --patch patches/face.patch --policy unforget.toml" in text
     assert all(file in text for file in ("report.json", "junit.xml", "report.html"))
 

@@ -22,10 +22,14 @@ from unforget.unlearning.prepare import Drawer, prompt_ids, retain_set
 class Edited:
     """What `edit_surrogate` made."""
 
-    output: Path  # the surrogate, PNG
-    sheet: Path  # all candidates, to look at
-    picked: int  # which of them it is, from 1
-    candidates: list[dict[str, Any]]  # best first; distance to the target in RMS of pixels in [-1, 1]
+    output: Path
+    """The surrogate, PNG."""
+    sheet: Path
+    """All candidates, to look at."""
+    picked: int
+    """Which of them it is, from 1."""
+    candidates: list[dict[str, Any]]
+    """Best first; distance to the target in RMS of pixels in [-1, 1]."""
 
 
 def edit_surrogate(config: EditConfig, progress: Progress | None = None) -> Edited:

@@ -40,16 +40,23 @@ SHOWN = ("to_target", "to_surrogate", "nearer_surrogate")
 class Unlearned:
     """What `unlearn` made and what changed; how the run ended is as in `run.Trained`."""
 
-    output: Path  # the patch
-    folder: Path  # everything else: metrics.jsonl, sheet.png, the targets and surrogates
+    output: Path
+    """The patch."""
+    folder: Path
+    """Everything else: metrics.jsonl, sheet.png, the targets and surrogates."""
     steps: int
     stopped: str
     margin: float | None
-    table: list[dict[str, Any]]  # before and after, a row a target and noise level
-    drawn: list[dict[str, Any]]  # shares of what is drawn under each given prompt, before and after
-    drift: dict[str, float]  # median and mean RMS of pixels in [-1, 1], base to patched, over a few equal seeds
-    forgotten: bool  # whether every row returns the surrogate, and no draw under a given prompt is the target
-    replaced: bool  # whether what is drawn under each given prompt is the surrogate, if there is one
+    table: list[dict[str, Any]]
+    """Before and after, a row a target and noise level."""
+    drawn: list[dict[str, Any]]
+    """Shares of what is drawn under each given prompt, before and after."""
+    drift: dict[str, float]
+    """Median and mean RMS of pixels in [-1, 1], base to patched, over a few equal seeds."""
+    forgotten: bool
+    """Whether every row returns the surrogate, and no draw under a given prompt is the target."""
+    replaced: bool
+    """Whether what is drawn under each given prompt is the surrogate, if there is one."""
 
     @property
     def code(self) -> ExitCode:

@@ -25,20 +25,21 @@ def sheet(title: str, rows: Sequence[Row]) -> Image.Image:
     columns = max(len(cells) for _, cells in rows)
     cell = _cell(rows)
     width = max(PAD + columns * (cell + PAD), 420)
-    height = PAD + 2 * TEXT + sum(_height(cells, cell) for _, cells in rows) + PAD
+    height = PAD + 2 * TEXT + sum(_height(row, cell) for row in rows) + PAD
     canvas = Image.new("RGB", (width, height), "white")
     pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=12)
     pen.text((PAD, PAD), title, "black", ImageFont.load_default(size=15))
     y = PAD + 2 * TEXT
     for heading, cells in rows:
         pen.text((PAD, y), heading, "#444444", font)
+        top = y + _above(heading)
         for i, (image, caption) in enumerate(cells):
             x = PAD + i * (cell + PAD)
             whole = to_pil(image).convert("RGB")
             resample = Image.Resampling.NEAREST if max(whole.size) <= cell else Image.Resampling.LANCZOS
-            canvas.paste(ImageOps.contain(whole, (cell, cell), resample), (x, y + TEXT + 4))
-            pen.text((x, y + TEXT + 6 + cell), caption, "black", ImageFont.load_default(size=10))
-        y += _height(cells, cell)
+            canvas.paste(ImageOps.contain(whole, (cell, cell), resample), (x, top))
+            pen.text((x, top + 2 + cell), caption, "black", ImageFont.load_default(size=10))
+        y += _height((heading, cells), cell)
     return canvas
 
 
@@ -48,8 +49,12 @@ def _cell(rows: Sequence[Row]) -> int:
     return min(max(least, *(side for _, cells in rows for image, _ in cells for side in image.shape[-2:])), most)
 
 
-def _height(cells: Sequence[tuple[Tensor, str]], cell: int) -> int:
-    return TEXT + 6 + cell + (TEXT if any(caption for _, caption in cells) else 0) + PAD
+def _above(heading: str) -> int:
+    return TEXT + 4 if heading else 0
+
+
+def _height(row: Row, cell: int) -> int:
+    return _above(row[0]) + 2 + cell + (TEXT if any(caption for _, caption in row[1]) else 0) + PAD
 
 
 def candidate_sheet(target: Tensor, ranked: Sequence[Candidate], picked: int) -> Image.Image:
@@ -81,7 +86,9 @@ def evidence_rows(
                 outcomes = {c.outcome for c in checks if (c.target, c.name) == (f.target, Place(**f.place).name)}
                 under = f" under '{f.prompt}'" if f.prompt else ""
                 aside = " (does not decide)" if outcomes == {"informational"} else ""
-                rows += _pair(f, f"{headings[f.probe].format(timestep=f.timestep)}{under}{aside}", 4)
+                rows += _pair(
+                    f, f"{headings[f.probe].format(timestep=f.timestep and round(f.timestep))}{under}{aside}", 4
+                )
     return rows + [row for f in findings if f.probe == "retention" for row in _pair(f, "same seeds", 8)]
 
 
