@@ -190,9 +190,31 @@ def test_a_floor_is_keyed_by_all_that_made_it(context, tmp_path, monkeypatch, ch
 
 def test_half_of_the_candidates_noise_is_its_own(context):
     probe = Reconstruct(draws=8)
-    shared, own = probe._noise(context, "base", 250), probe._noise(context, "candidate", 250)
-    assert torch.equal(shared[:4], own[:4])
-    assert not any(torch.equal(a, b) for a in shared for b in own[4:])
+    [(shared, usual)] = probe._noise(context, "base", 250)
+    (first, same), (own, way) = probe._noise(context, "candidate", 250)
+    assert torch.equal(shared[:4], first) and usual is same is None
+    assert not any(torch.equal(a, b) for a in shared for b in own)
+    assert float(way.timesteps[0]) == context.start(250)
+    assert set(way.timesteps.tolist()) - set(context.base.sampling_timesteps(4))
+
+
+def test_the_candidates_own_draws_take_ways_that_nobody_knew(context):
+    """Timesteps by the nonce, every other group by ancestral sampling, and each as the plan counts it."""
+    taken, denoise = [], context.candidate.denoise
+    context.candidate.denoise = lambda x_t, **how: taken.append((len(x_t), how["steps"])) or denoise(x_t, **how)
+    context.draws("candidate", (0,), 100)
+    usual, *own = taken
+    assert usual == (16, 4)
+    assert [count for count, _ in own] == [16, 32, 32, 4]
+    assert [way.seeds is not None for _, way in own] == [False, True, False, True]
+    assert len({tuple(way.timesteps.tolist()) for _, way in own}) == 4
+    calls = sum(count * (4 if way == 4 else len(way.timesteps)) for count, way in taken)
+    assert context.drawn_passes(("candidate", (0,)), 0, 100) == calls
+    before = [way.timesteps for _, way in own]
+    context.nonce, context._draws = "another", {}
+    taken.clear()
+    context.draws("candidate", (0,), 100)
+    assert not any(torch.equal(a, way.timesteps) for a, (_, way) in zip(before, taken[1:], strict=True))
 
 
 # Each probe

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,17 @@ class Noised:
         return Noised(*(column[which] for column in vars(self).values()))
 
 
+class Trajectory(NamedTuple):
+    """A way from noise to an image, other than a family's own sampler takes."""
+
+    timesteps: Tensor  # that are visited, (K,), from noisy to clean
+    seeds: Tensor | None = None  # (B,) of the noise that each image gets at every step: ancestral sampling
+
+    def of(self, rows: Tensor) -> Trajectory:
+        """That of some of the images."""
+        return Trajectory(self.timesteps, None if self.seeds is None else self.seeds[rows])
+
+
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A network's answer at (x_t, timestep, prompt_ids), in its own parameterization."""
 
@@ -119,9 +130,10 @@ class Family(Protocol):
         """The weights of a scope, in the network's order, or a UsageError; the numbers make the adapter of `lora`."""
 
     def denoise(
-        self, x_t: Tensor, *, steps: int, start: float | None = None, stop: float = -1, prompt_ids: Tensor | None = None
-    ) -> Tensor:
-        """Deterministic sampling from noise, or from timestep `start` on; returns x_0.
+        self, x_t: Tensor, *, steps: int | Trajectory, start: float | None = None, stop: float = -1,
+        prompt_ids: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Sampling from noise, or from timestep `start` on; returns x_0. So many steps are deterministic.
 
         With `stop` only the timesteps above it are visited, and what is returned is as noisy as the next one.
         """

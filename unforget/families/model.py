@@ -14,10 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 from unforget.core import devices, passes
 from unforget.core.schedule import Schedule
-from unforget.core.types import UNCONDITIONAL, Scope
+from unforget.core.types import UNCONDITIONAL, Scope, Trajectory
 from unforget.errors import CannotRun, UsageError
 from unforget.families import offload
 from unforget.families.loading import Hints, Options, asking
+from unforget.families.samplers import Along, sampler
 from unforget.families.scopes import check_precision, switch_adapter, trainable
 from unforget.families.spec import FamilySpec, Setting, is_guided, tokenizer
 from unforget.files.storage import digest
@@ -234,14 +235,15 @@ class DiffusionModel:
         return [float(t) for t in self._sampler(steps).timesteps]
 
     def denoise(
-        self, x_t: Tensor, *, steps: int, start: float | None = None, stop: float = -1, prompt_ids: Tensor | None = None
-    ) -> Tensor:
-        """Steps of DDIM (arXiv:2010.02502, eta 0) or Euler with classifier-free guidance; returns x_0.
+        self, x_t: Tensor, *, steps: int | Trajectory, start: float | None = None, stop: float = -1,
+        prompt_ids: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """DDIM (arXiv:2010.02502, eta 0), Euler, or a trajectory, with classifier-free guidance; returns x_0.
 
         From pure noise, or from the visited timesteps at `start` and below; only those above `stop`.
         """
         prompt_ids = torch.full((len(x_t),), UNCONDITIONAL) if prompt_ids is None else prompt_ids
-        sampler = self._sampler(steps)
+        sampler = self._sampler(steps) if isinstance(steps, int) else Along(self.schedule, steps, self.vae is None)
         first = 0 if start is None else int((sampler.timesteps > start).sum())
         if hasattr(sampler, "set_begin_index"):
             sampler.set_begin_index(first)
@@ -285,27 +287,6 @@ class DiffusionModel:
         """Another network of the same class, in the precision of the prompts, or none."""
         self.network = None if network is None else self._placed(network.to(self.dtype))
         setattr(self.pipeline, self.spec.network, self.network)
-
-
-def sampler(
-    spec: FamilySpec, config: Any, steps: int, latent_shape: tuple[int, int, int], name: str | None = None
-) -> Any:
-    """The family's sampler for a scheduler's configuration, or diffusers' scheduler of that name.
-
-    UsageError if there is none that fits.
-    """
-    import diffusers
-
-    options, name = {} if name else spec.sampler_options, name or spec.sampler
-    kind = getattr(diffusers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-        raise UsageError(f"diffusers has no scheduler '{name}'", "Give a class name, such as DDIMScheduler.")
-    try:
-        made: Any = kind.from_config(config, **options)  # type: ignore[attr-defined]
-        spec.timesteps(made, steps, latent_shape)
-    except Exception as error:  # whatever a library makes of a configuration that is none
-        raise UsageError(f"the scheduler '{name}' does not fit this model: {error}"[:300], "Give another.") from error
-    return made
 
 
 def pixels_wide(spec: FamilySpec, autoencoder: Any) -> int:

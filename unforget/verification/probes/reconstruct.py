@@ -6,9 +6,10 @@ from pydantic import Field
 from torch import Tensor
 
 from unforget.config import Policy, VerifyConfig
+from unforget.core import passes
 from unforget.core.metrics import at_working_size, exact_rms, region, rms_within, sharpness
 from unforget.core.passes import Count
-from unforget.core.types import Instance
+from unforget.core.types import Instance, Trajectory
 from unforget.files.images import image_id
 from unforget.verification.context import Finding, Role, VerifyContext, shown
 from unforget.verification.probes.base import CHANCE, HALF, Probe, changed, checked
@@ -30,7 +31,7 @@ class Reconstruct(Reconstruction):
     kind: ClassVar = "reconstruct"
     heading: ClassVar = "noised to t = {timestep:g} and back"
     timesteps: tuple[int, ...] = Field((250, 400, 550), description="timesteps to noise it to")
-    draws: int = Field(32, ge=1, le=4096, description="draws a timestep; half of the candidate's from noise of its own")
+    draws: int = Field(32, ge=1, le=4096, description="draws a timestep; half of the candidate's in its own ways")
     calibrated: bool = Field(True, description="tell recall from what comes back of any image")
 
     @classmethod
@@ -38,7 +39,11 @@ class Reconstruct(Reconstruction):
         return cls(timesteps=config.timestep, draws=config.draws)
 
     def cost(self, context: VerifyContext) -> Count:
-        return 2 * context.repeated(self.cases(context), self.draws, self.timesteps)
+        cases, own = self.cases(context), self.draws // 2
+        usual = context.repeated(cases, self.draws, self.timesteps)
+        usual += context.repeated(cases, self.draws - own, self.timesteps)
+        ways = [len(self._own_way(context, timestep)) for timestep in self.timesteps]
+        return usual + Count.of(sum(passes.drawn(context.base, [id] * own, calls) for _, id in cases for calls in ways))
 
     def floors(self, context: VerifyContext) -> Iterator[tuple[float, int]]:
         for _, prompt_id in self.cases(context) if self.calibrated else ():
@@ -53,8 +58,11 @@ class Reconstruct(Reconstruction):
         images: dict[Role, Tensor] = {}
 
         def figures(role: Role) -> dict[str, float]:
-            noise, family = self._noise(context, role, timestep), context.models[role]
-            images[role] = context.reconstruct(family, instance.target, noise, prompt_id, timestep)
+            asked = context.models[role], instance.target
+            images[role] = torch.cat([
+                context.reconstruct(*asked, noise, prompt_id, timestep, way)
+                for noise, way in self._noise(context, role, timestep)
+            ])  # fmt: skip
             return reconstruction_figures(images[role], instance, floor)
 
         key = [self.kind, timestep, self.draws, prompt, image_id(instance.target), image_id(instance.surrogate), floor]
@@ -62,9 +70,15 @@ class Reconstruct(Reconstruction):
         candidate, start = figures("candidate"), context.start(timestep)
         return Finding(self.kind, instance.id, base, candidate, start, prompt, images=shown(images))
 
-    def _noise(self, context: VerifyContext, role: Role, timestep: int) -> Tensor:
+    def _noise(self, context: VerifyContext, role: Role, timestep: int) -> Iterator[tuple[Tensor, Trajectory | None]]:
+        """Noise, and the way it is taken away, if that is not the usual one."""
         own, purpose = self.draws // 2 if role == "candidate" else 0, f"reconstruct {timestep}"
-        return torch.cat([context.noise(purpose, self.draws - own), context.noise(purpose, own, fresh=True)])
+        yield context.noise(purpose, self.draws - own), None
+        if own:
+            yield context.noise(purpose, own, fresh=True), Trajectory(self._own_way(context, timestep))
+
+    def _own_way(self, context: VerifyContext, timestep: int) -> Tensor:
+        return context.unforeseen(f"{self.kind} {timestep}", context.start(timestep))
 
     def judge(self, found: Finding, policy: Policy, known: bool) -> Iterator[Check]:
         """From where the base makes other images of the target, too, nobody can ask for the surrogate."""
