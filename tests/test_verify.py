@@ -78,6 +78,13 @@ def test_every_report_says_the_same(verify, here):
     assert "Failed" in (here / "r.html").read_text()
 
 
+def test_a_verdict_is_printed_with_its_rate_and_what_it_is_of(verify):
+    verdict, rate, facts = verify(candidate="other").stdout.splitlines()
+    assert verdict.startswith("failed: ")
+    assert re.fullmatch(r"\d+ of \d+ draws were near-copies \(base: \d+ of \d+\): .* 20 % at 95 % confidence", rate)
+    assert re.fullmatch(r"model base, date \d{4}-\d\d-\d\d \d\d:\d\d UTC, policy quick", facts)
+
+
 def test_a_job_summary_is_written_where_github_wants_it(verify, here, monkeypatch):
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(here / "summary.md"))
     (here / "summary.md").write_text("earlier\n")

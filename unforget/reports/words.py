@@ -64,7 +64,7 @@ def worst_first(checks: Iterable[Check]) -> list[Check]:
 
 def facts(report: Report) -> dict[str, str]:
     """What was judged, when, and by which policy."""
-    patch = ", ".join(digest[:12] for digest in report.patches)
+    patch = " + ".join(digest[:12] for digest in report.patches)
     found = {"model": report.model, "patch": patch, "date": report.date, "policy": report.level}
     return {name: value for name, value in found.items() if value}
 
