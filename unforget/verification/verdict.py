@@ -71,7 +71,7 @@ class Judgement:
         if failed:
             verdict, reason = "failed", _worst(failed)
         elif not self._reproduced(target, own):
-            verdict, reason = "inconclusive", "the base does not reproduce it, so its absence proves nothing"
+            verdict, reason = "inconclusive", "the base does not reproduce it, so its absence says nothing"
         elif unsure:
             verdict, reason = "inconclusive", _worst(unsure)
         if excuse and verdict != "forgotten":
