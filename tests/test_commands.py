@@ -78,6 +78,8 @@ def test_the_commands_of_a_page_run_in_order(page, desk, monkeypatch):
     monkeypatch.chdir(desk)
     for command in filter(runs_here, dict.fromkeys(commands(page))):
         run(command)
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):
+        exec(compile(block, page.name, "exec"), {})
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda p: p.name)
