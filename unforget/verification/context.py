@@ -20,7 +20,7 @@ from unforget.files.storage import digest
 from unforget.verification.near_copies import EmbeddedImages, NearCopyDetector
 from unforget.verification.sequential import Decision, Plan, plan
 from unforget.verification.similarity import Backend, backend
-from unforget.verification.variants import calibrate
+from unforget.verification.variants import Searched, calibrate
 
 Role = Literal["base", "candidate"]
 ROLES: tuple[Role, Role] = ("base", "candidate")
@@ -294,15 +294,22 @@ class VerifyContext:
 
         return self.control(prompt_id, ["floor", timestep, self._targets], make)["floor"]
 
-    def variant_limit(self, target: Tensor) -> float:
-        """Likeness from which an image counts as a variant of a target: what the same search finds by chance."""
+    @cached_property
+    def usual_sharpness(self) -> tuple[float, float]:
+        """Between which 98 % of the base's draws lie."""
+        low, high = self.retained("base").sharpness.quantile(torch.tensor([0.01, 0.99])).tolist()
+        return low, high
+
+    def variant_limits(self, target: Tensor) -> Searched:
+        """Likenesses from which an image counts as a variant of a target: what the same searches find by chance."""
 
         def make() -> dict[str, float]:
             drawn = self.retained("base")
             return vars(calibrate(drawn.images[self.detector.unrepeated & ~self.is_any_target(drawn)], rate, target))
 
         rate = self.policy.false_positive_rate
-        return self.control(UNCONDITIONAL, ["variants", images.image_id(target), self._targets], make)["likeness"]
+        key = ["variants", images.image_id(target), self._targets]
+        return Searched(**self.control(UNCONDITIONAL, key, make))  # type: ignore[arg-type]
 
     @property
     def _targets(self) -> list[str]:

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Iterator
 from typing import ClassVar, Self
 
@@ -55,6 +56,7 @@ class Reconstruct(Reconstruction):
     def _at(self, timestep: int, context: VerifyContext, instance: Instance, prompt_id: int) -> Finding:
         prompt = context.prompt(prompt_id)
         floor = context.floor(timestep, prompt_id) if self.calibrated else 0.0
+        low, high = context.usual_sharpness if self.calibrated else (0.0, math.inf)
         images: dict[Role, Tensor] = {}
 
         def figures(role: Role) -> dict[str, float]:
@@ -63,9 +65,12 @@ class Reconstruct(Reconstruction):
                 context.reconstruct(*asked, noise, prompt_id, timestep, way)
                 for noise, way in self._noise(context, role, timestep)
             ])  # fmt: skip
-            return reconstruction_figures(images[role], instance, floor)
+            found = reconstruction_figures(images[role], instance, floor)
+            sharp = sharpness(images[role])
+            return {**found, "as_sharp": float(((low <= sharp) & (sharp <= high)).float().mean())}
 
-        key = [self.kind, timestep, self.draws, prompt, image_id(instance.target), image_id(instance.surrogate), floor]
+        ids = image_id(instance.target), image_id(instance.surrogate)
+        key = [self.kind, timestep, self.draws, prompt, *ids, floor, low, high]
         base = context.control(prompt_id, key, lambda: figures("base"))
         candidate, start = figures("candidate"), context.start(timestep)
         return Finding(self.kind, instance.id, base, candidate, start, prompt, images=shown(images))
@@ -81,10 +86,16 @@ class Reconstruct(Reconstruction):
         return context.unforeseen(f"{self.kind} {timestep}", context.start(timestep))
 
     def judge(self, found: Finding, policy: Policy, known: bool) -> Iterator[Check]:
-        """From where the base makes other images of the target, too, nobody can ask for the surrogate."""
+        """From where the base makes other images of the target, too, nobody can ask for the surrogate.
+
+        Whatever comes back must be as sharp as what the base draws: a blur in place of the target is no other image.
+        """
         for check in super().judge(found, policy, known):
             elsewhere = check.figure != "recall" and not self.reproduces(found)
             yield changed(check, "informational", "the base does not reproduce it") if elsewhere else check
+        check = checked(found, "as_sharp", "at least", HALF, policy)
+        unusual = found.base["as_sharp"] < HALF
+        yield changed(check, "informational", "neither is what the base makes of it") if unusual else check
 
     def reproduces(self, found: Finding) -> bool:
         """Recalls it, or sides with it against a surrogate that is another image."""
