@@ -80,10 +80,11 @@ class Trajectory(NamedTuple):
 
     timesteps: Tensor  # that are visited, (K,), from noisy to clean
     seeds: Tensor | None = None  # (B,) of the noise that each image gets at every step: ancestral sampling
+    guidance: float | None = None  # instead of the model's own, where it has one
 
     def of(self, rows: Tensor) -> Trajectory:
         """That of some of the images."""
-        return Trajectory(self.timesteps, None if self.seeds is None else self.seeds[rows])
+        return self._replace(seeds=None if self.seeds is None else self.seeds[rows])
 
 
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]

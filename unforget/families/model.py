@@ -243,6 +243,10 @@ class DiffusionModel:
         From pure noise, or from the visited timesteps at `start` and below; only those above `stop`.
         """
         prompt_ids = torch.full((len(x_t),), UNCONDITIONAL) if prompt_ids is None else prompt_ids
+        told = self
+        if isinstance(steps, Trajectory) and steps.guidance is not None:
+            told = copy.copy(self)
+            told.guidance = steps.guidance
         sampler = self._sampler(steps) if isinstance(steps, int) else Along(self.schedule, steps, self.vae is None)
         first = 0 if start is None else int((sampler.timesteps > start).sum())
         if hasattr(sampler, "set_begin_index"):
@@ -251,7 +255,7 @@ class DiffusionModel:
             given = x_t, t.expand(len(x_t)), prompt_ids
             # Where gradients go through the whole chain, one pass is kept at a time and computed again.
             again = torch.is_grad_enabled() and x_t.requires_grad
-            answer = checkpoint(self._guided, *given, **ONE_PASS) if again else self._guided(*given)
+            answer = checkpoint(told._guided, *given, **ONE_PASS) if again else told._guided(*given)
             with asking(self.name):
                 x_t = sampler.step(answer, t, x_t).prev_sample
         return x_t

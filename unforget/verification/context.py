@@ -1,6 +1,7 @@
 """What probes share: base and candidate, the targets, and every draw that more than one probe uses."""
 
 import json
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -34,6 +35,8 @@ FIRST, ENOUGH = 32, 16
 """Draws of the base under a prompt before the first look, and hits of every target after which there are no more."""
 GROUP = 32
 """Draws in a row of the candidate alone that take the same timesteps."""
+GUIDANCE = (0.5, 1.5)
+"""Between which shares of the usual strength of the guidance theirs lies."""
 CONTROL_LEVEL = 0.05
 """A target is recalled if it comes back nearer than this share of images that the model need not have seen."""
 
@@ -185,10 +188,12 @@ class VerifyContext:
         return list(pairwise(edges)) if first < count else []
 
     def _own_way(self, first: int, end: int) -> Trajectory:
-        """How draws of one group come from noise: every other group by ancestral sampling."""
+        """How draws of one group come from noise: every other group by ancestral sampling, all by another guidance."""
         group = first // GROUP
         seeds = sampling.seeds(end - first, self.seed, self._fresh("sample steps"), first=first) if group % 2 else None
-        return Trajectory(self.unforeseen(f"sample {group}"), seeds)
+        usual, chance = self.base.guidance, random.Random(f"guidance {group}/{self.seed}/{self.nonce}")
+        guidance = usual and 1 + (usual - 1) * chance.uniform(*GUIDANCE)
+        return Trajectory(self.unforeseen(f"sample {group}"), seeds, guidance)
 
     def unforeseen(self, purpose: str, start: float | None = None) -> Tensor:
         """Timesteps from noise, or from `start`, that depend on the nonce: nobody can have trained for them alone."""
