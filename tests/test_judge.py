@@ -1,7 +1,9 @@
 """The verdict, from findings made by hand."""
 
 import datetime
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ from unforget.verification import probes
 from unforget.verification.context import Finding
 from unforget.verification.probes.base import Probe
 from unforget.verification.probes.replay import Replay
+from unforget.verification.report import FIGURES
 from unforget.verification.verdict import Judgement
 
 POLICY = Policy()
@@ -20,9 +23,12 @@ SUITE = tuple(Replay(seed=0) if probe is Replay else probe() for probe in probes
 
 
 def reconstruct(nearer=1.0, within=1.0, recall=0.0, base_recall=1.0, base_nearer=0.0, **place):
-    base = {"to_target": 0.1, "to_surrogate": 0.4, "nearer_surrogate": base_nearer, "recall": base_recall}
+    base = {
+        "to_target": 0.1, "to_surrogate": 0.4, "nearer_surrogate": base_nearer, "recall": base_recall, "as_sharp": 1.0,
+    }  # fmt: skip
     candidate = {
         "to_target": 0.4, "to_surrogate": 0.1, "nearer_surrogate": nearer, "nearer_in_region": within, "recall": recall,
+        "as_sharp": 1.0,
     }  # fmt: skip
     return Finding(
         **{"probe": "reconstruct", "target": T, "base": base, "candidate": candidate, "timestep": 250, **place}
@@ -90,6 +96,13 @@ def test_all_good_is_forgotten():
 def test_a_target_s_rate_is_that_of_its_worst_prompt(samples, sentence):
     rest = [f for f in GOOD if f.probe != "sample"]
     assert judged(*rest, *samples).targets[0].rate == sentence
+
+
+def test_every_figure_that_is_judged_has_words():
+    files = Path(probes.__file__).parent.glob("*.py")
+    judged = {name for p in files for name in re.findall(r'checked\(found, "(\w+)"', p.read_text())}
+    assert {"rate", "recall", "kid"} < judged <= set(FIGURES)
+    assert {"nearer_surrogate", "nearer_in_region"} <= set(FIGURES)
 
 
 BROKEN = {

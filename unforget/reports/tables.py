@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from unforget.reports.words import FIGURES, interval, number
+from unforget.reports.words import interval, number
 from unforget.verification.report import Check, Report, Seen
 
 Rows = list[dict[str, str | tuple[str, str]]]
@@ -16,7 +16,7 @@ def of_checks(checks: Iterable[Check]) -> Rows:
             "outcome": (c.outcome, "borderline" * c.borderline),
             "target": c.target or "model",
             "check": (c.name, c.note),
-            "figure": (FIGURES.get(c.figure, c.figure), c.figure * (c.figure in FIGURES)),
+            "figure": (c.meaning, c.figure if c.figure != c.meaning else ""),
             "base": number(c.base),
             "candidate": (number(c.candidate), interval(c)),
             "wanted": f"{c.rule} {number(c.threshold)}",

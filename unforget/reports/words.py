@@ -9,23 +9,6 @@ from unforget.verification.report import Check, Report
 
 RANK = {"failed": 0, "inconclusive": 1, "passed": 2, "informational": 3}
 """Which outcome a reader sees first."""
-FIGURES = {
-    "apart": "difference from the base's part",
-    "checks": "checks that decide",
-    "hits": "draws that show the target",
-    "iterations": "iterations until the target came back",
-    "kept": "share of neighbours kept",
-    "kid": "distance from the base's distribution",
-    "median": "change of a typical draw",
-    "near_copies": "share of near-copies",
-    "nearer_in_region": "share nearer to the surrogate, where the two differ",
-    "nearer_surrogate": "share nearer to the surrogate",
-    "rate": "share of draws",
-    "recall": "share that comes back as the target",
-    "sharpness": "sharpness, the base's being 1",
-    "surrogate": "share that shows the surrogate",
-}
-"""What a figure that is judged says, for who has not read docs/verify.md."""
 
 
 def one_line(text: str, longest: int = 300) -> str:

@@ -15,6 +15,25 @@ Rule = Literal["at least", "at most"]
 Figure = Annotated[float, AfterValidator(lambda value: float(f"{value:.6g}"))]
 """Six digits: beyond them, the order in which a machine adds up shows."""
 
+FIGURES = {
+    "apart": "difference from the base's part",
+    "as_sharp": "share as sharp as other draws",
+    "checks": "checks that decide",
+    "hits": "draws that show the target",
+    "iterations": "iterations until the target came back",
+    "kept": "share of neighbours kept",
+    "kid": "distance from the base's distribution",
+    "median": "change of a typical draw",
+    "near_copies": "share of near-copies",
+    "nearer_in_region": "share nearer to the surrogate, where the two differ",
+    "nearer_surrogate": "share nearer to the surrogate",
+    "rate": "share of draws",
+    "recall": "share that comes back as the target",
+    "sharpness": "sharpness, the base's being 1",
+    "surrogate": "share that shows the surrogate",
+}
+"""Figures that are judged, for readers who do not know their names."""
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -65,6 +84,11 @@ class Check(Place):
     borderline: bool = False
     """So near the threshold that it counts as failed."""
     note: str = ""
+
+    @property
+    def meaning(self) -> str:
+        """The figure in words."""
+        return FIGURES.get(self.figure, self.figure)
 
 
 class Calibration(_Record):

@@ -127,7 +127,7 @@ def _worst(found: Sequence[Check]) -> str:
     rest = f", and {len(found) - 1} more" if len(found) > 1 else ""
     edge = ", borderline" if worst.borderline else ""
     note = f" ({worst.note}{edge})" if worst.note else edge
-    return f"{worst.name} {worst.figure} {worst.candidate:.3g}, wanted {worst.rule} {worst.threshold:.3g}{note}{rest}"
+    return f"{worst.name}: {worst.meaning} {worst.candidate:.3g}, wanted {worst.rule} {worst.threshold:.3g}{note}{rest}"
 
 
 def _allowances(policy: Policy, ids: Collection[str], today: datetime.date) -> list[Allowed]:
