@@ -32,9 +32,8 @@ def chromium(page: Path, *options: str) -> str:
 
 
 def narrowed(page: Path, width: int, folder: Path) -> Path:
-    """A copy that is as wide as that, for a headless window is 500 pixels at least; without the policy that lets no
-    script run, and with one that measures it."""
-    text = re.sub(r"<meta http-equiv[^>]*>", "", page.read_text())
+    """A copy of a page that is as wide as that, for a headless window is 500 pixels at least, and measures itself."""
+    text = re.sub(r"<meta http-equiv[^>]*>", "", page.read_text())  # the policy that lets no script run
     style = f"<style>html {{ width: {width}px }}</style>"
     copy = folder / f"{width}.html"
     copy.write_text(text.replace("</body>", f"{style}{MEASURE}</body>"))
