@@ -150,6 +150,13 @@ class DiffusionModel:
             [[prompt, self._read[self.prompts.index(prompt)]] for prompt in dict.fromkeys(["", *prompts])],
         ]  # fmt: skip
 
+    def embedding(self, prompt_id: int) -> tuple[int, list[Tensor]]:
+        """A new row of the table that begins as that of a prompt, and its tensors that gradients may change."""
+        row = [tensor.clone() for tensor in self._conditioning[prompt_id]]
+        self.prompts.append(f"{self.prompts[prompt_id]} (searched {len(self.prompts)})")
+        self._conditioning.append(row)
+        return len(self.prompts) - 1, [tensor.requires_grad_() for tensor in row if tensor.is_floating_point()]
+
     def answers(self) -> dict[str, list[Tensor]]:
         """What the text encoders made of each prompt so far."""
         return dict(zip(self.prompts, self._conditioning, strict=True))
