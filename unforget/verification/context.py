@@ -53,6 +53,8 @@ class Finding:
     prompt: str = ""
     variant: str = ""
     decision: Decision | None = None
+    draws: int = 0
+    """What its shares are of; 0 if they are judged as they are."""
     images: Mapping[Role, Tensor] = field(default_factory=dict)
 
     @property

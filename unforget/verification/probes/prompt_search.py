@@ -43,7 +43,10 @@ class PromptSearch(NearCopies):
             return {"near_copies": float(near.float().mean())}
 
         base, candidate = map(figures, context.models)
-        yield Finding(self.kind, instance.id, base, candidate, prompt=context.prompt(prompt_id), images=shown(images))
+        yield Finding(
+            self.kind, instance.id, base, candidate, prompt=context.prompt(prompt_id), draws=self.draws,
+            images=shown(images),
+        )  # fmt: skip
 
     def _search(self, context: VerifyContext, family: Family, instance: Instance, prompt_id: int) -> int:
         """The id of an embedding with which the network denoises the target best, found from the prompt's."""

@@ -13,8 +13,11 @@ from unforget.core.passes import Count
 from unforget.core.types import Instance, Trajectory
 from unforget.files.images import image_id
 from unforget.verification.context import Finding, Role, VerifyContext, shown
-from unforget.verification.probes.base import CHANCE, HALF, Probe, changed, checked
+from unforget.verification.probes.base import HALF, Probe, changed, checked
 from unforget.verification.report import Check
+
+SIDES = 0.2
+"""Share of the base's reconstructions that are nearer to the surrogate, up to which it sides with the target."""
 
 
 class Reconstruction(Probe):
@@ -73,7 +76,7 @@ class Reconstruct(Reconstruction):
         key = [self.kind, timestep, self.draws, prompt, *ids, floor, low, high]
         base = context.control(prompt_id, key, lambda: figures("base"))
         candidate, start = figures("candidate"), context.start(timestep)
-        return Finding(self.kind, instance.id, base, candidate, start, prompt, images=shown(images))
+        return Finding(self.kind, instance.id, base, candidate, start, prompt, draws=self.draws, images=shown(images))
 
     def _noise(self, context: VerifyContext, role: Role, timestep: int) -> Iterator[tuple[Tensor, Trajectory | None]]:
         """Noise, and the way it is taken away, if that is not the usual one."""
@@ -99,7 +102,7 @@ class Reconstruct(Reconstruction):
 
     def reproduces(self, found: Finding) -> bool:
         """Recalls it, or sides with it against a surrogate that is another image."""
-        sides = found.base["nearer_surrogate"] <= CHANCE and found.base["to_surrogate"] != found.base["to_target"]
+        sides = found.base["nearer_surrogate"] <= SIDES and found.base["to_surrogate"] != found.base["to_target"]
         return found.base["recall"] > HALF or sides
 
 

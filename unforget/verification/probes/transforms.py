@@ -61,7 +61,8 @@ class Transforms(Probe):
         key = [self.kind, name, self.timestep, self.draws, prompt, image_id(picture), floor]
         both = context.control(prompt_id, key, lambda: figures(context.base)), figures(context.candidate)
         base, candidate = ({figure: of[figure] for figure in ("recall", "floor", "to_target")} for of in both)
-        return Finding(self.kind, variant.id, base, candidate, context.start(self.timestep), prompt, name)
+        start = context.start(self.timestep)
+        return Finding(self.kind, variant.id, base, candidate, start, prompt, name, draws=self.draws)
 
     def judge(self, found: Finding, policy: Policy, known: bool) -> list[Check]:
         if "recall" not in found.candidate:
