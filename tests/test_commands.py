@@ -23,7 +23,7 @@ PAGES = [
 ]  # fmt: skip
 FEW = ["--sampler-steps", "2"]
 QUICK = {
-    "edit-surrogate": ["--retain-count", "8", "--candidates", "1", "--editor-steps", "2", "--force", *FEW],
+    "edit-surrogate": ["--retain-count", "8", "--candidates", "1", "--strength", "0.9", "--force", *FEW],
     "unlearn": ["--max-train-steps", "2", "--retain-count", "8", "--num-validation-images", "1", "--force", *FEW],
     "verify": [
         "--level", "quick", "--max-rate", "0.4", "--paired", "16", "--controls", "8", "--draws", "2", "--force", *FEW,
