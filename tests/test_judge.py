@@ -1,7 +1,9 @@
 """The verdict, from findings made by hand."""
 
 import datetime
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from scipy.stats import binom
@@ -12,6 +14,7 @@ from unforget.verification import probes
 from unforget.verification.context import Finding
 from unforget.verification.probes.base import Probe, needed
 from unforget.verification.probes.replay import Replay
+from unforget.verification.report import FIGURES
 from unforget.verification.verdict import Judgement
 
 POLICY = Policy()
@@ -30,7 +33,7 @@ def reconstruct(nearer=1.0, within=1.0, recall=0.0, base_recall=1.0, base_nearer
 
 def rate(hits=0, drawn=598, base=5, decision="passes", low=0.0, high=0.005, **place):
     candidate = {"hits": hits, "drawn": drawn, "rate": hits / drawn, "rate_low": low, "rate_high": high}
-    before = {"hits": base, "drawn": 256, "rate": base / 256}
+    before = {} if base is None else {"hits": base, "drawn": 256, "rate": base / 256}
     return Finding(
         **{"probe": "sample", "target": T, "base": before, "candidate": candidate, "decision": decision, **place}
     )
@@ -72,7 +75,31 @@ def with_(*changed):
 def test_all_good_is_forgotten():
     verdict, code, summary, judged, _ = said(*GOOD)
     assert (verdict, code, judged[0].verdict) == ("forgotten", 0, "forgotten")
-    assert summary == "1 target(s) forgotten, the rest retained"
+    assert summary == "1 target forgotten, the rest retained"
+
+
+@pytest.mark.parametrize(
+    ("samples", "sentence"),
+    [
+        ([rate(), rate(hits=9, high=0.03, decision="fails", prompt="a flag")],
+         "9 of 598 draws under 'a flag' were near-copies (base: 5 of 256): rate not below 0.5 % at 95 % confidence"),
+        ([rate(drawn=90, decision=None)],
+         "0 of 90 draws were near-copies (base: 5 of 256): too few to tell if the rate is below 0.5 % at 95 % "
+         "confidence"),
+        ([rate(base=None)], "0 of 598 draws were near-copies: rate below 0.5 % at 95 % confidence"),
+        ([], ""),
+    ],
+)  # fmt: skip
+def test_a_target_s_rate_is_that_of_its_worst_prompt(samples, sentence):
+    rest = [f for f in GOOD if f.probe != "sample"]
+    assert judged(*rest, *samples).targets[0].rate == sentence
+
+
+def test_every_figure_that_is_judged_has_words():
+    files = Path(probes.__file__).parent.glob("*.py")
+    judged = {name for p in files for name in re.findall(r'checked\(found, "(\w+)"', p.read_text())}
+    assert {"rate", "recall", "kid"} < judged <= set(FIGURES)
+    assert {"nearer_surrogate", "nearer_in_region"} <= set(FIGURES)
 
 
 BROKEN = {

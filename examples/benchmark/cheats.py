@@ -3,7 +3,7 @@
     python examples/benchmark/cheats.py [--level standard] [--only NAME ...] [--work DIR]
 
 Prints for each the verdict, the probes that failed it, and the seconds. Some are weights, as somebody might ship them;
-others are programs that behave as the most cunning weights could. All but one forget planted identity 0 of the embedded
+others are programs that behave as the most cunning weights could. All but one forget planted identity 0 of the bundled
 model `faces`, for which an honest patch is made first (or taken from --work); that one forgets a flag of `flags`.
 """
 

@@ -1,4 +1,4 @@
-"""Measure `unforget verify` itself on the embedded model `faces`.
+"""Measure `unforget verify` itself on the bundled model `faces`.
 
     python examples/benchmark/gate.py [SECTION ...] [--work DIR] [--seeds 100]
 

@@ -132,7 +132,7 @@ class ReportConfig(Config):
 
 
 class VerifyConfig(ReportConfig, Policy, PatchedConfig, ImageConfig):
-    """`unforget verify`."""
+    """What `unforget verify` is asked: a field is the option of that name."""
 
     COMMAND: ClassVar[str] = "verify"
 

@@ -4,6 +4,7 @@ import base64
 import html
 import io
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -13,12 +14,25 @@ from unforget.reports.contact_sheet import Row
 from unforget.reports.rendering import template
 from unforget.verification.report import Report
 
+SMALL = 128
+"""Pixels of a side up to which an image is enlarged in squares."""
+
 
 def page(report: Report, rows: Sequence[Row] = ()) -> str:
     """The whole report for a reader; a target is shown only where `rows` hold it: images (C, H, W) in [-1, 1]."""
-    images = [(heading, [(_source(i), i.shape[-2:], caption) for i, caption in row]) for heading, row in rows]
+    groups: list[tuple[str, list[list[dict[str, Any]]]]] = []
+    for heading, row in rows:
+        if heading or not groups:
+            groups.append((heading, []))
+        groups[-1][1].append([
+            {
+                "source": _source(image), "caption": caption, "small": max(image.shape[-2:]) <= SMALL,
+                "alt": f"{caption}: {groups[-1][0]}, image {k} of {len(row)}",
+            }
+            for k, (image, caption) in enumerate(row, 1)
+        ])  # fmt: skip
     escaping = template("report.html.jinja", lambda text: html.escape(printable(text)))
-    return escaping.render(report=report, images=images)
+    return escaping.render(report=report, images=groups)
 
 
 def _source(image: Tensor) -> str:
