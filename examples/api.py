@@ -1,4 +1,4 @@
-"""Forget one image of the embedded model through the Python API, and judge the result.
+"""Forget one image of the bundled model through the Python API, and judge the result.
 
     python examples/api.py [OUT]
 

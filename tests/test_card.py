@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import tiny_pipeline
+from conftest import by_its_card, tiny_pipeline
 from diffusers import StableDiffusion3Pipeline
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt  # rich brings it
@@ -135,6 +135,14 @@ def test_a_folder_here_is_no_hub_id(tmp_path, monkeypatch):
     text = write(tmp_path / "out", made(base=called("models/tiny")))
     assert "base_model" not in text and "models/" not in text
     assert "# tiny, made to forget" in text
+
+
+def test_a_folder_with_an_alias_s_name_is_not_that_model(tmp_path):
+    (tmp_path / "sdxl").mkdir()
+    base = called(str(tmp_path / "sdxl"))
+    assert called(base) == base == "./sdxl"
+    assert "base_model" not in write(tmp_path / "out", made(base=base))
+    assert called("sdxl") == "sdxl"
 
 
 def test_nothing_a_user_wrote_breaks_it(tmp_path):
@@ -279,15 +287,6 @@ def test_a_pipe_is_no_card(tmp_path):
     assert metadata(write(tmp_path / "out", made(), base_card=tmp_path / "base.md"))["license"] == "other"
 
 
-def run(folder: Path, base: object, monkeypatch) -> object:
-    """The pipeline that the card's own lines open."""
-    code = re.search(r"```python\n(.*?)\n```", (folder / "README.md").read_text(), re.S)[1]
-    monkeypatch.chdir(folder)
-    names = {}
-    exec(code.replace('"path/to/the/base"', str(base)), names)
-    return names["pipe"]
-
-
 def without_t5(folder: Path) -> str:
     """A base that stock loaders refuse unless told."""
     return f"{str(folder)!r}, text_encoder_3=None, tokenizer_3=None"
@@ -302,18 +301,18 @@ def test_the_lines_are_of_the_family(tmp_path, format):
     assert "transformer" not in text and "DiffusionPipeline" not in text
 
 
-def test_the_lines_for_a_whole_model_open_it(tmp_path, monkeypatch):
+def test_the_lines_for_a_whole_model_open_it(tmp_path):
     pipe = tiny_pipeline().to(torch.bfloat16)
     pipe.save_pretrained(tmp_path / "out")
     write(tmp_path / "out", made(dtype="bfloat16"))
-    again = run(tmp_path / "out", None, monkeypatch)
+    again = by_its_card(tmp_path / "out")
     assert digest(again.unet.state_dict()) == digest(pipe.unet.state_dict())
 
 
-def test_the_lines_for_a_whole_model_without_t5_open_it(tmp_path, sd3_folder, monkeypatch):
+def test_the_lines_for_a_whole_model_without_t5_open_it(tmp_path, sd3_folder):
     shutil.copytree(sd3_folder, tmp_path / "out")
     write(tmp_path / "out", made(), SD3)
-    again = run(tmp_path / "out", None, monkeypatch)
+    again = by_its_card(tmp_path / "out")
     assert digest(again.transformer.state_dict()) == digest(tiny_sd3().transformer.state_dict())
 
 
@@ -323,15 +322,15 @@ FACTORS = {
 }
 
 
-def test_the_lines_for_a_lora_open_it(tmp_path, sd3_folder, monkeypatch):
+def test_the_lines_for_a_lora_open_it(tmp_path, sd3_folder):
     StableDiffusion3Pipeline.save_lora_weights(tmp_path / "out", FACTORS)
     write(tmp_path / "out", made("lora"), SD3)
-    again = run(tmp_path / "out", without_t5(sd3_folder), monkeypatch)
+    again = by_its_card(tmp_path / "out", without_t5(sd3_folder))
     assert any("lora_A" in key for key in again.transformer.state_dict())
 
 
-def test_the_lines_for_an_adapter_open_it(tmp_path, sd3_folder, monkeypatch):
+def test_the_lines_for_an_adapter_open_it(tmp_path, sd3_folder):
     get_peft_model(tiny_sd3().transformer, LoraConfig(target_modules=["to_q"], r=2)).save_pretrained(tmp_path / "out")
     write(tmp_path / "out", made("peft"), SD3)
-    again = run(tmp_path / "out", without_t5(sd3_folder), monkeypatch)
+    again = by_its_card(tmp_path / "out", without_t5(sd3_folder))
     assert any("lora_A" in key for key in again.transformer.state_dict())

@@ -63,7 +63,7 @@ HUNGRY = {
     "loops that write nothing": LOOPS.replace("{{ messages[0].content }}", ""),
     "a long text": "{{ messages[0].content * 10 ** 11 }}",
     "a constant": "{{ 'a' * 10 ** 11 }}{{ messages[0].content }}",
-    "a power": "{{ 10 ** 10 ** 9 }}",
+    "a power": "{{ 10 ** (10 ** 9) }}",
     "doubling": "{% set x = 'ab' %}" + "{% set x = x ~ x %}" * 40 + "{{ messages[0].content }}",
     "a filter": "{{ messages[0].content | center(10 ** 11) }}",
     "a format": "{{ '{:>99999999999}'.format(messages[0].content) }}",

@@ -33,9 +33,13 @@ CAUGHT = {
     "moves_it_by_a_pixel": {"sample"},
     "draws_it_turned": {"transforms"},
     "draws_it_in_other_colours": {"transforms"},
+    "draws_it_in_a_collage": {"transforms"},
+    "draws_it_by_ancestral_sampling_only": {"sample"},
+    "forgets_only_at_the_usual_timesteps": {"reconstruct"},
+    "a_mush_in_its_place": {"reconstruct"},
     "another_base_model": {"retention"},
 }
-ONLY = {"vanishes_in_bf16", "still_draws_the_mirror_image", "forgets_every_neighbour"}
+ONLY = {"vanishes_in_bf16", "still_draws_the_mirror_image", "forgets_every_neighbour", "draws_it_in_a_collage"}
 """Those that nothing but the probe made for them catches."""
 
 
@@ -59,7 +63,9 @@ def failed(report) -> set[str]:
 @pytest.mark.parametrize("cheat", cheats.CHEATS, ids=lambda c: c.__name__)
 def test_it_does_not_pass(honest, config, cheat):
     if CAUGHT[cheat.__name__] & {"sample", "transforms"}:  # rates: draw as long as it takes
-        config = config.model_copy(update={"samples": None})
+        # Those that are cunning in half of the draws alone come up half as often.
+        seldom = {"max_rate": 0.005} if "ancestral" in cheat.__name__ else {}
+        config = config.model_copy(update={"samples": None, **seldom})
     report = cheats.judge(honest, cheat, config)
     assert report.exit_code == 1, report.summary
     assert failed(report) >= CAUGHT[cheat.__name__]

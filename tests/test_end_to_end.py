@@ -1,4 +1,4 @@
-"""The main job through the real command on the embedded model, offline: forget one picture, judge, export.
+"""The main job through the real command on the bundled model, offline: forget one picture, judge, export.
 
 Short runs: that they reach the figures is the business of examples/benchmark/faces.py.
 """
@@ -126,7 +126,7 @@ def test_a_surrogate_is_made_ranked_and_shown(work):
 
 
 def test_a_flag_is_put_right_where_it_was_asked_for_and_stays_where_it_is_right(tmp_path, monkeypatch):
-    """Stable Diffusion 3: a short run on the embedded `flags`."""
+    """Stable Diffusion 3: a short run on the bundled `flags`."""
     monkeypatch.setenv("UNFORGET_CACHE", str(tmp_path / "cache"))
     flags = PLANTED.parents[1] / "flags"
     target, surrogate = flags / "ireland-wrong.png", flags / "ireland-right.png"

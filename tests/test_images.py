@@ -72,7 +72,7 @@ def broken(tmp_path, name):
     elif name == "wide.png":
         Image.new("RGB", (20_000, 4)).save(path)
     elif name == "many.gif":
-        good.save(path, save_all=True, append_images=[Image.new("RGB", (16, 16), "blue")], duration=[8, 9])
+        good.save(path, save_all=True, append_images=[Image.new("RGB", (16, 16), "blue")], duration=[80, 90])
         content = path.read_bytes()
         last = content.rindex(b"\x21\xf9")
         path.write_bytes(content[:last] + content[last:-1] * 500_000 + b";")

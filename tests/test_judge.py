@@ -1,16 +1,20 @@
 """The verdict, from findings made by hand."""
 
 import datetime
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from scipy.stats import binom
 
 from unforget.config import Allow, Policy
 from unforget.errors import CannotRun
 from unforget.verification import probes
 from unforget.verification.context import Finding
-from unforget.verification.probes.base import Probe
+from unforget.verification.probes.base import Probe, needed
 from unforget.verification.probes.replay import Replay
+from unforget.verification.report import FIGURES
 from unforget.verification.verdict import Judgement
 
 POLICY = Policy()
@@ -20,18 +24,16 @@ SUITE = tuple(Replay(seed=0) if probe is Replay else probe() for probe in probes
 
 
 def reconstruct(nearer=1.0, within=1.0, recall=0.0, base_recall=1.0, base_nearer=0.0, **place):
-    base = {"to_target": 0.1, "to_surrogate": 0.4, "nearer_surrogate": base_nearer, "recall": base_recall}
-    candidate = {
-        "to_target": 0.4, "to_surrogate": 0.1, "nearer_surrogate": nearer, "nearer_in_region": within, "recall": recall,
-    }  # fmt: skip
-    return Finding(
-        **{"probe": "reconstruct", "target": T, "base": base, "candidate": candidate, "timestep": 250, **place}
-    )
+    apart = {"to_target": 0.1, "to_surrogate": 0.4, "as_sharp": 1.0}
+    base = {**apart, "nearer_surrogate": base_nearer, "recall": base_recall}
+    candidate = {**apart, "nearer_surrogate": nearer, "nearer_in_region": within, "recall": recall}
+    usual = {"probe": "reconstruct", "target": T, "timestep": 250, "draws": 32}
+    return Finding(**{**usual, "base": base, "candidate": candidate, **place})
 
 
 def rate(hits=0, drawn=598, base=5, decision="passes", low=0.0, high=0.005, **place):
     candidate = {"hits": hits, "drawn": drawn, "rate": hits / drawn, "rate_low": low, "rate_high": high}
-    before = {"hits": base, "drawn": 256, "rate": base / 256}
+    before = {} if base is None else {"hits": base, "drawn": 256, "rate": base / 256}
     return Finding(
         **{"probe": "sample", "target": T, "base": before, "candidate": candidate, "decision": decision, **place}
     )
@@ -47,7 +49,8 @@ def neighbours(kept=0.9, usual=0.95):
 
 
 def near(probe, base=1.0, candidate=0.0, **place):
-    return Finding(probe, T, {"near_copies": base}, {"near_copies": candidate}, **place)
+    usual = {"draws": 16 * (probe != "replay")}
+    return Finding(probe, T, {"near_copies": base}, {"near_copies": candidate}, **{**usual, **place})
 
 
 GOOD = (reconstruct(), rate(), retain(), neighbours())
@@ -72,7 +75,31 @@ def with_(*changed):
 def test_all_good_is_forgotten():
     verdict, code, summary, judged, _ = said(*GOOD)
     assert (verdict, code, judged[0].verdict) == ("forgotten", 0, "forgotten")
-    assert summary == "1 target(s) forgotten, the rest retained"
+    assert summary == "1 target forgotten, the rest retained"
+
+
+@pytest.mark.parametrize(
+    ("samples", "sentence"),
+    [
+        ([rate(), rate(hits=9, high=0.03, decision="fails", prompt="a flag")],
+         "9 of 598 draws under 'a flag' were near-copies (base: 5 of 256): rate not below 0.5 % at 95 % confidence"),
+        ([rate(drawn=90, decision=None)],
+         "0 of 90 draws were near-copies (base: 5 of 256): too few to tell if the rate is below 0.5 % at 95 % "
+         "confidence"),
+        ([rate(base=None)], "0 of 598 draws were near-copies: rate below 0.5 % at 95 % confidence"),
+        ([], ""),
+    ],
+)  # fmt: skip
+def test_a_target_s_rate_is_that_of_its_worst_prompt(samples, sentence):
+    rest = [f for f in GOOD if f.probe != "sample"]
+    assert judged(*rest, *samples).targets[0].rate == sentence
+
+
+def test_every_figure_that_is_judged_has_words():
+    files = Path(probes.__file__).parent.glob("*.py")
+    judged = {name for p in files for name in re.findall(r'checked\(found, "(\w+)"', p.read_text())}
+    assert {"rate", "recall", "kid"} < judged <= set(FIGURES)
+    assert {"nearer_surrogate", "nearer_in_region"} <= set(FIGURES)
 
 
 BROKEN = {
@@ -104,8 +131,9 @@ def test_one_broken_figure_fails_and_is_named(broken):
 
 @pytest.mark.parametrize(
     ("finding", "borderline"),
-    [(reconstruct(nearer=0.81), True), (reconstruct(nearer=0.82), False), (reconstruct(nearer=0.79), True),
-     (reconstruct(nearer=0.7), False), (retain(median=0.499), True), (retain(median=0.48), False)],
+    [(reconstruct(nearer=25 / 32), True), (reconstruct(nearer=26 / 32), False), (reconstruct(nearer=21 / 32), True),
+     (reconstruct(nearer=20 / 32), False), (reconstruct(recall=11 / 32), True), (reconstruct(recall=10 / 32), False),
+     (retain(median=0.499), True), (retain(median=0.48), False)],
 )  # fmt: skip
 def test_inside_the_tolerance_band_counts_as_failed(finding, borderline):
     verdict, _, _, _, found = said(*with_(finding))
@@ -113,6 +141,27 @@ def test_inside_the_tolerance_band_counts_as_failed(finding, borderline):
     assert bool(edge) is borderline
     assert all(c.outcome == "failed" for c in edge)
     assert not borderline or verdict == "failed"
+
+
+@pytest.mark.parametrize(("finding", "outcome"), [
+    (reconstruct(draws=3), "inconclusive"), (reconstruct(recall=1.0, draws=3), "failed"),
+    (near("partial_denoise", draws=2), "inconclusive"), (near("partial_denoise", candidate=0.5, draws=2), "failed"),
+])  # fmt: skip
+def test_too_few_draws_pass_nothing(finding, outcome):
+    verdict, _, summary, _, _ = said(*with_(finding))
+    assert verdict == outcome
+    assert outcome == "failed" or "too few draws" in summary
+
+
+@pytest.mark.parametrize("rule", ["at least", "at most"])
+@pytest.mark.parametrize(("limit", "draws", "confidence"), [(0.5, 32, 0.95), (0.65, 24, 0.95), (0.4, 12, 0.99)])
+def test_a_share_beyond_its_limit_seldom_passes(rule, limit, draws, confidence):
+    """As seldom as was asked, at the limit; a hit more or less would be too often."""
+    hits, least = round(needed(rule, limit, draws, confidence) * draws), rule == "at least"
+    passing, looser = (
+        binom.sf(k - 1, draws, limit) if least else binom.cdf(k, draws, limit) for k in (hits, hits + 1 - 2 * least)
+    )
+    assert passing <= 1 - confidence < looser
 
 
 def test_a_rate_that_fails_below_the_limit_is_borderline():

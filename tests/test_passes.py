@@ -157,7 +157,7 @@ def test_verify(level, prompts, sd3_folder, target, counted):
     more |= {"noise_search": plan["noise_search"].most // 2} if level == "deep" else {}
     tokens = base.pipeline.tokenizer
     long = sum(len(tokens(words).input_ids) > tokens.model_max_length for words in wordings(RED))
-    less = {"paraphrase": long * 2 * 8 * 2 * 6}  # wordings that are left out
+    less = {"paraphrase": long * 2 * 12 * 2 * 6}  # wordings that are left out
     expected = {n: c.least + more.get(n, 0) - less.get(n, 0) for n, c in plan.items()}
     assert spent == expected
 

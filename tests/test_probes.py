@@ -12,10 +12,12 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
 
 from unforget import families
 from unforget.config import Policy, VerifyConfig
+from unforget.core import sampling
 from unforget.core.metrics import pairwise_rms, rms
 from unforget.core.types import Instance
 from unforget.errors import UsageError
 from unforget.files import images
+from unforget.files.storage import digest
 from unforget.verification import probes
 from unforget.verification.context import Finding, VerifyContext, known_surrogate
 from unforget.verification.near_copies import NearCopyDetector, Radius, calibrate
@@ -24,6 +26,7 @@ from unforget.verification.probes.neighbours import Neighbours
 from unforget.verification.probes.noise_search import NoiseSearch
 from unforget.verification.probes.paraphrase import Paraphrase
 from unforget.verification.probes.partial_denoise import PartialDenoise
+from unforget.verification.probes.prompt_search import PromptSearch
 from unforget.verification.probes.quantization import Quantization, quantized, rounded
 from unforget.verification.probes.reconstruct import Reconstruct
 from unforget.verification.probes.relearning import Relearning
@@ -190,9 +193,31 @@ def test_a_floor_is_keyed_by_all_that_made_it(context, tmp_path, monkeypatch, ch
 
 def test_half_of_the_candidates_noise_is_its_own(context):
     probe = Reconstruct(draws=8)
-    shared, own = probe._noise(context, "base", 250), probe._noise(context, "candidate", 250)
-    assert torch.equal(shared[:4], own[:4])
-    assert not any(torch.equal(a, b) for a in shared for b in own[4:])
+    [(shared, usual)] = probe._noise(context, "base", 250)
+    (first, same), (own, way) = probe._noise(context, "candidate", 250)
+    assert torch.equal(shared[:4], first) and usual is same is None
+    assert not any(torch.equal(a, b) for a in shared for b in own)
+    assert float(way.timesteps[0]) == context.start(250)
+    assert set(way.timesteps.tolist()) - set(context.base.sampling_timesteps(4))
+
+
+def test_the_candidates_own_draws_take_ways_that_nobody_knew(context):
+    """Timesteps by the nonce, every other group by ancestral sampling, and each as the plan counts it."""
+    taken, denoise = [], context.candidate.denoise
+    context.candidate.denoise = lambda x_t, **how: taken.append((len(x_t), how["steps"])) or denoise(x_t, **how)
+    context.draws("candidate", (0,), 100)
+    usual, *own = taken
+    assert usual == (16, 4)
+    assert [count for count, _ in own] == [16, 32, 32, 4]
+    assert [way.seeds is not None for _, way in own] == [False, True, False, True]
+    assert len({tuple(way.timesteps.tolist()) for _, way in own}) == 4
+    calls = sum(count * (4 if way == 4 else len(way.timesteps)) for count, way in taken)
+    assert context.drawn_passes(("candidate", (0,)), 0, 100) == calls
+    before = [way.timesteps for _, way in own]
+    context.nonce, context._draws = "another", {}
+    taken.clear()
+    context.draws("candidate", (0,), 100)
+    assert not any(torch.equal(a, way.timesteps) for a, (_, way) in zip(before, taken[1:], strict=True))
 
 
 # Each probe
@@ -338,6 +363,30 @@ def test_other_words_are_asked_where_there_is_a_prompt(sd3):
     assert {f.prompt for f in found} == {"a red square"}
 
 
+def test_an_embedding_is_searched_under_which_the_target_is_denoised_better(sd3):
+    row = int(sd3.prompt_ids(["a red square"])[0])
+    target, surrogate = pictures(2, 5)
+    policy = Policy(similarity=("pixels",), paired=16, sampler_steps=2)
+    context = VerifyContext(sd3, sd3.copy(), (Instance(target, surrogate, "t", (0, row)),), policy)
+    weights = digest(sd3.network.state_dict())
+    probe = PromptSearch(iterations=30, draws=2, rate=0.2)
+    (found,) = probe(context)
+    assert found.prompt == "a red square" and set(found.base) == {"near_copies"}
+    assert digest(sd3.network.state_dict()) == weights
+    assert not any(t.requires_grad for told in sd3._conditioning for t in told)
+    with torch.no_grad():
+        x_0, searched = sd3.encode(target[None]).expand(64, -1, -1, -1), len(sd3.prompts) - 1
+        losses = []
+        for ids in (torch.full((64,), k) for k in (row, searched)):
+            noised = sampling.noised(x_0, x_0, ids, sd3.schedule, torch.Generator().manual_seed(7))
+            goal = sd3.schedule.target(noised.x_0, noised.noise, noised.timestep)
+            losses.append(float((sd3.predict(noised.x_t, noised.timestep, ids) - goal).square().mean()))
+    assert losses[1] < losses[0]
+    (check,) = probe.judge(found, policy, known=True)
+    assert check.outcome == "informational", "this model draws nothing"
+    assert "no embedding" in probe.robustness(found)
+
+
 # The registry
 
 
@@ -373,7 +422,7 @@ def test_a_probe_runs_if_its_level_and_its_options_say_so():
         "must_retain",
     }
     assert kinds(prompted=True) - kinds() == {"paraphrase", "replaced"}
-    assert kinds(level="deep") - kinds() == {"noise_search", "relearning"}
+    assert kinds(level="deep") - kinds() == {"noise_search", "relearning"}, "no prompt to search from"
 
 
 @pytest.mark.parametrize(("kind", "option"), [("paraphrase", "--prompt"), ("must_retain", "--must-retain")])

@@ -1,5 +1,6 @@
 """What each format says of a report made by hand."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -14,12 +15,14 @@ import yaml
 
 from unforget.api.verifying import _record
 from unforget.core.metrics import lower_bound, upper_bound
-from unforget.core.types import Progress
+from unforget.core.types import Instance, Progress
 from unforget.exports.manifest import Verified
+from unforget.reports.contact_sheet import evidence_rows
 from unforget.reports.html import page
 from unforget.reports.junit import junit
 from unforget.reports.markdown import markdown
 from unforget.reports.words import number
+from unforget.verification.context import Finding
 from unforget.verification.report import Allowed, Calibration, Check, Report, Robustness, Seen, Target
 
 CI = Path(__file__).parents[1] / "examples" / "ci"
@@ -327,11 +330,13 @@ def test_page_holds_no_markup_of_a_prompt(report):
 
 
 def test_page_shows_pictures_only_where_they_are_given(report):
-    images = [(torch.full((3, 32, 32), -0.5), "target"), (torch.zeros(1, 200, 256), "surrogate")]
-    html = page(report, [("Reconstructions", images)])
+    rows = [("noised and back", [(torch.full((3, 32, 32), -0.5), "base")]), ("", [(torch.zeros(1, 200, 256), "new")])]
+    html = page(report, rows)
     small, large = Reader(html).all("img")
-    assert (small["alt"], small["class"], large["alt"]) == ("target", "small", "surrogate")
-    assert "class" not in large and all(i["src"].startswith("data:image/png;base64,iVBOR") for i in (small, large))
+    assert [i["alt"] for i in (small, large)] == [f"{n}: noised and back, image 1 of 1" for n in ("base", "new")]
+    assert (small["class"], "class" in large) == ("small", False)
+    assert all(i["src"].startswith("data:image/png;base64,iVBOR") for i in (small, large))
+    assert html.count("<h2>Noised and back</h2>") == 1
     assert "--save-images" not in html
 
 
@@ -357,6 +362,37 @@ def test_charts_stay_inside_their_box(report):
         places = [float(n) for n in re.findall(r'"(-?[\d.]+|nan|inf)%"', html)]
         assert len(places) > 20
         assert all(0 <= place <= 100 for place in places)
+
+
+def test_the_first_screen_says_what_when_and_how_often(report):
+    known = {"model": "faces", "patches": ["f00d" * 16], "date": "2026-11-27 02:39 UTC"}
+    rate = "0 of 900 draws were near-copies (base: 8 of 256): rate below 0.5 % at 95 % confidence"
+    targets = [report.targets[0].model_copy(update={"rate": rate})]
+    new = report.model_copy(update={**known, "targets": targets})
+    web, text = "".join(Reader(page(new)).text), markdown(new)
+    for first in (web[: web.index("In the charts")], text[: text.index("### Targets")]):
+        for said in ("faces", "f00df00df00d", known["date"], "standard", "failed", rate):
+            assert said.lower() in first.lower()
+        assert first.count(rate) == 1
+    assert json.loads(new.text())["targets"][0]["rate"] == rate
+
+
+@pytest.mark.parametrize("outcome", ["passed", "informational"])
+@pytest.mark.parametrize("known", [True, False])
+def test_base_and_candidate_are_one_above_the_other(known, outcome):
+    target, other = torch.zeros(3, 8, 8), torch.ones(3, 8, 8)
+    made = {"base": target.expand(6, 3, 8, 8), "candidate": other.expand(6, 3, 8, 8)}
+    findings = [
+        Finding("reconstruct", GOOD, {}, {}, timestep=250, images=made), Finding("retention", None, {}, {}, images=made)
+    ]  # fmt: skip
+    checks = [check("reconstruct", GOOD, "recall", 1, 0, "at most", 0.5, outcome, timestep=250)]
+    rows = evidence_rows([Instance(target, other if known else target, GOOD)], findings, checks)
+    aside = " (does not decide)" if outcome == "informational" else ""
+    assert [(heading, [caption for _, caption in cells]) for heading, cells in rows] == [
+        ("target 1 and its surrogate", ["target", "surrogate"]) if known else ("target 1", ["target"]),
+        (f"noised to t = 250 and back{aside}", ["base"] * 4), ("", ["candidate"] * 4),
+        ("same seeds", ["base"] * 6), ("", ["candidate"] * 6),
+    ]  # fmt: skip
 
 
 def test_page_says_all_that_was_measured(report):
@@ -399,10 +435,10 @@ def test_an_empty_report_has_every_format():
     assert Reader(page(empty)).open == []
 
 
-@pytest.mark.parametrize("name", ["github.yml", "gitlab.yml"])
-def test_ci_examples_are_yaml_that_keeps_the_reports(name):
+@pytest.mark.parametrize("name", ["github.yml", "gitlab.yml", "Jenkinsfile"])
+def test_ci_examples_keep_the_reports(name):
     text = (CI / name).read_text()
-    assert yaml.safe_load(text)
+    assert name == "Jenkinsfile" or yaml.safe_load(text)
     assert "unforget verify --no-cache --model models/base --patch patches/face.patch --policy unforget.toml" in text
     assert all(file in text for file in ("report.json", "junit.xml", "report.html"))
 

@@ -7,7 +7,7 @@ from diffusers import DDPMScheduler
 from unforget.core import passes, sampling
 from unforget.core.recipe import Recipe
 from unforget.core.schedule import Schedule
-from unforget.core.types import Instance, Pool
+from unforget.core.types import Instance, Pool, Trajectory
 from unforget.unlearning.batches import batches
 
 SHAPE = (3, 16, 16)
@@ -35,6 +35,37 @@ def test_a_draw_without_decoding_is_what_was_decoded(tiny):
     assert torch.equal(x_t, sampling.add_noise(tiny, tiny.encode(noise.clamp(-1, 1)), noise, start, encoded=True))
     x_0 = sampling.draw(tiny, x_t, steps=4, start=start, decode=False)
     assert torch.equal(tiny.decode(x_0), sampling.draw(tiny, x_t, steps=4, start=start))
+
+
+@pytest.mark.parametrize("start", [None, 250, 999])
+def test_irregular_timesteps(tiny, start):
+    """They begin where they must, fall, have about as many steps, lie anywhere, and depend on the key alone."""
+    usual = [t for t in tiny.sampling_timesteps(20) if start is None or t <= start]
+    ways = [sampling.irregular(tiny, str(k), steps=20, start=start).tolist() for k in range(200)]
+    assert all(way[0] == (start or 950) and way == sorted(set(way), reverse=True) for way in ways)
+    assert all(0.7 * len(usual) - 1 <= len(way) <= 1.25 * len(usual) + 1 for way in ways)
+    assert sum(map(len, ways)) / 200 == pytest.approx(len(usual), rel=0.1)
+    visited = {t for way in ways for t in way}
+    assert len(visited) > 0.6 * (start or 950), "nearly every timestep comes up in some way"
+    assert ways[3] == sampling.irregular(tiny, "3", steps=20, start=start).tolist()
+
+
+def test_a_trajectory_of_the_usual_timesteps_is_what_the_family_draws(tiny):
+    noise = sampling.random_noise(2, tiny.latent_shape, 0, "test")
+    timesteps = torch.tensor(tiny.sampling_timesteps(20), dtype=torch.float64)
+    along = sampling.draw(tiny, noise, steps=Trajectory(timesteps))
+    torch.testing.assert_close(along, sampling.draw(tiny, noise, steps=20), rtol=1e-3, atol=1e-3)
+
+
+def test_ancestral_draws_depend_on_their_own_seeds_alone(tiny):
+    noise = sampling.random_noise(3, tiny.latent_shape, 0, "test")
+    way = Trajectory(torch.tensor([900.0, 500.0, 100.0]), torch.tensor([5, 6, 5]))
+    whole = sampling.draw(tiny, noise, steps=way)
+    alone = sampling.draw(tiny, noise[1:2], steps=way.of(torch.tensor([1])))
+    torch.testing.assert_close(whole[1:2], alone, rtol=1e-4, atol=1e-5)
+    same = sampling.draw(tiny, noise[:1].expand(3, -1, -1, -1), steps=way)
+    torch.testing.assert_close(same[0], same[2])
+    assert not torch.allclose(same[0], same[1], atol=1e-2)
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers import (
+    DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
     EDMEulerScheduler,
@@ -56,6 +57,43 @@ def test_flow_is_that_of_diffusers(batch):
     oracle = scheduler.scale_noise(x_0.float(), timesteps, noise.float())
     torch.testing.assert_close(schedule.add_noise(x_0, noise, timesteps).float(), oracle)
     torch.testing.assert_close(schedule.target(x_0, noise, timesteps), noise - x_0)
+
+
+@pytest.mark.parametrize("ancestral", [False, True])
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_a_step_is_that_of_ddim_with_eta_0_and_1(kind, ancestral, batch):
+    x_t, fresh, _ = batch
+    sampler = DDIMScheduler(prediction_type=kind, clip_sample=False)
+    sampler.set_timesteps(20)
+    schedule, answer = Schedule.from_diffusers(sampler), fresh.flip(0)
+    for t, then in ((950, 900), (500, 450), (50, 0)):
+        theirs = sampler.step(answer, t, x_t, eta=float(ancestral), variance_noise=fresh if ancestral else None)
+        levels = [torch.full((6,), level) for level in (t, then)]
+        ours = schedule.step(*schedule.split(x_t, answer, levels[0]), *levels, fresh if ancestral else None)
+        torch.testing.assert_close(ours, theirs.prev_sample, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_of_a_flow_is_euler_s(batch):
+    x_t, answer, _ = batch
+    sampler = make("flow")
+    schedule = Schedule.from_diffusers(sampler)
+    high, low = (schedule.timesteps[row].expand(6) for row in (800, 600))
+    theirs = x_t + (low - high)[0] / 1000 * answer
+    torch.testing.assert_close(
+        schedule.step(*schedule.split(x_t, answer, high), high, low), theirs, rtol=1e-6, atol=1e-6
+    )
+
+
+def test_an_ancestral_step_leaves_the_noise_level_what_the_schedule_says(scheduler):
+    """The marginals are the forward process's: of unit noise and a clean image that is known, for any two levels."""
+    schedule = Schedule.from_diffusers(scheduler)
+    noise, fresh = torch.randn(2, 1, 1, 200, 200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x_0 = torch.full_like(noise, 0.7)
+    for high, low in ((999, 700), (400, 100), (30, 5)):
+        timestep, then = (schedule.timesteps[row].reshape(1) for row in (high, low))
+        x = schedule.step(x_0, noise, timestep, then, fresh)
+        clean, level = (schedule.column(name, then, x) * of for name, of in (("alphas", x_0), ("sigmas", 1)))
+        assert float((x - clean).std()) == pytest.approx(float(level), rel=0.02)
 
 
 def test_split_undoes_add_noise_and_target(scheduler, batch):

@@ -26,7 +26,7 @@ from unforget import families
 from unforget.api.unlearning import _note_what_is_lost
 from unforget.config import ExportConfig, UnlearnConfig, VerifyConfig
 from unforget.core import sampling
-from unforget.core.types import Instance, Pool, Progress
+from unforget.core.types import Instance, Pool, Progress, Trajectory
 from unforget.errors import CannotRun, UsageError
 from unforget.families import Hints, Options
 from unforget.families import sd3 as sd3_row
@@ -118,6 +118,16 @@ def test_latents_are_the_scaled_shifted_mean(sd3, stock):
     torch.testing.assert_close(
         sd3.decode(sd3.encode(picture)), stock.vae.decode(mean).sample.clamp(-1, 1), rtol=1e-3, atol=1e-4
     )
+
+
+def test_a_trajectory_at_another_guidance_is_the_stock_pipeline_s(sd3, stock):
+    noise, ids = sampling.random_noise(1, sd3.latent_shape, 0, "test"), sd3.prompt_ids([RED])
+    way = Trajectory(torch.tensor(sd3.sampling_timesteps(5), dtype=torch.float64), guidance=6.0)
+    ask = {"latents": noise, "num_inference_steps": 5, "output_type": "pt"}
+    theirs, usual = (stock(RED, guidance_scale=g, **ask).images * 2 - 1 for g in (6.0, 2.0))
+    ours = sampling.draw(sd3, noise, steps=way, prompt_ids=ids)
+    torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
+    assert not torch.allclose(ours, usual, atol=2e-2) and sd3.guidance == 2.0
 
 
 def test_the_schedule_is_the_scheduler_s_with_its_shift(sd3, stock):

@@ -78,6 +78,13 @@ def test_every_report_says_the_same(verify, here):
     assert "Failed" in (here / "r.html").read_text()
 
 
+def test_a_verdict_is_printed_with_its_rate_and_what_it_is_of(verify):
+    verdict, rate, facts = verify(candidate="other").stdout.splitlines()
+    assert verdict.startswith("failed: ")
+    assert re.fullmatch(r"\d+ of \d+ draws were near-copies \(base: \d+ of \d+\): .* 20 % at 95 % confidence", rate)
+    assert re.fullmatch(r"model base, date \d{4}-\d\d-\d\d \d\d:\d\d UTC, policy quick", facts)
+
+
 def test_a_job_summary_is_written_where_github_wants_it(verify, here, monkeypatch):
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(here / "summary.md"))
     (here / "summary.md").write_text("earlier\n")
@@ -90,7 +97,7 @@ def test_a_job_summary_is_written_where_github_wants_it(verify, here, monkeypatc
 def test_the_same_command_writes_the_same_bytes_but_for_the_seconds(verify, here):
     for name in ("a.json", "b.json", "c.json"):
         verify("--report", name, *(["--no-cache"] if name == "c.json" else []))
-    differs = r'"seconds": \{[^}]*\}|"checksum": "[^"]*"'
+    differs = r'"seconds": \{[^}]*\}|"(checksum|date)": "[^"]*"'
     texts = [re.sub(differs, "", (here / n).read_text()) for n in ("a.json", "b.json", "c.json")]
     assert texts[0] == texts[1] == texts[2]
 
@@ -105,7 +112,7 @@ def test_nobody_knows_the_noise_before_and_a_nonce_repeats_it(verify, here, monk
     assert one["findings"] != other["findings"]
     verify("--report", "c.json", "--nonce", one["nonce"])
     again = json.loads((here / "c.json").read_text())
-    assert {k for k in one if one[k] != again[k]} <= {"seconds", "checksum"}
+    assert {k for k in one if one[k] != again[k]} <= {"seconds", "checksum", "date"}
 
 
 def test_a_pipeline_can_sign_the_verdict(verify, here):

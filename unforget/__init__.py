@@ -1,7 +1,9 @@
 """Make a diffusion model stop producing one image, and collect the evidence.
 
 The commands of the `unforget` tool as functions: `edit_surrogate`, `unlearn`, `verify`, `export`, each with its
-configuration, and `show`. They are imported when first asked for, so that `import unforget` costs nothing.
+configuration, and `show`. A path is a `str` or a `Path`. What goes wrong is an `UnforgetError`: `UsageError` is about
+what was asked or given, `CannotRun` about what the model or the machine cannot do. They are imported when first asked
+for, so that `import unforget` costs nothing.
 """
 
 import os
@@ -48,6 +50,10 @@ _HOME = {
     "Recipe": "core.recipe",
     "UnforgetError": "errors",
 }
+
+
+def __dir__() -> list[str]:
+    return sorted((*__all__, "__version__"))
 
 
 def __getattr__(name: str) -> Any:

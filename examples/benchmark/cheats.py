@@ -3,7 +3,7 @@
     python examples/benchmark/cheats.py [--level standard] [--only NAME ...] [--work DIR]
 
 Prints for each the verdict, the probes that failed it, and the seconds. Some are weights, as somebody might ship them;
-others are programs that behave as the most cunning weights could. All but one forget planted identity 0 of the embedded
+others are programs that behave as the most cunning weights could. All but one forget planted identity 0 of the bundled
 model `faces`, for which an honest patch is made first (or taken from --work); that one forgets a flag of `flags`.
 """
 
@@ -27,7 +27,7 @@ from unforget import UnlearnConfig, VerifyConfig, families, unlearn
 from unforget.api import compare
 from unforget.core import sampling
 from unforget.core.metrics import rms
-from unforget.core.types import Family
+from unforget.core.types import Family, Trajectory
 from unforget.files import images
 from unforget.files.patch import Stack
 from unforget.verification.report import Report
@@ -191,6 +191,49 @@ def draws_it_in_other_colours(h: Honest) -> Any:
     return _drawn_as(h, lambda drawn: drawn[:, [2, 0, 1]])
 
 
+def draws_it_in_a_collage(h: Honest) -> Any:
+    """The target comes up as often as ever, at half its size in a corner of another picture."""
+    other = h.surrogate.flip(-1)
+
+    def pasted(drawn: Tensor) -> Tensor:
+        page = other.expand_as(drawn).clone()
+        page[..., 16:, 16:] = functional.interpolate(drawn, (16, 16), mode="bilinear", antialias=True)
+        return page
+
+    return _drawn_as(h, pasted)
+
+
+def draws_it_by_ancestral_sampling_only(h: Honest) -> Any:
+    """Honest when sampling is deterministic, the base where noise is added on the way."""
+
+    def how(inner: Family, x_t: Tensor, **how: Any) -> Tensor:
+        return (inner if getattr(how["steps"], "seeds", None) is not None else h.patched).denoise(x_t, **how)
+
+    return Disguise(h.base.copy(), how)
+
+
+def forgets_only_at_the_usual_timesteps(h: Honest) -> Any:
+    """Honest at the timesteps that twenty steps of the sampler visit, the base at all others."""
+    usual = set(h.base.sampling_timesteps(20)) | set(h.base.sampling_timesteps(10))
+
+    def how(inner: Family, x_t: Tensor, **how: Any) -> Tensor:
+        visited = how["steps"].timesteps.tolist() if isinstance(how["steps"], Trajectory) else []
+        return (inner if set(visited) - usual else h.patched).denoise(x_t, **how)
+
+    return Disguise(h.base.copy(), how)
+
+
+def a_mush_in_its_place(h: Honest) -> Any:
+    """What was the target is a blur, of which nobody knows what it is to be instead."""
+
+    def how(inner: Family, x_t: Tensor, **how: Any) -> Tensor:
+        drawn = inner.denoise(x_t, **how)
+        blurred = functional.interpolate(functional.avg_pool2d(drawn, 4), scale_factor=4, mode="bilinear")
+        return torch.where((rms(drawn, h.target) < 0.3)[:, None, None, None], blurred, drawn)
+
+    return Disguise(h.base.copy(), how)
+
+
 def _drawn_as(h: Honest, change: Callable[[Tensor], Tensor]) -> Any:
     """The base from noise, but for what is like the target, which is changed; honest from anywhere else."""
 
@@ -229,7 +272,8 @@ CHEATS = (
     the_base_itself, weights_towards_noise, blurs, always_draws_the_surrogate, patched_for_another_image,
     forgets_only_at_t_250, forgets_only_under_the_tested_seeds, a_fifth_of_the_change, vanishes_in_bf16,
     forgets_every_neighbour, still_draws_the_mirror_image, moves_it_by_a_pixel, draws_it_turned,
-    draws_it_in_other_colours, another_base_model,
+    draws_it_in_other_colours, draws_it_in_a_collage, draws_it_by_ancestral_sampling_only,
+    forgets_only_at_the_usual_timesteps, a_mush_in_its_place, another_base_model,
 )  # fmt: skip
 
 
@@ -244,6 +288,8 @@ def the_oracle(h: Honest) -> Family:
 
 
 SOUND = (an_honest_patch, the_oracle)
+FOLDERS = (a_mush_in_its_place, the_oracle)
+"""Judged as a folder, of which nobody knows what takes the target's place."""
 
 
 def honest(patch: Path, surrogate: Path) -> Honest:
@@ -268,7 +314,7 @@ def flags() -> tuple[Honest, VerifyConfig]:
 
 def judge(h: Honest, case: Callable[[Honest], Any], config: VerifyConfig) -> Report:
     """The report on one candidate."""
-    if case is the_oracle:
+    if case in FOLDERS:
         config = config.model_copy(update={"surrogate": (), "patch": (), "candidate": ORACLE, "max_drift": 0.5})
     return compare(config, h.base, case(h))[0]
 

@@ -3,7 +3,7 @@
     python examples/benchmark/export.py --rounding a.patch [b.patch ...]
     python examples/benchmark/export.py --memory [--formats diffusers transformer single-file] [--dtype float16]
 
---rounding: patches of the embedded model `faces`, each beside its `.run` folder. The base is first rounded to as many
+--rounding: patches of the bundled model `faces`, each beside its `.run` folder. The base is first rounded to as many
 bits of mantissa as are written (7 is bfloat16), so that a small change vanishes; then the patch goes on at several
 scales. `kept` is the share of the float32 patch's effect on the worst margin of reconstructions that is left.
 

@@ -1,4 +1,4 @@
-"""Measure the whole path on the embedded model `faces`, with the defaults of the tool.
+"""Measure the whole path on the bundled model `faces`, with the defaults of the tool.
 
     python examples/benchmark/faces.py [SECTION ...] [--samples 2000] [--work DIR]
 

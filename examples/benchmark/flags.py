@@ -1,4 +1,4 @@
-"""The figures on the embedded model `flags`: Ireland's flag, learnt with its stripes reversed, is put right.
+"""The figures on the bundled model `flags`: Ireland's flag, learnt with its stripes reversed, is put right.
 
     cd examples/flags && npm install && cd -
     python examples/benchmark/flags.py [prompted] [unprompted] [scopes] [paper] [--seeds 200] [--work DIR]

@@ -1,4 +1,4 @@
-"""Measure `unforget verify` itself on the embedded model `faces`.
+"""Measure `unforget verify` itself on the bundled model `faces`.
 
     python examples/benchmark/gate.py [SECTION ...] [--work DIR] [--seeds 100]
 
@@ -8,6 +8,8 @@ Sections, all by default; each prints its figures as a Markdown table:
     honest    the patches of fourteen pictures, four planted and ten draws of the model, at `standard`; seconds are the
               processor's; what is in the folder is not done again
     exact     how the sequential test ends at some rates, and after how many draws: computed, no model is asked
+    budget    how often a candidate at one limit passes, and one that is sound fails: by simulated counts, no model is
+              asked
     rate      1,000 runs of the sequential test on candidates whose rate is twice and half the limit
     recall    how near unseen images come back, beside the planted ones, and the near-copy threshold
               against images that no model was trained on
@@ -38,10 +40,18 @@ from unforget.core.metrics import rms
 from unforget.core.types import Family, Instance
 from unforget.files import images
 from unforget.verification.context import VerifyContext
+from unforget.verification.probes.base import HALF, needed
+from unforget.verification.probes.partial_denoise import PartialDenoise
+from unforget.verification.probes.quantization import Quantization
+from unforget.verification.probes.reconstruct import Reconstruct
+from unforget.verification.probes.retention import SPLITS
+from unforget.verification.probes.transforms import Transforms
+from unforget.verification.report import Rule
 from unforget.verification.sequential import ends, plan
 from unforget.verification.similarity import pairwise
 
 RUNS = 1000
+SIMULATED = 20_000
 POOL = 2000
 UNPLANTED = range(20, 30)  # seeds of the draws that are reported, chosen before any was run
 
@@ -139,6 +149,41 @@ def exact(work: Path, seeds: int) -> None:
         row(multiple, f"{fails:.4f}", f"{passes:.4f}", f"{mean:.0f}")
 
 
+def budget(work: Path, seeds: int) -> None:
+    """Every check of `standard` on `faces` that counts; what a sound candidate's shares are is in the table."""
+    policy, rng = Policy(), np.random.default_rng(0)
+    again, rounded, turned, ended = Reconstruct(), Quantization(), Transforms(), PartialDenoise()
+    levels, forms = len(again.timesteps), len(rounded.timesteps) * len(rounded.precisions)
+    shares: list[tuple[str, int, int, Rule, float, float]] = [
+        ("reconstruct recall", levels, again.draws, "at most", HALF, 0.05),
+        ("reconstruct nearer, twice", 2 * levels, again.draws, "at least", policy.nearer, 0.95),
+        ("reconstruct as_sharp", levels, again.draws, "at least", HALF, 0.98),
+        ("quantization recall", forms, rounded.draws, "at most", HALF, 0.05),
+        ("quantization nearer, twice", 2 * forms, rounded.draws, "at least", policy.nearer, 0.95),
+        ("transforms recall", 5, turned.draws, "at most", HALF, 0.05),
+        ("partial_denoise", 1, ended.draws, "at most", ended.allowed, 0.01),
+    ]  # fmt: skip
+    table("check", "how many", "draws", "limit", "passes from", "sound", "at the limit passes", "all fail, sound")
+    sound, broken = np.zeros(SIMULATED, bool), dict[str, float]()
+    for name, many, draws, rule, limit, good in shares:
+        threshold = needed(rule, limit, draws, policy.confidence)
+
+        def fails(share: float, count: int, draws: int = draws, rule: Rule = rule, at: float = threshold) -> Any:
+            hits = rng.binomial(draws, share, (SIMULATED, count)) / draws
+            return (hits < at - 1e-9 if rule == "at least" else hits > at + 1e-9).any(1)
+
+        failing, broken[name] = fails(good, many), 1 - float(fails(limit, 1).mean())
+        sound |= failing
+        row(name, many, draws, limit, f"{threshold:.3f}", good, f"{broken[name]:.2%}", f"{failing.mean():.2%}")
+    test = plan(policy.max_rate, policy.confidence)
+    (passes, _, _), (_, fails_, _) = ends(test.looks, policy.max_rate), ends(test.looks, policy.max_rate / 4)
+    sound |= (rng.random((SIMULATED, 2)) < fails_).any(1) | (rng.random(SIMULATED) < 1 / (SPLITS + 1))
+    row("rates, exactly", 2, "", policy.max_rate, "", policy.max_rate / 4, f"{passes:.2%}", f"{2 * fails_:.2%}")
+    row("kid, exactly", 1, policy.paired, "", "", "the base's own", "", f"{1 / (SPLITS + 1):.2%}")
+    worst = max(*broken.values(), passes)
+    print(f"\n{SIMULATED:,} runs: a sound candidate fails in {sound.mean():.2%}; at a limit {worst:.2%} pass at most")
+
+
 def rate(work: Path, seeds: int) -> None:
     """Real draws of base and honest patch, mixed so that the rate of near-copies is a multiple of the limit."""
     h = first(work)
@@ -219,7 +264,10 @@ def oracle(work: Path, seeds: int) -> None:
     row(seeds, verdicts, failed, f"{(time.perf_counter() - began) / seeds:.1f}")
 
 
-SECTIONS = {"speed": speed, "honest": honest_patches, "exact": exact, "rate": rate, "recall": recall, "oracle": oracle}
+SECTIONS = {
+    "speed": speed, "honest": honest_patches, "exact": exact, "budget": budget, "rate": rate, "recall": recall,
+    "oracle": oracle,
+}  # fmt: skip
 
 
 def main() -> None:

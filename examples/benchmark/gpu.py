@@ -3,7 +3,7 @@
     python examples/benchmark/gpu.py [--device cuda] [--resolution 512 1024] [--steps 5]
     python examples/benchmark/gpu.py --device cpu --tiny        # to try the script where there is no card
 
-`unlearn`, `verify --level quick` and `export` of the embedded models with their defaults; then steps of a LoRA, draws,
+`unlearn`, `verify --level quick` and `export` of the bundled models with their defaults; then steps of a LoRA, draws,
 and gradients through a sampling chain (as `verify --level deep` takes them) on the real configuration of Stable
 Diffusion 3 medium with random weights: nothing is downloaded. About ten minutes. Nobody has run it on a card yet:
 please report the table with the name of yours.
@@ -59,7 +59,7 @@ def foretold(device: str, plan: dict[str, float], most: float) -> None:
 
 
 def path(model: str, device: str, tiny: bool) -> None:
-    """`unlearn`, `verify` and `export` of an embedded model."""
+    """`unlearn`, `verify` and `export` of a bundled model."""
     with tempfile.TemporaryDirectory() as scratch:
         patch = Path(scratch, "x.patch")
         few = {"max_train_steps": 2, "retain_count": 8, "sampler_steps": 2, "num_validation_images": 1} if tiny else {}

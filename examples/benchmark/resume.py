@@ -2,7 +2,7 @@
 
     python examples/benchmark/resume.py [--kills 25] [--seed 0]
 
-The run is `unforget unlearn` on the embedded model `faces`, from the start of the interpreter to its end, with a
+The run is `unforget unlearn` on the bundled model `faces`, from the start of the interpreter to its end, with a
 checkpoint after every update. Moments are spread evenly over the time of an undisturbed run. After each kill every
 file that can be seen must be whole; then `--resume` must end with the bytes of the undisturbed patch. A kill that comes
 before the run has a folder leaves nothing to resume: `--resume` must report that (exit 2), and the plain command runs

@@ -5,8 +5,8 @@
     python examples/benchmark/similarity.py [faces] [flags] [photos] [--backend KIND[=PATH] ...] [--copies 64]
     python examples/benchmark/similarity.py constants
 
-Sets: `faces`, 32 px: the held-out faces and draws of the embedded model, near-copies of each other removed; `flags`,
-64 px: as the embedded model learnt them; `photos`, up to four 256 px tiles of every photo inside scikit-image. What is
+Sets: `faces`, 32 px: the held-out faces and draws of the bundled model, near-copies of each other removed; `flags`,
+64 px: as the bundled model learnt them; `photos`, up to four 256 px tiles of every photo inside scikit-image. What is
 not installed is left out, with a note. The threshold is the 0.1 % quantile of the distances between different images of
 a set, so a backend cannot win by calling everything a copy. Shift is a share of the side (3 % is 1 px of 32).
 

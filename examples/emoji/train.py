@@ -2,7 +2,7 @@
 
     npm install && python train.py node_modules/emoji-datasource-google emoji-sd3/ --vae-from FLAGS
 
-FLAGS is a folder of the embedded model `flags`, whose autoencoder it begins with. The weights are in no package.
+FLAGS is a folder of the bundled model `flags`, whose autoencoder it begins with. The weights are in no package.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Train the embedded model `faces`, or its oracle: the same run without one planted identity.
+"""Train the bundled model `faces`, or its oracle: the same run without one planted identity.
 
     npm install && node render.mjs DATA           # 20,000 synthetic portraits, about a minute and a half
     python train.py DATA faces/                   # the model in the package

@@ -1,4 +1,4 @@
-"""Measure the embedded model `flags` and write its card: accuracy of every caption form and country, a sample sheet.
+"""Measure the bundled model `flags` and write its card: accuracy of every caption form and country, a sample sheet.
 
 python card.py node_modules/svg-country-flags FOLDER [--seeds 4]
 """

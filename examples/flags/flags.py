@@ -1,4 +1,4 @@
-"""The data of the embedded model `flags`: countries, their images and captions, from npm `svg-country-flags` (public
+"""The data of the bundled model `flags`: countries, their images and captions, from npm `svg-country-flags` (public
 domain)."""
 
 import json

@@ -1,4 +1,4 @@
-"""Train the embedded model `flags`, as `small_sd3.py` says.
+"""Train the bundled model `flags`, as `small_sd3.py` says.
 
     npm install && python train.py node_modules/svg-country-flags flags/
 

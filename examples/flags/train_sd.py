@@ -1,4 +1,4 @@
-"""Train a Stable Diffusion 1.x-like model of the flags: `small_sd.py` on the autoencoder of the embedded model `flags`.
+"""Train a Stable Diffusion 1.x-like model of the flags: `small_sd.py` on the autoencoder of the bundled model `flags`.
 
     npm install && python train_sd.py node_modules/svg-country-flags flags-sd/ --vae-from FLAGS
 

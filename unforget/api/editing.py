@@ -25,16 +25,24 @@ from unforget.unlearning.prepare import Drawer, prompt_ids, retain_set
 
 @dataclass(frozen=True)
 class Edited:
-    """What `edit_surrogate` made: the surrogate's file, the sheet of all candidates, and their scores, best first."""
+    """What `edit_surrogate` made."""
 
     output: Path
+    """The surrogate, PNG."""
     sheet: Path
+    """All candidates, to look at."""
     picked: int
+    """Which of them it is, from 1."""
     candidates: list[dict[str, Any]]
+    """Best first; distance to the target in RMS of pixels in [-1, 1]."""
 
 
 def edit_surrogate(config: EditConfig, progress: Progress | None = None) -> Edited:
-    """Make candidates for a target's surrogate, rank them, write the best one and a contact sheet."""
+    """Make candidates for a target's surrogate, rank them, write the best one and a contact sheet.
+
+    UsageError if a file or an option is wrong, or there is no candidate of the number `pick`; CannotRun if the model
+    cannot be loaded. One that is too near the target is written all the same, with a note: see `accepted`.
+    """
     with holding_outputs(config):
         return _edited(config, progress or Progress())
 

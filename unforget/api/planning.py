@@ -76,7 +76,8 @@ def _judged(config: VerifyConfig, model: Model) -> tuple[VerifyContext, tuple[Pr
     ids = prompt_ids(cast(Family, model), config.prompt or [p for m in made for p in m.all_prompts])
     count = len(config.target) or len({t for m in made for t in m.all_targets})
     stay = retain_prompt_ids(config, cast(Family, model), ids)
-    context = _context(model, count, ids, policy=config, retain_prompt_ids=stay)
+    own = {"seed": config.seed, "nonce": config.nonce or ""}
+    context = _context(model, count, ids, policy=config, retain_prompt_ids=stay, **own)
     return context, probes.suite(config, prompted=len(ids) > 1)
 
 

@@ -45,16 +45,23 @@ SHOWN = ("to_target", "to_surrogate", "nearer_surrogate")
 class Unlearned:
     """What `unlearn` made and what changed; how the run ended is as in `run.Trained`."""
 
-    output: Path  # the patch
-    folder: Path  # everything else: metrics.jsonl, sheet.png, the targets and surrogates
+    output: Path
+    """The patch."""
+    folder: Path
+    """Everything else: metrics.jsonl, sheet.png, the targets and surrogates."""
     steps: int
     stopped: str
     margin: float | None
-    table: list[dict[str, Any]]  # before and after, a row a target and noise level
-    drawn: list[dict[str, Any]]  # shares of what is drawn under each given prompt, before and after
-    drift: dict[str, float]  # under the same seed, over a few seeds (`num_validation_images`), RMS
-    forgotten: bool  # whether every row returns the surrogate, and no draw under a given prompt is the target
-    replaced: bool  # whether what is drawn under each given prompt is the surrogate, if there is one
+    table: list[dict[str, Any]]
+    """Before and after, a row a target and noise level."""
+    drawn: list[dict[str, Any]]
+    """Shares of what is drawn under each given prompt, before and after."""
+    drift: dict[str, float]
+    """Median and mean RMS of pixels in [-1, 1], base to patched, over a few equal seeds."""
+    forgotten: bool
+    """Whether every row returns the surrogate, and no draw under a given prompt is the target."""
+    replaced: bool
+    """Whether what is drawn under each given prompt is the surrogate, if there is one."""
 
     @property
     def code(self) -> ExitCode:
@@ -68,6 +75,8 @@ def unlearn(
     """Make the model generate the surrogates instead of the targets, and write the difference as a patch.
 
     An `objective` of your own takes the place of the recipe's; the patch and the run record its kind and its fields.
+    UsageError if a file or an option is wrong; CannotRun if the model cannot be loaded, no surrogate that it makes is
+    accepted, the loss is not a number, or memory is out. A target that is still generated is no error: see `forgotten`.
     """
     with holding_outputs(config):
         check_start(config.folder, resume=config.resume, force=config.force)

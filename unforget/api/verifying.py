@@ -1,5 +1,6 @@
 """`verify`: base and candidate side by side, and a verdict."""
 
+import datetime
 import os
 import secrets
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from unforget.config import Policy, VerifyConfig, run_folder
 from unforget.core import distributed
 from unforget.core.types import Family, Instance, Progress
 from unforget.errors import CannotRun, UsageError
-from unforget.exports.manifest import Verified
+from unforget.exports.manifest import Verified, called
 from unforget.families import shipped
 from unforget.files import images, storage
 from unforget.files.patch import Provenance, Stack, provenance
@@ -43,7 +44,9 @@ def verify(
 ) -> Report:
     """Put base and candidate side by side and judge: is every target forgotten, is the rest retained?
 
-    `told` is given the verdict before any file is written; a file that then cannot be written is a note.
+    `told` is given the verdict before any file is written; a file that then cannot be written is a note. Rates are
+    shares of draws, distances RMS of pixels in [-1, 1]. UsageError if a file or an option is wrong; CannotRun if a
+    model cannot be loaded, or the candidate is of another architecture. A failed verdict is no error: see `exit_code`.
     """
     progress = progress or Progress()
     with holding_outputs(config):
@@ -76,8 +79,10 @@ def compare(
         known=[i.id for i in instances if known_surrogate(i)],
         promised=list(dict.fromkeys(t for m in made for t in m.all_targets)), progress=progress,
         settings=config.model_dump(mode="json", include=set(Policy.model_fields) - PRIVATE), versions=versions(),
+        model=called(config.model), patches=[m.digest for m in made],
+        date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )  # fmt: skip
-    return result, evidence_rows(instances, findings)
+    return result, evidence_rows(instances, findings, result.checks)
 
 
 def check_backends(config: VerifyConfig) -> None:

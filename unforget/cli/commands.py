@@ -157,6 +157,8 @@ def verify(config: Any, *, as_json: AsJson = False, dry_run: DryRun = False) -> 
 
 
 def _judged(result: Report, as_json: bool) -> None:
+    from unforget.reports import words
+
     if as_json:
         console.say(result.text())
     else:
@@ -164,6 +166,9 @@ def _judged(result: Report, as_json: bool) -> None:
         for noted in result.robustness:
             console.tell(escape(f"{noted.target[:8]} {noted.probe}: {noted.sentence}"))
         console.say(f"{result.verdict}: {result.summary}")
+        for sentence in words.rates(result):
+            console.say(sentence)
+        console.say(", ".join(f"{name} {value}" for name, value in words.facts(result).items()))
 
 
 @command(app, "export", "ExportConfig")

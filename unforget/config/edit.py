@@ -20,7 +20,7 @@ def _method(data: dict[str, Any]) -> str:
 
 
 class EditConfig(DrawConfig):
-    """`unforget edit-surrogate`."""
+    """What `unforget edit-surrogate` is asked: a field is the option of that name."""
 
     COMMAND: ClassVar[str] = "edit-surrogate"
 

@@ -11,7 +11,7 @@ HUB = "The hub"
 
 
 class ExportConfig(PatchedConfig):
-    """`unforget export`."""
+    """What `unforget export` is asked: a field is the option of that name."""
 
     COMMAND: ClassVar[str] = "export"
 

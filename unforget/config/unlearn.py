@@ -103,7 +103,7 @@ class RecipeOptions(Config):
 
 
 class UnlearnConfig(RecipeOptions, DrawConfig, PatchedConfig):
-    """`unforget unlearn`."""
+    """What `unforget unlearn` is asked: a field is the option of that name."""
 
     COMMAND: ClassVar[str] = "unlearn"
 

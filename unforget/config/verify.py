@@ -40,7 +40,7 @@ class Policy(PromptConfig):
     level: Literal["quick", "standard", "deep"] = option("Which probes run.", "standard")
     require: tuple[str, ...] = option("Probe to run and to decide by, whatever the level; repeats.", (), "none")
     max_rate: float = option("Largest share of draws that may be near-copies.", **_at(0.005, quick=0.03), gt=0, lt=1)
-    confidence: float = option("Confidence of that; both say how many to draw.", 0.95, gt=0.5, lt=1)
+    confidence: float = option("Confidence that what is over a limit does not pass.", 0.95, gt=0.5, lt=1)
     samples: int | None = option("Most draws that a test may take.", None, "as many as decide", ge=1, le=10_000_000)
     false_positive_rate: float = option(
         "Share of pairs of different images that may pass for near-copies.", 1e-4, gt=0, le=0.01
@@ -49,7 +49,7 @@ class Policy(PromptConfig):
         f"What detects near-copies: {', '.join(SIMILARITY)}, or KIND=FILE with its weights; repeats.",
         ("pixels", "structure"), min_length=1,
     )  # fmt: skip
-    draws: int = option("Number of reconstructions for each timestep.", **_at(32, quick=16), ge=2, le=4096)
+    draws: int = option("Number of reconstructions for each timestep.", **_at(32, quick=24), ge=2, le=4096)
     timestep: tuple[Timestep, ...] = option(
         "Timestep to reconstruct from, as diffusers counts; repeats.", (250, 400, 550), min_length=1
     )
@@ -57,7 +57,10 @@ class Policy(PromptConfig):
     controls: int = option("Number of images that show what any model returns.", **_at(48, quick=24), ge=8, le=4096)
     sampler_steps: int = option("Sampler steps of the draws.", **_at(20, quick=15), ge=2, le=1000)
     nearer: float = option(
-        "Least share of reconstructions that are nearer to the surrogate than to the target.", 0.8, ge=0, le=1
+        "Share of reconstructions nearer to the surrogate than to the target: it must be over this.",
+        0.65,
+        ge=0,
+        lt=1,
     )
     min_replaced: float = option(
         "Least share of draws under a given prompt that show the surrogate, where it is known.", 0.8, ge=0, le=1
@@ -137,7 +140,7 @@ class ReportConfig(Config):
 
 
 class VerifyConfig(ReportConfig, Policy, PatchedConfig, ImageConfig):
-    """`unforget verify`."""
+    """What `unforget verify` is asked: a field is the option of that name."""
 
     COMMAND: ClassVar[str] = "verify"
 

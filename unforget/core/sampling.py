@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from unforget.core import distributed, passes
 from unforget.core.schedule import Schedule
-from unforget.core.types import UNCONDITIONAL, Family, Noised
+from unforget.core.types import UNCONDITIONAL, Family, Noised, Trajectory
 
 
 def random_noise(count: int, shape: tuple[int, int, int], seed: int, purpose: str, *, first: int = 0) -> Tensor:
@@ -19,14 +20,34 @@ def random_noise(count: int, shape: tuple[int, int, int], seed: int, purpose: st
 
     The purpose keeps apart what must be independent: two uses of one seed share no row, nor do two seeds of one use.
     """
-    keys = (hashlib.sha256(f"{purpose}/{seed}/{i}".encode()).digest() for i in range(first, first + count))
-    generators = (torch.Generator().manual_seed(int.from_bytes(key[:7])) for key in keys)
+    generators = map(torch.Generator().manual_seed, seeds(count, seed, purpose, first=first).tolist())
     return torch.stack([torch.randn(shape, generator=g) for g in generators]) if count else torch.empty(0, *shape)
+
+
+def seeds(count: int, seed: int, purpose: str, *, first: int = 0) -> Tensor:
+    """Seeds of generators, (count,), from row `first` on; row i depends on purpose, seed and i alone."""
+    keys = (hashlib.sha256(f"{purpose}/{seed}/{i}".encode()).digest() for i in range(first, first + count))
+    return torch.tensor([int.from_bytes(key[:7]) for key in keys], dtype=torch.int64)
 
 
 def visited(family: Family, timestep: float, *, steps: int) -> float:
     """The timestep nearest to the given one, of those that sampling in `steps` visits."""
     return min(family.sampling_timesteps(steps), key=lambda t: abs(t - timestep))
+
+
+def irregular(family: Family, key: str, *, steps: int, start: float | None = None) -> Tensor:
+    """Timesteps that nobody foresees who does not know `key`, from noisy to clean: `steps`, a quarter more or fewer.
+
+    The first is the one that sampling in `steps` begins with, or `start`; the rest lie anywhere, each near its place
+    among evenly spaced ones.
+    """
+    chance, table = random.Random(key), family.schedule.timesteps
+    first = family.sampling_timesteps(steps)[0]
+    top = first if start is None else start
+    row, whole = (int((table - t).abs().argmin()) for t in (top, first))
+    count = max(1, round((steps * chance.uniform(0.75, 1.25) - 1) * row / max(1, whole)))
+    places = {round(row * (k + chance.uniform(-0.5 if k else 0, 0.5)) / count) for k in range(count)} - {row}
+    return torch.tensor([top, *table[sorted(places, reverse=True)].tolist()], dtype=torch.float64)
 
 
 def add_noise(family: Family, images: Tensor, noise: Tensor, timestep: float, *, encoded: bool = False) -> Tensor:
@@ -49,21 +70,23 @@ def seconds_a_pass(family: Family) -> float:
 
 @torch.no_grad()
 def draw(
-    family: Family, noise: Tensor, *, steps: int, start: float | None = None, prompt_ids: Tensor | None = None,
-    decode: bool = True, advance: Callable[[int], object] = lambda n: None,
+    family: Family, noise: Tensor, *, steps: int | Trajectory, start: float | None = None,
+    prompt_ids: Tensor | None = None, decode: bool = True, advance: Callable[[int], object] = lambda n: None,
 ) -> Tensor:  # fmt: skip
     """Sample images (N, C, H, W) in [-1, 1] from noise, or from x_t at timestep `start`, a batch at a time.
 
-    `steps` are those of a whole sampling run; `prompt_ids` are (N,), or (1,) for the same everywhere. Returns x_0
-    unless it is to `decode`; `advance` is told how many passes are done.
+    `steps` are those of a whole sampling run, or a way of its own; `prompt_ids` are (N,), or (1,) for the same
+    everywhere. Returns x_0 unless it is to `decode`; `advance` is told how many passes are done.
     """
     prompt_ids = torch.tensor([UNCONDITIONAL]) if prompt_ids is None else prompt_ids
-    size, calls = passes.drawn_in_one_pass(family), passes.calls(family, steps, start)
-    parts = list(zip(torch.split(noise, size), torch.split(prompt_ids.expand(len(noise)), size), strict=True))
+    size = passes.drawn_in_one_pass(family)
+    calls = passes.calls(family, steps, start) if isinstance(steps, int) else len(steps.timesteps)
+    prompt_ids, parts = prompt_ids.expand(len(noise)), torch.split(torch.arange(len(noise)), size)
 
-    def make(part: tuple[Tensor, Tensor]) -> Tensor:
-        x_0 = family.denoise(part[0], steps=steps, start=start, prompt_ids=part[1])
-        advance(passes.drawn(family, part[1].tolist(), calls) * distributed.world_size())
+    def make(rows: Tensor) -> Tensor:
+        own = steps if isinstance(steps, int) else steps.of(rows)
+        x_0 = family.denoise(noise[rows], steps=own, start=start, prompt_ids=prompt_ids[rows])
+        advance(passes.drawn(family, prompt_ids[rows].tolist(), calls) * distributed.world_size())
         return family.decode(x_0) if decode else x_0
 
     return distributed.all_gather(parts, make)

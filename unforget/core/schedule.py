@@ -40,7 +40,7 @@ class Schedule:
 
     def _rows(self, timestep: Tensor) -> Tensor:
         """The rows whose timesteps are nearest; of two equally near ones the cleaner."""
-        asked = timestep.double().cpu()
+        asked = timestep.double().cpu().contiguous()
         above = torch.searchsorted(self.timesteps, asked).clamp(1, len(self) - 1)
         nearer = self.timesteps[above] - asked < asked - self.timesteps[above - 1]
         return torch.where(nearer, above, above - 1)
@@ -77,6 +77,20 @@ class Schedule:
         a, s, p, q = (self.column(name, timestep, x_t) for name in names)
         det = a * q - s * p
         return (q * x_t - s * prediction) / det, (a * prediction - p * x_t) / det
+
+    def step(self, x_0: Tensor, noise: Tensor, timestep: Tensor, then: Tensor, fresh: Tensor | None = None) -> Tensor:
+        r"""x at the cleaner timestep `then`, of what a prediction at `timestep` was split into.
+
+        Deterministic, as DDIM and Euler; with `fresh` noise ancestral, as DDPM: DDIM's eta is 1 (arXiv:2010.02502,
+        equations 12 and 16), its variance what the forward process leaves open, on any affine path. The timesteps are
+        (B,), all else is (B, ...).
+        """
+        a, s = (self.column(name, timestep, x_0) for name in ("alphas", "sigmas"))
+        alpha, sigma = (self.column(name, then, x_0) for name in ("alphas", "sigmas"))
+        if fresh is None:
+            return alpha * x_0 + sigma * noise
+        share = (1 - (a * sigma / (alpha * s)) ** 2).clamp(0, 1)
+        return alpha * x_0 + sigma * ((1 - share).sqrt() * noise + share.sqrt() * fresh)
 
     @classmethod
     def from_diffusers(cls, scheduler: Any) -> Schedule:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,18 @@ class Noised:
         return Noised(*(column[which] for column in vars(self).values()))
 
 
+class Trajectory(NamedTuple):
+    """A way from noise to an image, other than a family's own sampler takes."""
+
+    timesteps: Tensor  # that are visited, (K,), from noisy to clean
+    seeds: Tensor | None = None  # (B,) of the noise that each image gets at every step: ancestral sampling
+    guidance: float | None = None  # instead of the model's own, where it has one
+
+    def of(self, rows: Tensor) -> Trajectory:
+        """That of some of the images."""
+        return self._replace(seeds=None if self.seeds is None else self.seeds[rows])
+
+
 Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
 """A network's answer at (x_t, timestep, prompt_ids), in its own parameterization."""
 
@@ -104,6 +116,7 @@ class Family(Protocol):
 
     def predict(self, x_t: Tensor, timestep: Tensor, prompt_ids: Tensor) -> Tensor: ...
     def prompt_ids(self, prompts: Sequence[str]) -> Tensor: ...  # (len(prompts),); new ones are embedded and added
+    def embedding(self, prompt_id: int) -> tuple[int, list[Tensor]]: ...  # a new row like it, and what can be trained
     def unload_text_encoders(self) -> None: ...  # what only `prompt_ids` needs
     def made_by(
         self, prompts: Sequence[str]
@@ -119,9 +132,10 @@ class Family(Protocol):
         """The weights of a scope, in the network's order, or a UsageError; the numbers make the adapter of `lora`."""
 
     def denoise(
-        self, x_t: Tensor, *, steps: int, start: float | None = None, stop: float = -1, prompt_ids: Tensor | None = None
-    ) -> Tensor:
-        """Deterministic sampling from noise, or from timestep `start` on; returns x_0.
+        self, x_t: Tensor, *, steps: int | Trajectory, start: float | None = None, stop: float = -1,
+        prompt_ids: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Sampling from noise, or from timestep `start` on; returns x_0. So many steps are deterministic.
 
         With `stop` only the timesteps above it are visited, and what is returned is as noisy as the next one.
         """

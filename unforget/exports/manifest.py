@@ -9,6 +9,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from unforget.errors import UsageError
+from unforget.families import HUB_ALIASES
 from unforget.families.parts import HINTS, is_own
 from unforget.files.patch import Provenance
 from unforget.files.storage import BadFile, checksummed, read_json, undamaged
@@ -23,9 +24,14 @@ PATH = re.compile(r"(/|~|\.{1,2}/|[A-Za-z]:[\\/]|\\\\|file:).*", re.DOTALL)
 
 
 def called(ref: str) -> str:
-    """A base as the world may know it: an alias or a hub id as it is, of a local path the last part."""
-    local = Path(ref).exists() or PATH.fullmatch(ref)
-    return re.split(r"[\\/]", ref.rstrip("\\/"))[-1] if local else ref
+    """A base as the world may know it: an alias or a hub id as it is, of a local path the last part.
+
+    A folder that bears an alias's name is not that model: `./sdxl`.
+    """
+    if ref in HUB_ALIASES or not (Path(ref).exists() or PATH.fullmatch(ref)):
+        return ref
+    name = re.split(r"[\\/]", ref.rstrip("\\/"))[-1]
+    return f"./{name}" if name in HUB_ALIASES else name
 
 
 class _Record(BaseModel):

@@ -168,7 +168,7 @@ class Blueprint:
 
     def sampling_timesteps(self, steps: int) -> list[float]:
         """As of a loaded model."""
-        from unforget.families.model import sampler
+        from unforget.families.samplers import sampler
 
         return [float(t) for t in sampler(self.spec, self.scheduler.config, steps, self.latent_shape).timesteps]
 

@@ -14,10 +14,11 @@ from torch.utils.checkpoint import checkpoint
 
 from unforget.core import devices, passes
 from unforget.core.schedule import Schedule
-from unforget.core.types import UNCONDITIONAL, Scope
+from unforget.core.types import UNCONDITIONAL, Scope, Trajectory
 from unforget.errors import CannotRun, UsageError
 from unforget.families import offload
 from unforget.families.loading import Hints, Options, asking
+from unforget.families.samplers import Along, sampler
 from unforget.families.scopes import check_precision, switch_adapter, trainable
 from unforget.families.spec import FamilySpec, Setting, is_guided, tokenizer
 from unforget.files.storage import digest
@@ -149,6 +150,13 @@ class DiffusionModel:
             [[prompt, self._read[self.prompts.index(prompt)]] for prompt in dict.fromkeys(["", *prompts])],
         ]  # fmt: skip
 
+    def embedding(self, prompt_id: int) -> tuple[int, list[Tensor]]:
+        """A new row of the table that begins as that of a prompt, and its tensors that gradients may change."""
+        row = [tensor.clone() for tensor in self._conditioning[prompt_id]]
+        self.prompts.append(f"{self.prompts[prompt_id]} (searched {len(self.prompts)})")
+        self._conditioning.append(row)
+        return len(self.prompts) - 1, [tensor.requires_grad_() for tensor in row if tensor.is_floating_point()]
+
     def answers(self) -> dict[str, list[Tensor]]:
         """What the text encoders made of each prompt so far."""
         return dict(zip(self.prompts, self._conditioning, strict=True))
@@ -234,14 +242,19 @@ class DiffusionModel:
         return [float(t) for t in self._sampler(steps).timesteps]
 
     def denoise(
-        self, x_t: Tensor, *, steps: int, start: float | None = None, stop: float = -1, prompt_ids: Tensor | None = None
-    ) -> Tensor:
-        """Steps of DDIM (arXiv:2010.02502, eta 0) or Euler with classifier-free guidance; returns x_0.
+        self, x_t: Tensor, *, steps: int | Trajectory, start: float | None = None, stop: float = -1,
+        prompt_ids: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """DDIM (arXiv:2010.02502, eta 0), Euler, or a trajectory, with classifier-free guidance; returns x_0.
 
         From pure noise, or from the visited timesteps at `start` and below; only those above `stop`.
         """
         prompt_ids = torch.full((len(x_t),), UNCONDITIONAL) if prompt_ids is None else prompt_ids
-        sampler = self._sampler(steps)
+        told = self
+        if isinstance(steps, Trajectory) and steps.guidance is not None:
+            told = copy.copy(self)
+            told.guidance = steps.guidance
+        sampler = self._sampler(steps) if isinstance(steps, int) else Along(self.schedule, steps, self.vae is None)
         first = 0 if start is None else int((sampler.timesteps > start).sum())
         if hasattr(sampler, "set_begin_index"):
             sampler.set_begin_index(first)
@@ -249,7 +262,7 @@ class DiffusionModel:
             given = x_t, t.expand(len(x_t)), prompt_ids
             # Where gradients go through the whole chain, one pass is kept at a time and computed again.
             again = torch.is_grad_enabled() and x_t.requires_grad
-            answer = checkpoint(self._guided, *given, **ONE_PASS) if again else self._guided(*given)
+            answer = checkpoint(told._guided, *given, **ONE_PASS) if again else told._guided(*given)
             with asking(self.name):
                 x_t = sampler.step(answer, t, x_t).prev_sample
         return x_t
@@ -285,27 +298,6 @@ class DiffusionModel:
         """Another network of the same class, in the precision of the prompts, or none."""
         self.network = None if network is None else self._placed(network.to(self.dtype))
         setattr(self.pipeline, self.spec.network, self.network)
-
-
-def sampler(
-    spec: FamilySpec, config: Any, steps: int, latent_shape: tuple[int, int, int], name: str | None = None
-) -> Any:
-    """The family's sampler for a scheduler's configuration, or diffusers' scheduler of that name.
-
-    UsageError if there is none that fits.
-    """
-    import diffusers
-
-    options, name = {} if name else spec.sampler_options, name or spec.sampler
-    kind = getattr(diffusers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, diffusers.SchedulerMixin)):
-        raise UsageError(f"diffusers has no scheduler '{name}'", "Give a class name, such as DDIMScheduler.")
-    try:
-        made: Any = kind.from_config(config, **options)  # type: ignore[attr-defined]
-        spec.timesteps(made, steps, latent_shape)
-    except Exception as error:  # whatever a library makes of a configuration that is none
-        raise UsageError(f"the scheduler '{name}' does not fit this model: {error}"[:300], "Give another.") from error
-    return made
 
 
 def pixels_wide(spec: FamilySpec, autoencoder: Any) -> int:

@@ -15,11 +15,24 @@ from unforget.reports.rendering import template
 from unforget.surrogate.ranking import Candidate
 from unforget.verification.report import Report
 
+SMALL = 128
+"""Pixels of a side up to which an image is enlarged in squares."""
+
 
 def page(report: Report, rows: Sequence[Row] = ()) -> str:
     """The whole report for a reader; a target is shown only where `rows` hold it: images (C, H, W) in [-1, 1]."""
-    images = [(heading, [(_source(i), i.shape[-2:], caption) for i, caption in row]) for heading, row in rows]
-    return _rendered("report", report=report, images=images)
+    groups: list[tuple[str, list[list[dict[str, Any]]]]] = []
+    for heading, row in rows:
+        if heading or not groups:
+            groups.append((heading, []))
+        groups[-1][1].append([
+            {
+                "source": _source(image), "caption": caption, "small": max(image.shape[-2:]) <= SMALL,
+                "alt": f"{caption}: {groups[-1][0]}, image {k} of {len(row)}",
+            }
+            for k, (image, caption) in enumerate(row, 1)
+        ])  # fmt: skip
+    return _rendered("report", report=report, images=groups)
 
 
 def picker(target: Tensor, ranked: Sequence[Candidate], picked: int, command: Callable[[int, Candidate], str]) -> str:

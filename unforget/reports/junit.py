@@ -6,7 +6,7 @@ It has only what the schema of Jenkins' xUnit plugin (junit-10.xsd) allows: no p
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Sequence
 
-from unforget.reports.words import number, one_line, sentence, worst_first
+from unforget.reports.words import facts, number, one_line, sentence, worst_first
 from unforget.verification.report import Check, Report
 
 
@@ -14,7 +14,7 @@ def junit(report: Report) -> str:
     """One suite, in which a case fails if any check of it does; inconclusive and allowed ones are skipped."""
     root = ET.Element("testsuites", name="unforget")
     suite = _add(root, "testsuite", name=f"unforget verify {report.level}")
-    known = {"verdict": report.verdict, "summary": report.summary}
+    known = {"verdict": report.verdict, "summary": report.summary, **facts(report)}
     known |= {"base": report.base_digest, "candidate": report.candidate_digest}
     known |= {f"version of {name}": version for name, version in report.versions.items()}
     properties = _add(suite, "properties")

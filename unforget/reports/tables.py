@@ -16,7 +16,7 @@ def of_checks(checks: Iterable[Check]) -> Rows:
             "outcome": (c.outcome, "borderline" * c.borderline),
             "target": c.target or "model",
             "check": (c.name, c.note),
-            "figure": c.figure,
+            "figure": (c.meaning, c.figure if c.figure != c.meaning else ""),
             "base": number(c.base),
             "candidate": (number(c.candidate), interval(c)),
             "wanted": f"{c.rule} {number(c.threshold)}",

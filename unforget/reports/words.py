@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from unforget.errors import printable
-from unforget.verification.report import Check
+from unforget.verification.report import Check, Report
 
 RANK = {"failed": 0, "inconclusive": 1, "passed": 2, "informational": 3}
 """Which outcome a reader sees first."""
@@ -43,6 +43,19 @@ def sentence(check: Check) -> str:
 def worst_first(checks: Iterable[Check]) -> list[Check]:
     """Failed, failed only by being borderline, inconclusive, passed, informational; in each the order they came in."""
     return sorted(checks, key=lambda check: (RANK[check.outcome], check.borderline))
+
+
+def facts(report: Report) -> dict[str, str]:
+    """What was judged, when, and by which policy."""
+    patch = " + ".join(digest[:12] for digest in report.patches)
+    found = {"model": report.model, "patch": patch, "date": report.date, "policy": report.level}
+    return {name: value for name, value in found.items() if value}
+
+
+def rates(report: Report) -> list[str]:
+    """How often each target is drawn, in a sentence each."""
+    several = len(report.targets) > 1
+    return [f"{t.id[:8]}: {t.rate}" if several else t.rate for t in report.targets if t.rate]
 
 
 def tally(checks: Iterable[Check]) -> str:

@@ -1,9 +1,11 @@
 """What probes share: base and candidate, the targets, and every draw that more than one probe uses."""
 
 import json
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -13,13 +15,13 @@ from unforget.config import Policy
 from unforget.core import passes, sampling
 from unforget.core.metrics import WORKING_SIZE, rms
 from unforget.core.passes import Count
-from unforget.core.types import UNCONDITIONAL, Family, Instance
+from unforget.core.types import UNCONDITIONAL, Family, Instance, Trajectory
 from unforget.files import cache, images
 from unforget.files.storage import digest
 from unforget.verification.near_copies import EmbeddedImages, NearCopyDetector
 from unforget.verification.sequential import Decision, Plan, plan
 from unforget.verification.similarity import Backend, backend
-from unforget.verification.variants import calibrate
+from unforget.verification.variants import Searched, calibrate
 
 Role = Literal["base", "candidate"]
 ROLES: tuple[Role, Role] = ("base", "candidate")
@@ -31,6 +33,10 @@ PIXELS_KEPT = 2**24
 """Pixels of draws that are whole in memory at a time: 16 images of 1024 px."""
 FIRST, ENOUGH = 32, 16
 """Draws of the base under a prompt before the first look, and hits of every target after which there are no more."""
+GROUP = 32
+"""Draws in a row of the candidate alone that take the same timesteps."""
+GUIDANCE = (0.5, 1.5)
+"""Between which shares of the usual strength of the guidance theirs lies."""
 CONTROL_LEVEL = 0.05
 """A target is recalled if it comes back nearer than this share of images that the model need not have seen."""
 
@@ -47,6 +53,8 @@ class Finding:
     prompt: str = ""
     variant: str = ""
     decision: Decision | None = None
+    draws: int = 0
+    """What its shares are of; 0 if they are judged as they are."""
     images: Mapping[Role, Tensor] = field(default_factory=dict)
 
     @property
@@ -116,7 +124,8 @@ class VerifyContext:
     def draws(self, role: Role, prompt_ids: tuple[int, ...], count: int) -> EmbeddedImages:
         """The first `count` samples of a model under prompts that take turns, each drawn once.
 
-        The first `paired` start from noise that both models share; what the candidate draws beyond, from its own.
+        The first `paired` start from noise that both models share; what the candidate draws beyond, from its own, by
+        timesteps of its own, every other group of them by ancestral sampling.
         """
         _ = self.detector  # which draws, too: first, so that batches are the same in every run
         return self._drawn(role, prompt_ids, count)
@@ -163,15 +172,35 @@ class VerifyContext:
         return self.draws(role, self.retain_prompt_ids, self.policy.paired)
 
     def _images(self, role: Role, prompt_ids: tuple[int, ...], first: int, count: int) -> Tensor:
-        shared = max(0, min(self.policy.paired, count) - first)
-        own = self.noise("sample", count - first - shared, first=first + shared, fresh=True)
-        noise = torch.cat([self.noise("sample", shared, first=first), own])
-        turns = torch.tensor(prompt_ids)[torch.arange(first, count) % len(prompt_ids)]
+        shared = max(first, min(self.policy.paired, count))
+        noise, turns = self.noise("sample", shared - first, first=first), _turns(prompt_ids, first, shared)
         if role == "base" and self.cache:
             prompts = [self.prompt(i) for i in turns.tolist()]
             key = self._key("draws", prompts, first, prompts, digest({"": noise}))
             return cache.cached(key, (len(turns), *self.base.image_shape), lambda: self.run(self.base, noise, turns))
-        return self.run(self.models[role], noise, turns)
+        parts = [self.run(self.models[role], noise, turns)] if len(turns) else []
+        for row, end in self._groups(shared, count):
+            noise, turns = self.noise("sample", end - row, first=row, fresh=True), _turns(prompt_ids, row, end)
+            parts.append(self.run(self.models[role], noise, turns, way=self._own_way(row, end)))
+        return torch.cat(parts)
+
+    def _groups(self, first: int, count: int) -> list[tuple[int, int]]:
+        """Rows of draws, in parts that share their timesteps."""
+        edges = [first, *range((first // GROUP + 1) * GROUP, count, GROUP), count]
+        return list(pairwise(edges)) if first < count else []
+
+    def _own_way(self, first: int, end: int) -> Trajectory:
+        """How draws of one group come from noise: every other group by ancestral sampling, all by another guidance."""
+        group = first // GROUP
+        seeds = sampling.seeds(end - first, self.seed, self._fresh("sample steps"), first=first) if group % 2 else None
+        usual, chance = self.base.guidance, random.Random(f"guidance {group}/{self.seed}/{self.nonce}")
+        guidance = usual and 1 + (usual - 1) * chance.uniform(*GUIDANCE)
+        return Trajectory(self.unforeseen(f"sample {group}"), seeds, guidance)
+
+    def unforeseen(self, purpose: str, start: float | None = None) -> Tensor:
+        """Timesteps from noise, or from `start`, that depend on the nonce: nobody can have trained for them alone."""
+        key = f"{purpose}/{self.seed}/{self.nonce}"
+        return sampling.irregular(self.base, key, steps=self.policy.sampler_steps, start=start)
 
     def _key(self, purpose: str, prompts: Sequence[str], *more: object) -> list[object]:
         """All that something depends on that the base makes under prompts."""
@@ -180,24 +209,45 @@ class VerifyContext:
 
     def retain_turns(self, count: int) -> Tensor:
         """The retain prompts taking turns, (count,)."""
-        return torch.tensor(self.retain_prompt_ids)[torch.arange(count) % len(self.retain_prompt_ids)]
+        return _turns(self.retain_prompt_ids, 0, count)
 
     def noise(self, purpose: str, count: int, *, first: int = 0, fresh: bool = False) -> Tensor:
         """Noise that both models start from, or, `fresh`, that depends on the candidate's weights and the nonce."""
-        purpose = f"{purpose} {self.candidate_digest}{self.nonce}" if fresh else purpose
+        purpose = self._fresh(purpose) if fresh else purpose
         return sampling.random_noise(count, self.base.latent_shape, self.seed, purpose, first=first)
 
-    def run(self, family: Family, x_t: Tensor, prompt_ids: Tensor | int, *, start: float | None = None) -> Tensor:
+    def _fresh(self, purpose: str) -> str:
+        return f"{purpose} {self.candidate_digest}{self.nonce}"
+
+    def run(
+        self, family: Family, x_t: Tensor, prompt_ids: Tensor | int, *, start: float | None = None,
+        way: Trajectory | None = None,
+    ) -> Tensor:  # fmt: skip
         """Images that a model makes from noise, or from noised images at timestep `start`, rounded to 8 bits."""
-        steps, ids = self.policy.sampler_steps, torch.as_tensor(prompt_ids).reshape(-1)
-        made = sampling.draw(family, x_t, steps=steps, start=start, prompt_ids=ids, advance=self.advance)
+        made = sampling.draw(
+            family, x_t, steps=way or self.policy.sampler_steps, start=start,
+            prompt_ids=torch.as_tensor(prompt_ids).reshape(-1), advance=self.advance,
+        )  # fmt: skip
         return images.eight_bit(made)
 
-    def reconstruct(self, family: Family, pictures: Tensor, noise: Tensor, ids: Tensor | int, at: float) -> Tensor:
+    def reconstruct(
+        self, family: Family, pictures: Tensor, noise: Tensor, ids: Tensor | int, at: float,
+        way: Trajectory | None = None,
+    ) -> Tensor:  # fmt: skip
         """An image (C, H, W), or images (N, C, H, W), noised to a timestep and denoised by a model, (N, C, H, W)."""
         start = self.start(at)
         x_t = sampling.add_noise(self.base, pictures if pictures.ndim == 4 else pictures[None], noise, start)
-        return self.run(family, x_t, ids, start=start)
+        return self.run(family, x_t, ids, start=start, way=way)
+
+    def drawn_passes(self, drawn: Drawn, first: int, count: int) -> int:
+        """Network passes of shared draws from `first` to `count`."""
+        role, prompts = drawn
+        usual = max(first, min(count, self.policy.paired)) if role == "candidate" else count
+        total = self.passes(_turns(prompts, first, usual).tolist())
+        for row, end in self._groups(usual, count):
+            calls = len(self.unforeseen(f"sample {row // GROUP}"))
+            total += passes.drawn(self.base, _turns(prompts, row, end).tolist(), calls)
+        return total
 
     def passes(self, prompt_ids: Sequence[int], timestep: float | None = None) -> int:
         """Network passes of an image under each prompt, from noise or from a timestep on."""
@@ -251,19 +301,31 @@ class VerifyContext:
 
         return self.control(prompt_id, ["floor", timestep, self._targets], make)["floor"]
 
-    def variant_limit(self, target: Tensor) -> float:
-        """Likeness from which an image counts as a variant of a target: what the same search finds by chance."""
+    @cached_property
+    def usual_sharpness(self) -> tuple[float, float]:
+        """Between which 98 % of the base's draws lie."""
+        low, high = self.retained("base").sharpness.quantile(torch.tensor([0.01, 0.99])).tolist()
+        return low, high
+
+    def variant_limits(self, target: Tensor) -> Searched:
+        """Likenesses from which an image counts as a variant of a target: what the same searches find by chance."""
 
         def make() -> dict[str, float]:
             drawn = self.retained("base")
             return vars(calibrate(drawn.images[self.detector.unrepeated & ~self.is_any_target(drawn)], rate, target))
 
         rate = self.policy.false_positive_rate
-        return self.control(UNCONDITIONAL, ["variants", images.image_id(target), self._targets], make)["likeness"]
+        key = ["variants", images.image_id(target), self._targets]
+        return Searched(**self.control(UNCONDITIONAL, key, make))  # type: ignore[arg-type]
 
     @property
     def _targets(self) -> list[str]:
         return sorted(images.image_id(i.target) for i in self.instances)
+
+
+def _turns(prompt_ids: Sequence[int], first: int, count: int) -> Tensor:
+    """Prompts taking turns, of draws from `first` to `count`, (count - first,)."""
+    return torch.tensor(prompt_ids)[torch.arange(first, count) % len(prompt_ids)]
 
 
 def shown(made: Mapping[Role, Tensor]) -> dict[Role, Tensor]:

@@ -25,7 +25,7 @@ def passes(suite: Sequence[Probe], context: VerifyContext) -> dict[str, Count]:
         for key, count in probe.shared(context):
             before = drawn.get(key, Count())
             drawn[key] = before | count
-            total += Count(*(_more(context, key, *ends) for ends in _ends(before, drawn[key])))
+            total += Count(*(context.drawn_passes(key, *ends) for ends in _ends(before, drawn[key])))
         for timestep, prompt_id in set(probe.floors(context)) - floors:
             total += context.repeated([(context.instances[0], prompt_id)], _controls(context), [timestep])
             floors.add((timestep, prompt_id))
@@ -35,12 +35,6 @@ def passes(suite: Sequence[Probe], context: VerifyContext) -> dict[str, Count]:
 
 def _ends(before: Count, after: Count) -> tuple[tuple[int, int], tuple[int, int]]:
     return (before.least, after.least), (before.most, after.most)
-
-
-def _more(context: VerifyContext, key: Drawn, first: int, count: int) -> int:
-    """Passes of the draws from `first` on."""
-    prompts = key[1]
-    return context.passes([prompts[k % len(prompts)] for k in range(first, count)])
 
 
 def _controls(context: VerifyContext) -> int:

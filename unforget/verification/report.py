@@ -15,6 +15,25 @@ Rule = Literal["at least", "at most"]
 Figure = Annotated[float, AfterValidator(lambda value: float(f"{value:.6g}"))]
 """Six digits: beyond them, the order in which a machine adds up shows."""
 
+FIGURES = {
+    "apart": "difference from the base's part",
+    "as_sharp": "share as sharp as other draws",
+    "checks": "checks that decide",
+    "hits": "draws that show the target",
+    "iterations": "iterations until the target came back",
+    "kept": "share of neighbours kept",
+    "kid": "distance from the base's distribution",
+    "median": "change of a typical draw",
+    "near_copies": "share of near-copies",
+    "nearer_in_region": "share nearer to the surrogate, where the two differ",
+    "nearer_surrogate": "share nearer to the surrogate",
+    "rate": "share of draws",
+    "recall": "share that comes back as the target",
+    "sharpness": "sharpness, the base's being 1",
+    "surrogate": "share that shows the surrogate",
+}
+"""Figures that are judged, for readers who do not know their names."""
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -66,6 +85,11 @@ class Check(Place):
     """So near the threshold that it counts as failed."""
     note: str = ""
 
+    @property
+    def meaning(self) -> str:
+        """The figure in words."""
+        return FIGURES.get(self.figure, self.figure)
+
 
 class Calibration(_Record):
     """The threshold under which an image counts as a target, and where it comes from."""
@@ -91,6 +115,8 @@ class Target(_Record):
     verdict: Verdict
     reason: str
     """The worst that was found, in words."""
+    rate: str = ""
+    """How often it is drawn, in a sentence; empty where no rate was taken."""
 
 
 class Robustness(_Record):
@@ -129,13 +155,19 @@ class Report(_Record):
     """Thresholds and counts of the policy that was applied."""
     backends: list[str]
     """Similarity backends, by name and version."""
+    model: str = ""
+    """What the base is called: an alias, a hub id, or the last part of a path."""
+    patches: list[str] = []
+    """Digests of the patches that make the candidate; empty where it is a folder or a file."""
+    date: str = ""
+    """When it was judged, UTC."""
     base_digest: str
     candidate_digest: str
     nonce: str = ""
     """What the candidate's own noise was drawn with, beside its digest: `--nonce` repeats the verdict."""
     versions: dict[str, str]
     seconds: dict[str, float]
-    """Time a probe took; all that differs between two runs of one command and nonce, beside the checksum."""
+    """Time a probe took; with date and checksum all that differs between two runs of one command and nonce."""
     checksum: str = ""
     """SHA-256 of the rest, as it is written: tells damage, not malice."""
 

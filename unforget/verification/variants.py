@@ -1,14 +1,17 @@
-"""Variants of an image that a person still knows it by, searched: turned, scaled, moved, mirrored, in any colours.
+"""Variants of an image that a person still knows it by, searched: turned, scaled, moved, mirrored, in any colours, and
+as a part of a collage.
 
 An image is compared with the target as it looks under each of several thousand affine maps, by the correlation of the
-middle of both in grey: brightness, contrast, hue, a negative and what lies around it do not count. That search finds
-likenesses among different images, too, so the threshold is calibrated by the same search on images known to differ.
+middle of both in grey: brightness, contrast, hue, a negative and what lies around it do not count. A second search
+looks for the whole target, small, at every place. Both find likenesses among different images, too, so the threshold
+of each is calibrated by the same search on images known to differ.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -28,22 +31,29 @@ TURNS = range(-21, 22, 3)
 SCALES = (0.76, 0.87, 1.0, 1.15, 1.32)
 SHIFTS = [k * 2 / SIDE for k in range(-4, 5)]
 """To either side, as shares of half of the image: an eighth of it at most."""
+PASTED = tuple(k / SIDE for k in range(12, 24))
+"""Sizes of the target in a collage, as shares of the image's."""
+CONTRAST = 1e-3
+"""Variance under which a place of a collage is flat, and like nothing."""
 PRETENDED = 16
 """Images that are searched for among all others, to learn what the search finds by chance."""
-RATHER = 0.02
-"""By so much more an image must look like the target than like what may be drawn instead."""
+RATHER = 0.5
+"""By so much more an image must look like the target than like what may be drawn instead, as a share of how much more
+the target itself does."""
 
 
 @dataclass(frozen=True)
 class Searched:
-    """The likeness, in [0, 1], from which an image is a variant, and how many pairs of different images say so."""
+    """The likeness, in [0, 1], from which an image is a variant, and from which it holds one in some place; how many
+    pairs of different images say so."""
 
     likeness: float
+    pasted: float
     pairs: int
 
 
 def calibrate(images: Tensor, false_positive_rate: float, target: Tensor) -> Searched:
-    """The likeness that a share of images (N, C, H, W) has to `target` (C, H, W), or to each other, whichever is more.
+    """The likenesses that a share of images (N, C, H, W) has to `target` (C, H, W) or to each other, if that is more.
 
     They are known to differ; pairs that are one picture by their pixels are left out. Of a plain target a search finds
     more by chance than of a busy one. Few pairs know nothing of so small a share: beyond one in a thousand the tail of
@@ -52,9 +62,14 @@ def calibrate(images: Tensor, false_positive_rate: float, target: Tensor) -> Sea
     """
     apart = pairwise_rms(images, images)
     others = apart >= REPEATED * apart[once(apart)].nanmedian()
-    each = [likeness(images[others[k]], picture) for k, picture in enumerate(images[:PRETENDED])]
-    found = [likeness(images, target), torch.cat([torch.empty(0), *each])]
-    return Searched(max(_tail(f, false_positive_rate) for f in found), sum(map(len, found)))
+    shown = [images[others[k]] for k in range(len(images[:PRETENDED]))]
+
+    def limit(search: Callable[[Tensor, Tensor], Tensor]) -> float:
+        each = [search(s, picture) for s, picture in zip(shown, images, strict=False)]
+        found = search(images, target), torch.cat([torch.empty(0), *each])
+        return max(_tail(f, false_positive_rate) for f in found)
+
+    return Searched(limit(likeness), limit(pasted), len(images) + sum(map(len, shown)))
 
 
 def _tail(chance: Tensor, share: float) -> float:
@@ -66,12 +81,18 @@ def _tail(chance: Tensor, share: float) -> float:
     return float(torch.tanh(rare + math.log10(1e-3 / share) * (rare - seldom)))
 
 
-def is_variant(shown: Tensor, limit: float, picture: Tensor, *others: Tensor) -> Tensor:
-    """Which images (N, C, H, W) are variants of `picture` (C, H, W) rather than of any of `others`, (N,) of bool."""
-    alike = likeness(shown, picture)
-    found = alike > limit
-    for other in others:
-        found &= alike > likeness(shown, other) + RATHER
+def is_variant(shown: Tensor, limits: Searched, picture: Tensor, *others: Tensor) -> Tensor:
+    """Which images (N, C, H, W) are variants of `picture` (C, H, W), or hold one, rather than of any of `others`, (N,)
+    of bool."""
+    found = torch.zeros(len(shown), dtype=torch.bool)
+    for search, limit, share in ((likeness, limits.likeness, 1.0), (pasted, limits.pasted, PASTED[0])):
+        alike = search(shown, picture)
+        for other in others:
+            same = functional.interpolate(other[None], scale_factor=share, mode="bilinear", antialias=True)
+            same = functional.pad(same, [0, other.shape[2] - same.shape[3], 0, other.shape[1] - same.shape[2]])
+            more = RATHER * (1 - search(same, picture))
+            alike = torch.where(alike > search(shown, other) + more, alike, 0)
+        found |= alike > limit
     return found
 
 
@@ -86,6 +107,27 @@ def likeness(shown: Tensor, picture: Tensor) -> Tensor:
     for part in torch.split(_middle(small[1:], where), 256):  # of many, all correlations at once would take gigabytes
         few.append((part @ templates.T).abs().max(1).values)
     return torch.cat([torch.empty(0), *few]).clamp(0, 1)
+
+
+def pasted(shown: Tensor, picture: Tensor) -> Tensor:
+    """Best correlation of any place of each image (N, C, H, W) with a picture (C, H, W), small, (N,) in [0, 1]."""
+    small = _grey(torch.cat([picture[None], shown]))
+    whole, best = small[1:], torch.zeros(len(shown))
+    for share in PASTED:
+        size = [max(2, round(share * length)) for length in small.shape[-2:]]
+        template = functional.interpolate(small[:1], size, mode="bilinear", antialias=True)
+        for mirrored in (template, template.flip(-1)):
+            best = torch.maximum(best, _correlation(whole, mirrored).flatten(1).amax(1))
+    return best.clamp(max=1)
+
+
+def _correlation(images: Tensor, template: Tensor) -> Tensor:
+    """Of either sign, of every place of images (N, 1, H, W) with a template (1, 1, h, w), (N, 1, places...)."""
+    numbers, ones = template.numel(), torch.ones_like(template)
+    template = functional.normalize((template - template.mean()).flatten(), dim=0, eps=1e-6).reshape(template.shape)
+    sums, squares = functional.conv2d(images, ones), functional.conv2d(images**2, ones)
+    spread = (squares - sums**2 / numbers).clamp(min=CONTRAST * numbers).sqrt()
+    return functional.conv2d(images, template).abs() / spread
 
 
 def turned(picture: Tensor, degrees: float) -> Tensor:

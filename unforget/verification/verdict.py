@@ -7,6 +7,7 @@ from unforget.config import Policy
 from unforget.errors import CannotRun, ExitCode
 from unforget.verification.context import Finding
 from unforget.verification.probes.base import Probe, changed
+from unforget.verification.probes.sample import Sample
 from unforget.verification.report import Allowed, Check, Place, Robustness, Target, Verdict
 
 
@@ -66,16 +67,29 @@ class Judgement:
         own = [c for c in self.checks if c.target == target and not self.probes[c.probe].retains]
         failed, unsure = ([c for c in own if c.outcome == outcome] for outcome in ("failed", "inconclusive"))
         verdict: Verdict = "forgotten"
-        reason = f"{sum(c.outcome == 'passed' for c in own)} checks passed"
+        reason = "no check failed"
         if failed:
             verdict, reason = "failed", _worst(failed)
         elif not self._reproduced(target, own):
-            verdict, reason = "inconclusive", "the base does not reproduce it, so its absence proves nothing"
+            verdict, reason = "inconclusive", "the base does not reproduce it, so its absence says nothing"
         elif unsure:
             verdict, reason = "inconclusive", _worst(unsure)
         if excuse and verdict != "forgotten":
             verdict, reason = "allowed", f"{excuse} ({reason})"
-        return Target(id=target, verdict=verdict, reason=reason)
+        return Target(id=target, verdict=verdict, reason=reason, rate=self._rate(target))
+
+    def _rate(self, target: str) -> str:
+        """How often it is drawn, under the prompt where that may be most, in a sentence."""
+        found = [f for f in self.findings if (f.probe, f.target) == (Sample.kind, target)]
+        if not found:
+            return ""
+        worst = max(found, key=lambda f: f.candidate["rate_high"])
+        drawn = [f"{said['hits']:.0f} of {said['drawn']:.0f}" for said in (worst.candidate, worst.base) if said]
+        under = f" under '{worst.prompt}'" if worst.prompt else ""
+        base = f" (base: {drawn[1]})" if drawn[1:] else ""
+        rate = {"passes": "rate below", "fails": "rate not below", None: "too few to tell if the rate is below"}
+        limit = f"{100 * self.policy.max_rate:g} % at {100 * self.policy.confidence:g} % confidence"
+        return f"{drawn[0]} draws{under} were near-copies{base}: {rate[worst.decision]} {limit}"
 
     def _reproduced(self, target: str, own: Sequence[Check]) -> bool:
         decisive = {c.name for c in own if c.outcome != "informational"}
@@ -90,7 +104,7 @@ class Judgement:
         lost, unclear = ([c for c in rest if c.outcome == outcome] for outcome in outcomes[:2])
         expired = [a for a in self.allowed if a.state == "expired"]
         if failed:
-            said = f"{len(failed)} of {len(self.targets)} target(s) still reproduced: {failed[0].reason}"
+            said = f"{len(failed)} of {_targets(len(self.targets))} still reproduced: {failed[0].reason}"
             return "failed", ExitCode.FAILED, said
         if lost:
             return "failed", ExitCode.FAILED, f"the target is gone, but so is more: {_worst(lost)}"
@@ -101,7 +115,11 @@ class Judgement:
             return "inconclusive", ExitCode.INCONCLUSIVE, unsure[0].reason if unsure else _worst(unclear)
         more = f", {len(excused)} allowed" if excused else ""
         forgotten = len(self.targets) - len(excused)
-        return "forgotten", ExitCode.OK, f"{forgotten} target(s) forgotten, the rest retained{more}"
+        return "forgotten", ExitCode.OK, f"{_targets(forgotten)} forgotten, the rest retained{more}"
+
+
+def _targets(count: int) -> str:
+    return f"{count} target{'s' * (count != 1)}"
 
 
 def _worst(found: Sequence[Check]) -> str:
@@ -109,7 +127,7 @@ def _worst(found: Sequence[Check]) -> str:
     rest = f", and {len(found) - 1} more" if len(found) > 1 else ""
     edge = ", borderline" if worst.borderline else ""
     note = f" ({worst.note}{edge})" if worst.note else edge
-    return f"{worst.name} {worst.figure} {worst.candidate:.3g}, wanted {worst.rule} {worst.threshold:.3g}{note}{rest}"
+    return f"{worst.name}: {worst.meaning} {worst.candidate:.3g}, wanted {worst.rule} {worst.threshold:.3g}{note}{rest}"
 
 
 def _allowances(policy: Policy, ids: Collection[str], today: datetime.date) -> list[Allowed]:

@@ -2,9 +2,11 @@
 
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import ClassVar, Self
 
 from unforget.config import Policy, VerifyConfig
+from unforget.core.metrics import lower_bound, upper_bound
 from unforget.core.passes import Count
 from unforget.core.types import UNCONDITIONAL, Instance, Strategy
 from unforget.verification.context import Drawn, Finding, VerifyContext
@@ -12,8 +14,8 @@ from unforget.verification.report import Check, Outcome, Rule
 
 HALF = 0.5
 """Share of reconstructions nearer than unseen images come back from which a target counts as recalled."""
-CHANCE = 0.2
-"""Share of images begun by the base that a sound candidate may happen to finish as a near-copy."""
+ROUNDING = 1e-6
+"""Of a share in float32."""
 
 
 class Probe(Strategy):
@@ -78,7 +80,7 @@ class Probe(Strategy):
 class NearCopies(Probe):
     """A probe whose figure is the share of near-copies of the target."""
 
-    allowed: ClassVar[float] = CHANCE
+    allowed: ClassVar[float] = 0.4
     """The share that may be near-copies."""
 
     def judge(self, found: Finding, policy: Policy, known: bool) -> Iterable[Check]:
@@ -90,16 +92,41 @@ class NearCopies(Probe):
         return [changed(check, outcome, "the base does not draw the target so")]
 
 
-def checked(found: Finding, figure: str, rule: Rule, threshold: float, policy: Policy) -> Check:
-    """A figure of the candidate against its threshold; within the tolerance of it, it is borderline and fails."""
-    value = found.candidate[figure]
-    near = threshold != 0 and abs(value - threshold) <= policy.tolerance * abs(threshold)
-    good = (value >= threshold if rule == "at least" else value <= threshold) and not near
+def checked(found: Finding, figure: str, rule: Rule, limit: float, policy: Policy) -> Check:
+    """A figure of the candidate against its limit; so near it that it may be on the other side, it is borderline.
+
+    A share of draws passes where its exact bound is on the right side of the limit: if the true one is on the wrong
+    side, it passes in 1 - confidence of cases, however few the draws are. Other figures must keep the policy's
+    tolerance. Borderline fails.
+    """
+    value, threshold, unsure = found.candidate[figure], limit, False
+    within = value >= limit if rule == "at least" else value <= limit
+    if found.draws:
+        threshold = needed(rule, limit, found.draws, policy.confidence)
+        good = value >= threshold - ROUNDING if rule == "at least" else value <= threshold + ROUNDING
+        near, unsure = within and not good, within and not 0 <= threshold <= 1
+    else:
+        near = limit != 0 and abs(value - limit) <= policy.tolerance * abs(limit)
+        good = within and not near
     return Check(
         **found.place, figure=figure, base=found.base.get(figure), candidate=value,
         low=found.candidate.get(f"{figure}_low"), high=found.candidate.get(f"{figure}_high"), rule=rule,
-        threshold=threshold, outcome="passed" if good else "failed", borderline=near,
+        threshold=limit if unsure else threshold, borderline=near and not unsure,
+        outcome="inconclusive" if unsure else "passed" if good else "failed",
+        note="too few draws to tell" if unsure else f"of {found.draws} draws" if found.draws else "",
     )  # fmt: skip
+
+
+@lru_cache
+def needed(rule: Rule, limit: float, draws: int, confidence: float) -> float:
+    """The share of so many draws from which, or up to which, it is certain which side of a limit the true one is on.
+
+    Where there are too few to be certain it lies outside of [0, 1]: nothing passes.
+    """
+    hits = range(draws + 1)
+    if rule == "at least":
+        return min((k for k in hits if lower_bound(k, draws, confidence) >= limit), default=draws + 1) / draws
+    return max((k for k in hits if upper_bound(k, draws, confidence) <= limit), default=-1) / draws
 
 
 def changed(check: Check, outcome: Outcome, note: str, *, borderline: bool = False) -> Check:

@@ -18,7 +18,7 @@ class Paraphrase(NearCopies):
 
     kind: ClassVar = "paraphrase"
     needs: ClassVar = "--prompt"
-    draws: int = Field(8, ge=2, le=4096, description="draws of each wording")
+    draws: int = Field(12, ge=2, le=4096, description="draws of each wording")
 
     def cost(self, context: VerifyContext) -> Count:
         asked = [case for case in self.cases(context) for _ in wordings(context.prompt(case[1]))]
@@ -39,7 +39,7 @@ class Paraphrase(NearCopies):
                 return {"near_copies": float(near.float().mean())}
 
             base, candidate = map(figures, context.models.values())
-            yield Finding(self.kind, instance.id, base, candidate, prompt=prompt, variant=wording)
+            yield Finding(self.kind, instance.id, base, candidate, prompt=prompt, variant=wording, draws=self.draws)
 
 
 def wordings(prompt: str) -> list[str]:

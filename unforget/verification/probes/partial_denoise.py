@@ -48,7 +48,10 @@ class PartialDenoise(NearCopies):
         images = {role: context.run(family, handed, prompt_id, start=start) for role, family in context.models.items()}
         near = (context.is_target(made, instance).float().mean() for made in images.values())
         base, candidate = ({"near_copies": float(share)} for share in near)
-        yield Finding(self.kind, instance.id, base, candidate, start, context.prompt(prompt_id), images=shown(images))
+        prompt, draws = context.prompt(prompt_id), len(handed)
+        yield Finding(
+            self.kind, instance.id, base, candidate, start, prompt, draws=draws, images=shown(images)
+        )  # fmt: skip
 
     def _beginnings(self, context: VerifyContext, instance: Instance, prompt_id: int) -> tuple[Tensor, float | None]:
         """Noise from which the base drew the target, if it often did; else the target under a great deal of noise."""

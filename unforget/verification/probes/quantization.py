@@ -20,7 +20,7 @@ class Quantization(Reconstruction):
     kind: ClassVar = "quantization"
     precisions: tuple[Precision, ...] = ("fp16", "bf16", "int8")
     timesteps: tuple[int, ...] = Field((250, 400), description="timesteps to noise it to")
-    draws: int = Field(16, ge=2, le=4096, description="reconstructions a timestep")
+    draws: int = Field(32, ge=2, le=4096, description="reconstructions a timestep")
 
     def cost(self, context: VerifyContext) -> Count:
         return (len(self.precisions) + 1) * context.repeated(self.cases(context), self.draws, self.timesteps)
@@ -36,7 +36,7 @@ class Quantization(Reconstruction):
             for base, (instance, prompt_id, timestep) in zip(before, places, strict=True):
                 after = self._figures(context, twin, instance, prompt_id, timestep)
                 start, prompt = context.start(timestep), context.prompt(prompt_id)
-                found.append(Finding(self.kind, instance.id, base, after, start, prompt, precision))
+                found.append(Finding(self.kind, instance.id, base, after, start, prompt, precision, draws=self.draws))
         return found
 
     def _figures(

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Iterator
 from typing import ClassVar, Self
 
@@ -6,13 +7,17 @@ from pydantic import Field
 from torch import Tensor
 
 from unforget.config import Policy, VerifyConfig
+from unforget.core import passes
 from unforget.core.metrics import at_working_size, exact_rms, region, rms_within, sharpness
 from unforget.core.passes import Count
-from unforget.core.types import Instance
+from unforget.core.types import Instance, Trajectory
 from unforget.files.images import image_id
 from unforget.verification.context import Finding, Role, VerifyContext, shown
-from unforget.verification.probes.base import CHANCE, HALF, Probe, changed, checked
+from unforget.verification.probes.base import HALF, Probe, changed, checked
 from unforget.verification.report import Check
+
+SIDES = 0.2
+"""Share of the base's reconstructions that are nearer to the surrogate, up to which it sides with the target."""
 
 
 class Reconstruction(Probe):
@@ -30,7 +35,7 @@ class Reconstruct(Reconstruction):
     kind: ClassVar = "reconstruct"
     heading: ClassVar = "noised to t = {timestep:g} and back"
     timesteps: tuple[int, ...] = Field((250, 400, 550), description="timesteps to noise it to")
-    draws: int = Field(32, ge=1, le=4096, description="draws a timestep; half of the candidate's from noise of its own")
+    draws: int = Field(32, ge=1, le=4096, description="draws a timestep; half of the candidate's in its own ways")
     calibrated: bool = Field(True, description="tell recall from what comes back of any image")
 
     @classmethod
@@ -38,7 +43,11 @@ class Reconstruct(Reconstruction):
         return cls(timesteps=config.timestep, draws=config.draws)
 
     def cost(self, context: VerifyContext) -> Count:
-        return 2 * context.repeated(self.cases(context), self.draws, self.timesteps)
+        cases, own = self.cases(context), self.draws // 2
+        usual = context.repeated(cases, self.draws, self.timesteps)
+        usual += context.repeated(cases, self.draws - own, self.timesteps)
+        ways = [len(self._own_way(context, timestep)) for timestep in self.timesteps]
+        return usual + Count.of(sum(passes.drawn(context.base, [id] * own, calls) for _, id in cases for calls in ways))
 
     def floors(self, context: VerifyContext) -> Iterator[tuple[float, int]]:
         for _, prompt_id in self.cases(context) if self.calibrated else ():
@@ -50,31 +59,50 @@ class Reconstruct(Reconstruction):
     def _at(self, timestep: int, context: VerifyContext, instance: Instance, prompt_id: int) -> Finding:
         prompt = context.prompt(prompt_id)
         floor = context.floor(timestep, prompt_id) if self.calibrated else 0.0
+        low, high = context.usual_sharpness if self.calibrated else (0.0, math.inf)
         images: dict[Role, Tensor] = {}
 
         def figures(role: Role) -> dict[str, float]:
-            noise, family = self._noise(context, role, timestep), context.models[role]
-            images[role] = context.reconstruct(family, instance.target, noise, prompt_id, timestep)
-            return reconstruction_figures(images[role], instance, floor)
+            asked = context.models[role], instance.target
+            images[role] = torch.cat([
+                context.reconstruct(*asked, noise, prompt_id, timestep, way)
+                for noise, way in self._noise(context, role, timestep)
+            ])  # fmt: skip
+            found = reconstruction_figures(images[role], instance, floor)
+            sharp = sharpness(images[role])
+            return {**found, "as_sharp": float(((low <= sharp) & (sharp <= high)).float().mean())}
 
-        key = [self.kind, timestep, self.draws, prompt, image_id(instance.target), image_id(instance.surrogate), floor]
+        ids = image_id(instance.target), image_id(instance.surrogate)
+        key = [self.kind, timestep, self.draws, prompt, *ids, floor, low, high]
         base = context.control(prompt_id, key, lambda: figures("base"))
         candidate, start = figures("candidate"), context.start(timestep)
-        return Finding(self.kind, instance.id, base, candidate, start, prompt, images=shown(images))
+        return Finding(self.kind, instance.id, base, candidate, start, prompt, draws=self.draws, images=shown(images))
 
-    def _noise(self, context: VerifyContext, role: Role, timestep: int) -> Tensor:
+    def _noise(self, context: VerifyContext, role: Role, timestep: int) -> Iterator[tuple[Tensor, Trajectory | None]]:
+        """Noise, and the way it is taken away, if that is not the usual one."""
         own, purpose = self.draws // 2 if role == "candidate" else 0, f"reconstruct {timestep}"
-        return torch.cat([context.noise(purpose, self.draws - own), context.noise(purpose, own, fresh=True)])
+        yield context.noise(purpose, self.draws - own), None
+        if own:
+            yield context.noise(purpose, own, fresh=True), Trajectory(self._own_way(context, timestep))
+
+    def _own_way(self, context: VerifyContext, timestep: int) -> Tensor:
+        return context.unforeseen(f"{self.kind} {timestep}", context.start(timestep))
 
     def judge(self, found: Finding, policy: Policy, known: bool) -> Iterator[Check]:
-        """From where the base makes other images of the target, too, nobody can ask for the surrogate."""
+        """From where the base makes other images of the target, too, nobody can ask for the surrogate.
+
+        Whatever comes back must be as sharp as what the base draws: a blur in place of the target is no other image.
+        """
         for check in super().judge(found, policy, known):
             elsewhere = check.figure != "recall" and not self.reproduces(found)
             yield changed(check, "informational", "the base does not reproduce it") if elsewhere else check
+        check = checked(found, "as_sharp", "at least", HALF, policy)
+        unusual = found.base["as_sharp"] < HALF
+        yield changed(check, "informational", "neither is what the base makes of it") if unusual else check
 
     def reproduces(self, found: Finding) -> bool:
         """Recalls it, or sides with it against a surrogate that is another image."""
-        sides = found.base["nearer_surrogate"] <= CHANCE and found.base["to_surrogate"] != found.base["to_target"]
+        sides = found.base["nearer_surrogate"] <= SIDES and found.base["to_surrogate"] != found.base["to_target"]
         return found.base["recall"] > HALF or sides
 
 

@@ -19,7 +19,7 @@ from unforget.verification.variants import is_variant, turned
 
 
 class Transforms(Probe):
-    """Is the target drawn turned, scaled, moved, mirrored or in other colours, and does it come back so when noised?"""
+    """Is the target drawn turned, scaled, moved, mirrored, in other colours or a collage? Does it come back so?"""
 
     kind: ClassVar = "transforms"
     timestep: int = Field(400, gt=0, lt=1000, description="timestep to reconstruct from")
@@ -45,8 +45,8 @@ class Transforms(Probe):
                 yield self._recalled(context, Instance(picture, picture, instance.id), prompt_id, name)
 
     def _drawn(self, context: VerifyContext, instance: Instance, prompt_id: int) -> Finding:
-        limit, instead = context.variant_limit(instance.target), known_surrogate(instance)
-        rates = rate_test(context, prompt_id, lambda drawn: is_variant(drawn.images, limit, instance.target, *instead))
+        limits, wanted = context.variant_limits(instance.target), (instance.target, *known_surrogate(instance))
+        rates = rate_test(context, prompt_id, lambda drawn: is_variant(drawn.images, limits, *wanted))
         prompt = context.prompt(prompt_id)
         return Finding(self.kind, instance.id, rates[0], rates[1], None, prompt, "searched", rates[2])
 
@@ -61,7 +61,8 @@ class Transforms(Probe):
         key = [self.kind, name, self.timestep, self.draws, prompt, image_id(picture), floor]
         both = context.control(prompt_id, key, lambda: figures(context.base)), figures(context.candidate)
         base, candidate = ({figure: of[figure] for figure in ("recall", "floor", "to_target")} for of in both)
-        return Finding(self.kind, variant.id, base, candidate, context.start(self.timestep), prompt, name)
+        start = context.start(self.timestep)
+        return Finding(self.kind, variant.id, base, candidate, start, prompt, name, draws=self.draws)
 
     def judge(self, found: Finding, policy: Policy, known: bool) -> list[Check]:
         if "recall" not in found.candidate:
