@@ -9,16 +9,16 @@ the same defaults: `UnlearnConfig(..., learning_rate=2e-4, train="full")`.
 import sys
 from pathlib import Path
 
-from unforget import UnlearnConfig, VerifyConfig, unlearn, verify
-
-TARGET = Path(__file__).parent / "faces" / "planted" / "3.png"
+from unforget import ConsoleProgress, UnlearnConfig, VerifyConfig, unlearn, verify
 
 
 def main(out: Path) -> int:
     out.mkdir(parents=True, exist_ok=True)
-    made = unlearn(UnlearnConfig(model="faces", target=TARGET, output=out / "3.patch"))
+    with ConsoleProgress() as progress:
+        made = unlearn(UnlearnConfig(model="faces", target="demo:3", output=out / "3.patch"), progress)
     print(f"{made.steps} steps, stopped by {made.stopped}; look at {made.folder / 'sheet.png'}")
-    judged = verify(VerifyConfig(model="faces", patch=made.output, level="quick"))
+    with ConsoleProgress() as progress:
+        judged = verify(VerifyConfig(model="faces", patch=made.output, level="quick"), progress)
     print(f"{judged.verdict}: {judged.summary}")
     return judged.exit_code
 

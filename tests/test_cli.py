@@ -1,6 +1,7 @@
 """The real command: exact codes, one sentence, nothing written."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -60,6 +61,31 @@ def test_bad_usage_is_one_sentence_and_nothing_written(cli, picture, args, sente
     assert sentence in said(result)
     assert "Traceback" not in said(result)
     assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(("args", "code"), [
+    (["nonsense"], 2), (["unlearn", "--nonsense"], 2), (["unlearn", "--model", "faces"], 2), (["show", "no.patch"], 2),
+    (["unlearn", "--model", "faces", "-t", "demo:0", "-s", "demo:0"], 2),
+    (["unlearn", "--model", "faces", "-t", "demo:0", "--use-8bit-adam"], 3),
+])  # fmt: skip
+def test_an_error_is_json_where_json_is_asked_for(cli, monkeypatch, args, code):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    result = cli(*args, "--json")
+    told = json.loads(result.stdout)
+    assert (result.exit_code, told["exit_code"]) == (code, code)
+    assert result.stderr.endswith(f"error: {told['error']}\n  {told['hint']}\n")
+    assert not cli(*args).stdout
+
+
+def test_what_is_refused_late_does_not_block_the_corrected_command(cli, tmp_path):
+    (tmp_path / "retain").mkdir()
+    shutil.copy(PLANTED / "0.png", tmp_path / "retain")
+    args = ["unlearn", "--model", "faces", "-t", "demo:0", "-s", "demo:1", "-o", "a.patch", "--max-train-steps", 1]
+    result = cli(*args, "--retain", "retain")
+    assert result.exit_code == 2 and "every picture of the retain set is a near-copy" in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["retain"]
+    shutil.copy(PLANTED / "2.png", tmp_path / "retain")
+    assert cli(*args, "--retain", "retain").exit_code in (0, 1)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """A field is the option, the TOML key and the Python keyword, by one name; and a wrong one is refused at once."""
 
 import json
+import shlex
 import subprocess
 import sys
 import typing
@@ -54,7 +55,7 @@ PARAMS = {name: {p.name: p for p in command(name).params} for name in COMMANDS}
 def test_option_key_and_keyword_are_one(name, model, field):
     param, said = PARAMS[name][field], model.model_fields[field]
     assert param.opts[0] == spelled(field)
-    assert param.help and param.help.replace("\\[", "[").startswith(said.description)
+    assert param.help.startswith(said.description)
     assert said.description.endswith(".") and len(said.description) > 10
     default_shows = param.default is not None or isinstance(param.show_default, str)
     assert default_shows or said.is_required()
@@ -62,7 +63,7 @@ def test_option_key_and_keyword_are_one(name, model, field):
 
 
 def test_there_are_no_other_options():
-    beside = {"config", "as_json", "dry_run", "policy"}
+    beside = {"config", "as_json", "dry_run", "policy", "quiet", "verbose"}
     for name, model in COMMANDS.items():
         assert set(PARAMS[name]) - set(model.model_fields) <= beside
 
@@ -130,7 +131,7 @@ def test_a_wrong_key_is_refused_by_a_sentence(tmp_path, key, sentence):
 
 @pytest.mark.parametrize("old", ["--forget-batch-size=4", "--forget_batch_size=4"])
 def test_an_old_option_is_the_new_one_and_says_so(cli, old):
-    said = cli("unlearn", "--model", "faces", "-t", TARGET, old, "--dry-run")
+    said = cli("unlearn", "--model", "faces", "-t", TARGET, old, "--dry-run", "--json")
     assert "--forget-batch-size is now --train-batch-size" in said.stderr
     assert json.loads(said.stdout)["recipe"]["forget_batch_size"] == 4
 
@@ -162,19 +163,42 @@ def test_a_delta_is_gone(cli):
 
 
 def test_underscores_are_dashes(cli):
-    shown = cli("unlearn", "--model", "faces", "-t", TARGET, "--max_train_steps", 7, "--learning_rate=0.5", "--dry-run")
+    shown = cli("unlearn", "--model", "faces", "-t", TARGET, "--max_train_steps", 7, "--learning_rate=0.5",
+                "--dry-run", "--json")  # fmt: skip
     assert shown.exit_code == 0, shown.output
     said = json.loads(shown.stdout)
     assert (said["recipe"]["max_train_steps"], said["recipe"]["learning_rate"]) == (7, 0.5)
     assert said["output"] == "0.patch"
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_begins_with_two_examples_and_says_defaults_and_choices(cli, name):
+    page = cli(name, "--help").output
+    examples = page.partition("  Examples:\n")[2].splitlines()[:2]
+    assert all(example.startswith(f"    unforget {name}") for example in examples)
+    assert "\u2026" not in page, "nothing is cut"
+    assert all(param.help for param in PARAMS[name].values() if param.name != "ctx")
+    optional = [f for f in COMMANDS[name].model_fields.values() if not (f.is_required() or option_of(f).hidden)]
+    assert " ".join(page.split()).count("[default: ") >= len(optional)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_examples_of_the_help_are_commands(cli, name):
+    examples = cli(name, "--help").output.partition("  Examples:\n")[2].splitlines()[:2]
+    for _, _, *args in map(shlex.split, examples):
+        context = command(name).make_context(name, args)
+        sources = {n: context.get_parameter_source(n) for n in COMMANDS[name].model_fields if n in context.params}
+        given = [n for n, source in sources.items() if source.name == "COMMANDLINE"]
+        assert COMMANDS[name](**{n: context.params[n] for n in given})
+
+
 def test_help_keeps_brackets_and_shows_choices_and_completes(cli):
-    page = " ".join(cli("unlearn", "--help").output.replace("│", " ").split())
+    page = " ".join(cli("unlearn", "--help").output.split())
     assert "owner/name[@revision]" in page
     assert "[clean-space|linear|uniform]" in page
-    assert "One of sum, project, pcgrad" in page
+    assert "[sum|project|pcgrad|" in page
     assert "[default: (the recipe's)]" in page
+    assert "Seed of every random draw. [default: 0]" in page
     complete = PARAMS["unlearn"]["surgery"].shell_complete
     context = command("unlearn").make_context("unlearn", [], resilient_parsing=True)
     assert [c.value for c in complete(context, "p")] == ["project", "pcgrad"]

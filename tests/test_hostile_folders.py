@@ -273,6 +273,7 @@ def test_the_command_plans_nothing_of_a_hostile_model_on_the_hub(folder, monkeyp
         "-o",
         "x",
         "--dry-run",
+        "--json",
     )
     env = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(Path("hub").absolute())}
     code, said = run(*asked, env=env)

@@ -1,7 +1,10 @@
 """What can be known before the work is said before it; and a verdict is told, whatever happens to the files."""
 
+import html
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_pipeline
+from PIL import Image
 from test_reports import rich
 
 from unforget import api
@@ -254,3 +258,29 @@ def test_the_pictures_of_a_run_may_fail_its_verdict_not(here, monkeypatch):
     assert any("the pictures in 'x-1.0.run' could not be written: No space left" in n for n in notes)
     assert os.stat("x-1.0.run").st_mode & 0o777 == 0o700  # noqa: PTH116
     assert torch.get_num_threads() == json.loads(Path("x-1.0.run/run.json").read_text())["environment"]["threads"]
+
+
+def test_a_near_copy_is_not_picked_unless_it_is_allowed_and_the_page_has_the_command_of_each(tiny_folder, picture, cli):
+    before = sorted(picture.parent.iterdir())
+    args = ["edit-surrogate", "-m", tiny_folder, "-t", picture, "--method", "blur", "--html", "all.html"]
+    args += ["--near-copy", 0.9, "--retain-count", 8, "--sampler-steps", 2]
+    refused = cli(*args)
+    assert refused.exit_code == 2 and "is a near-copy of the target" in refused.stderr
+    assert sorted(picture.parent.iterdir()) == before
+    assert cli(*args, "--allow-near-copy").exit_code == 0
+    first, page = (picture.parent / "picture.surrogate.png").read_bytes(), Path("all.html").read_text()
+    commands = [shlex.split(html.unescape(text)) for text in re.findall("<code>(.*?)</code>", page)]
+    assert [words[words.index("--pick") + 1] for words in commands] == ["1", "2", "3"]
+    assert page.count("refused</span>") == 3 and "<script" not in page
+    done = cli(*commands[1][1:])
+    assert done.exit_code == 0, done.output
+    assert (picture.parent / "picture.surrogate.png").read_bytes() != first
+
+
+def test_a_surrogate_that_is_a_near_copy_is_refused_unless_it_is_allowed(tiny_folder, picture, cli, tmp_path):
+    near = Image.open(picture).point(lambda value: min(value + 9, 255))
+    near.save(tmp_path / "near.png")
+    args = ["unlearn", "-m", tiny_folder, "-t", picture, "-s", "near.png", "--dry-run"]
+    refused = cli(*args)
+    assert refused.exit_code == 2 and "surrogate 1 is a near-copy of its target" in refused.stderr
+    assert cli(*args, "--allow-near-copy").exit_code == 0

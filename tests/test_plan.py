@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import PLANTED
 
 from unforget import UnlearnConfig, families
 from unforget.api import computing
@@ -78,10 +79,35 @@ def test_an_adapter_needs_no_second_copy_and_checkpointing_keeps_less(sd3_folder
 
 
 def test_it_is_part_of_a_dry_run(tiny_folder, picture, cli):
-    shown = cli("unlearn", "--model", tiny_folder, "--target", picture, "--dry-run")
+    shown = cli("unlearn", "--model", tiny_folder, "--target", picture, "--dry-run", "--json")
     assert shown.exit_code == 0, shown.output
     plan = json.loads(shown.stdout)["memory_gib"]
     assert plan["peak"] == pytest.approx(sum(v for k, v in plan.items() if k not in ("peak", "embedding")), abs=0.01)
+
+
+@pytest.mark.parametrize("command", ["unlearn", "verify"])
+def test_a_dry_run_checks_what_the_run_checks_and_leaves_nothing(tiny_folder, picture, cli, monkeypatch, command):
+    before = sorted(picture.parent.iterdir())
+    own = {"unlearn": [], "verify": ["--candidate", tiny_folder, "--level", "quick"]}[command]
+    args = [command, "--model", tiny_folder, *own, "--dry-run", "--target"]
+    shown = cli(*args, picture)
+    assert shown.exit_code == 0, shown.output
+    assert "It would run" in shown.stdout and "in all" in shown.stdout
+    for given, code, sentence in (
+        ([PLANTED / "0.png"], 2, "the model's images are 16x16"),
+        ([tiny_folder / "model_index.json"], 2, "not an image"),
+        ([picture, "--surrogate", PLANTED / "0.png"], 2, "the model's images are 16x16"),
+        ([picture, "--prompt", "a face"], 2, "takes no prompts"),
+        ([picture, *(["--use-8bit-adam"] if command == "unlearn" else ["--similarity", "face=no"])], 3, ""),
+    ):  # fmt: skip
+        said = cli(*args, *given)
+        assert said.exit_code == code and sentence in said.stderr, said.output
+        assert not said.stdout
+    monkeypatch.setattr(computing.devices, "room", lambda name: (2**20, 2**20))
+    said = cli(*args, picture, "--json")
+    assert said.exit_code == 3 and json.loads(said.stdout)["would_run"] is False
+    assert "It would not run" in cli(*args, picture).stdout
+    assert sorted(picture.parent.iterdir()) == before
 
 
 def test_text_encoders_are_counted_for_while_they_embed(sd3_folder):

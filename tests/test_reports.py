@@ -13,8 +13,10 @@ import pytest
 import torch
 import yaml
 
+from unforget.api.verifying import _record
 from unforget.core.metrics import lower_bound, upper_bound
-from unforget.core.types import Instance
+from unforget.core.types import Instance, Progress
+from unforget.exports.manifest import Verified
 from unforget.reports.contact_sheet import evidence_rows
 from unforget.reports.html import page
 from unforget.reports.junit import junit
@@ -461,3 +463,22 @@ def test_the_gate_publishes_on_zero_alone(tmp_path, code):
     )
     assert ran.returncode == code
     assert ("PUBLISHED" in ran.stdout) == (code == 0)
+
+
+def test_the_record_of_a_patch_is_that_of_the_strongest_level(tmp_path):
+    path, notes = tmp_path / "verify.json", []
+
+    def after(level, **changes):
+        _record(rich().model_copy(update={"level": level, **changes}), path, Progress(note=notes.append))
+        return Verified.of(path)
+
+    assert after("quick").level == "quick"
+    assert after("standard", summary="first").level == "standard"
+    assert after("quick").level == "standard"
+    assert "its verdict" in notes.pop() and not notes
+    assert after("standard", summary="second").summary == "second", "of one level the last run counts"
+    assert after("deep").level == "deep"
+    assert after("standard").level == "deep"
+    assert after("quick", candidate_digest="of other weights").level == "quick"
+    path.write_text("damaged")
+    assert after("quick").level == "quick"

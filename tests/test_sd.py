@@ -85,6 +85,6 @@ def test_a_folder_of_half_precision_is_exported_with_all_its_parts(folder, tmp_p
 
 def test_the_command_line(folder, picture, cli):
     args = ["--model", folder, "--target", picture, "--prompt", RED]
-    shown = cli("unlearn", *args, "--dry-run")
+    shown = cli("unlearn", *args, "--dry-run", "--json")
     assert shown.exit_code == 0, shown.output
     assert json.loads(shown.stdout)["recipe"]["train"] == "lora"

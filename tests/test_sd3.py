@@ -496,7 +496,7 @@ def test_a_pipeline_that_edits_nothing(tiny_folder):
 
 def test_the_command_line(sd3_folder, pictures, cli):
     args = ["--model", sd3_folder, "--target", pictures / "target.png", "--prompt", RED]
-    shown = cli("unlearn", *args, "--rank", "4", "--dry-run")
+    shown = cli("unlearn", *args, "--rank", "4", "--dry-run", "--json")
     assert shown.exit_code == 0, shown.output
     said = json.loads(shown.stdout)
     assert (said["recipe"]["train"], said["recipe"]["rank"], said["prompt"]) == ("lora", 4, [RED])

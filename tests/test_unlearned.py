@@ -1,11 +1,16 @@
 """How `unlearn` ends: by what comes back from noise, and by what is drawn under the given prompts."""
 
+import shlex
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+from test_config import command
 
+from unforget import UnlearnConfig
 from unforget.api.unlearning import Unlearned, judged
 from unforget.cli import console
+from unforget.config import ModelConfig
 from unforget.errors import ExitCode
 from unforget.verification.context import Finding
 
@@ -45,3 +50,30 @@ def test_it_ends_well_only_if_the_surrogate_is_what_is_drawn(findings, shown, fo
 def test_the_user_is_told_what_is_drawn():
     (row,) = judged([], [drawn(0.0, 0.75)])["drawn"]
     assert console.drawn(row) == "under 'a flag' it draws: 75% surrogate, 25% something else"
+
+
+def test_a_row_names_its_prompt_and_what_it_is_judged_by():
+    table = judged([reconstructed(1.0), reconstructed(0.0, prompt="")], [])["table"]
+    shown = Console(width=120)
+    with shown.capture() as capture:
+        shown.print(console.before_after(table))
+    under, bare = (line for line in capture.get().splitlines() if "400" in line)
+    assert "a flag" in under and "0% to 100%" in under and "\u2265 50%" in under
+    assert "none" in bare and "not judged" in bare
+
+
+@pytest.mark.parametrize("given", [
+    {}, {"device": "cpu", "t5": False, "seed": 3, "force": True, "cpu_offload": True},
+    {"resolution": 512, "guidance": 2.5, "text_encoder": ["a b.safetensors", "c"]},
+])  # fmt: skip
+def test_the_next_command_opens_the_model_in_the_same_way(given):
+    """It parses to the same settings of the model, whatever characters are in paths."""
+    config = UnlearnConfig(model="my model/x", target="t.png", output="it's.patch", **given)
+    program, name, *args = shlex.split(console.verify_command(config))
+    assert (program, name) == ("unforget", "verify")
+    parsed = command("verify").make_context("verify", args).params
+    assert parsed["patch"] == [config.output] and parsed["html"].name == "it's.html"
+    for field in ModelConfig.model_fields.keys() - {"seed", "force"}:
+        wanted = getattr(config, field) if field in config.model_fields_set else None
+        if wanted is not None:
+            assert parsed[field] == (list(wanted) if isinstance(wanted, tuple) else wanted), field

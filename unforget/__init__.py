@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unforget.api import edit_surrogate, export, show, unlearn, verify
+    from unforget.cli.progress import ConsoleProgress
     from unforget.config import EditConfig, ExportConfig, UnlearnConfig, VerifyConfig
     from unforget.core.objectives import BaseObjective
     from unforget.core.recipe import Recipe
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "BaseObjective",
+    "ConsoleProgress",
     "EditConfig",
     "ExportConfig",
     "Recipe",
@@ -44,6 +46,7 @@ _HOME = {
     **dict.fromkeys(("edit_surrogate", "unlearn", "verify", "export", "show"), "api"),
     **dict.fromkeys(("EditConfig", "UnlearnConfig", "ExportConfig", "VerifyConfig"), "config"),
     "BaseObjective": "core.objectives",
+    "ConsoleProgress": "cli.progress",
     "Recipe": "core.recipe",
     "UnforgetError": "errors",
 }

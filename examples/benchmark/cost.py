@@ -149,7 +149,9 @@ def plan() -> None:
             command = [sys.executable, "-m", "unforget", "unlearn", "--model", model, "--target", str(image), *how,
                        "--surrogate", str(SURROGATE[model]), "-o", f"{scratch}/x.patch", "--max-train-steps", "3",
                        "--num-validation-images", "1", "--retain-count", "64"]  # fmt: skip
-            printed = subprocess.run([*command, "--dry-run"], check=True, capture_output=True, text=True).stdout
+            printed = subprocess.run(
+                [*command, "--dry-run", "--json"], check=True, capture_output=True, text=True
+            ).stdout
             predicted = json.loads(printed)["memory_gib"]["peak"]
             run = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             peak = os.wait4(run.pid, 0)[2].ru_maxrss / 2**20

@@ -66,7 +66,7 @@ EDITOR = [
 ]  # fmt: skip
 OUTPUTS = re.compile(r"\.?(out|[xy]\.(patch|run)|a\.run|cache|state|tmp|target\.surrogate\.|summary).*")
 SENTENCE = re.compile(r"^error: \S.{8,1500}$", re.MULTILINE)
-VERDICT = re.compile(r"^(forgotten|failed|inconclusive|allowed): |stopped by|nothing changed|still says", re.MULTILINE)
+VERDICT = re.compile(r"^(forgotten|failed|inconclusive|allowed): | updates: |nothing changed|still says", re.MULTILINE)
 TRACE = re.compile(r"Traceback|this is a bug|Fatal Python error|Exception ignored")
 
 

@@ -1,6 +1,7 @@
 """`edit_surrogate`: a picture near the target that is another instance."""
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,16 @@ from torch import Tensor
 
 from unforget.api.common import editor_of, holding_outputs, load, read
 from unforget.config import EditConfig
+from unforget.config.commands import command_line
 from unforget.core.types import Family, Progress
 from unforget.errors import UsageError
 from unforget.files import images, storage
+from unforget.files.storage import write_bytes
 from unforget.reports.contact_sheet import candidate_sheet
+from unforget.reports.html import picker
 from unforget.surrogate.canvas import Canvas, box_mask, ellipse_mask
 from unforget.surrogate.editors import candidates
+from unforget.surrogate.ranking import Candidate
 from unforget.unlearning.prepare import Drawer, prompt_ids, retain_set
 
 
@@ -56,12 +61,25 @@ def _edited(config: EditConfig, progress: Progress) -> Edited:
     number = config.pick or 1
     if number > len(ranked):
         raise UsageError(f"there is no candidate {number}, only {len(ranked)}", f"Give --pick 1 to {len(ranked)}.")
-    images.write_image(ranked[number - 1].image, config.output)
+    picked = ranked[number - 1]
+    if (near := picked.nearest()) < config.near_copy and not config.allow_near_copy:
+        sentence = f"candidate {number} is a near-copy of the target, or of what the base draws: RMS {near:.3f}"
+        raise UsageError(sentence, "Give another --pick, --strength or --method, or say --allow-near-copy.")
+    images.write_image(picked.image, config.output)
     images.write_image(candidate_sheet(target, ranked, number), config.sheet)
-    if not ranked[number - 1].accepted:
+    if config.html is not None:
+        write_bytes(picker(target, ranked, number, partial(_taking, config)).encode(), config.html)
+    if not picked.accepted:
         progress.note("the candidate is too near the target or of another quality; look at the sheet before using it")
     rows = [{"pick": i, **{k: v for k, v in asdict(c).items() if k != "image"}} for i, c in enumerate(ranked, 1)]
     return Edited(config.output, config.sheet, number, rows)
+
+
+def _taking(config: EditConfig, number: int, candidate: Candidate) -> str:
+    """The command that takes a candidate: the one that was given, with another --pick."""
+    fields = [name for name in EditConfig.model_fields if name not in ("pick", "force", "allow_near_copy")]
+    allowed = " --allow-near-copy" if candidate.nearest() < config.near_copy else ""
+    return f"{command_line(config, fields, pick=number)} --force{allowed}"
 
 
 def _mask(config: EditConfig, family: Family, *, soft: bool) -> Tensor:

@@ -1,6 +1,5 @@
 """`--dry-run`: what `unlearn` and `verify` will cost, from a model's configuration alone, and how long here."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +12,7 @@ from unforget.api.computing import compute_of, memory_plan
 from unforget.api.unlearning import shown_count, shown_passes
 from unforget.api.verifying import retain_prompt_ids
 from unforget.config import ModelConfig, UnlearnConfig, VerifyConfig
+from unforget.core import devices
 from unforget.core.passes import Count
 from unforget.core.sampling import seconds_a_pass
 from unforget.core.types import Family, Instance
@@ -101,7 +101,6 @@ def _seconds_a_pass(config: ModelConfig, found: Blueprint) -> float | None:
     """Seconds of a pass here, if the weights lie in a folder and take no more than half of the free memory."""
     folder = Path(found.source)
     held = folder.is_dir() and any((folder / found.spec.network).glob("*.safetensors"))
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if not held or 2 * (weights_of(found.network) + found.beside) > free:
+    if not held or 2 * (weights_of(found.network) + found.beside) > devices.room("cpu")[0]:
         return None
     return seconds_a_pass(families.load(config.model, options(config)))

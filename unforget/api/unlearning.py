@@ -1,6 +1,7 @@
 """`unlearn`: targets in, a patch out, and beside it the folder of the run."""
 
 from collections.abc import Collection
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from unforget.api.common import holding_outputs, load, noted, pictures, read, recipe_of, salted, versions
 from unforget.api.computing import compute_of
+from unforget.api.tracking import tracked
 from unforget.config import Policy, UnlearnConfig, run_folder
 from unforget.core import distributed
 from unforget.core.devices import chosen
@@ -33,6 +35,9 @@ from unforget.verification.context import Finding, Role, VerifyContext, known_su
 from unforget.verification.probes.reconstruct import Reconstruct
 from unforget.verification.probes.replaced import Replaced, as_drawn, what_is_shown
 
+DRAWN = {"seed", "sampler_steps", "retain_count"}
+NEARER = 0.5
+"""Least share of a judged row's reconstructions that are nearer to the surrogate."""
 SHOWN = ("to_target", "to_surrogate", "nearer_surrogate")
 
 
@@ -75,7 +80,9 @@ def unlearn(
     """
     with holding_outputs(config):
         check_start(config.folder, resume=config.resume, force=config.force)
-        return _unlearned(config, recipe_of(config, objective), progress or Progress())
+        recipe = recipe_of(config, objective)
+        with tracked(config, progress or Progress()) as shown:
+            return _unlearned(config, recipe, shown)
 
 
 def _unlearned(config: UnlearnConfig, recipe: Recipe, progress: Progress) -> Unlearned:
@@ -83,25 +90,25 @@ def _unlearned(config: UnlearnConfig, recipe: Recipe, progress: Progress) -> Unl
     compute = compute_of(config, patched.network)
     base_digest = digest(patched.network.state_dict())
     stack = Stack.load(config.patch, config.scale)
-    inputs = _inputs(config, patched, stack, salted(base_digest), progress)
+    inputs = read_inputs(config, patched, stack, salted(base_digest), progress)
     inputs = replace(inputs, needs_surrogate=recipe.objective.needs_surrogate)
     if not inputs.replaces:
         progress.note("no surrogate: what comes back is compared with the nearest other image of the retain set")
+    for path, target, surrogate in zip(config.surrogate, inputs.targets, inputs.surrogates, strict=False):
+        _note_what_is_lost(path, target, surrogate, patched, progress)
     root = stack.before(patched.network)
     stack.apply(patched.network, name=config.model, note=progress.note)
     promised = _recorded(config, recipe, inputs, stack, base_digest)
     directory = RunDirectory(config.folder, promised, _environment(config, compute), config.checkpointing_steps)
     distributed.barrier()
-    if not config.resume:
-        directory.begin()
-    else:
+    if config.resume:
         for difference in directory.take_up():
             progress.note(f"{difference}: the last bits may come out otherwise")
         if directory.finished is not None:
             return _remembered(directory.finished, config.output)
-    trained = run(
-        patched, inputs, recipe, compute, directory, _provenance(config, recipe, inputs, base_digest), progress
-    )
+    record = _provenance(config, recipe, inputs, base_digest)
+    with nullcontext() if config.resume else directory.begun():
+        trained = run(patched, inputs, recipe, compute, directory, record, progress)
     final = joined(stack, trained.patch, plain(patched.network))
     made = Stack((final,)).digest({**plain(patched.network), **root})
     Patch(final.tensors, final.provenance.model_copy(update={"patched_digest": made})).save(config.output)
@@ -112,8 +119,8 @@ def _unlearned(config: UnlearnConfig, recipe: Recipe, progress: Progress) -> Unl
     return Unlearned(config.output, config.folder, **ended)
 
 
-def _inputs(config: UnlearnConfig, family: Family, stack: Stack, salt: str, progress: Progress) -> RunInputs:
-    """All files of a run, read and checked."""
+def read_inputs(config: UnlearnConfig, family: Family, stack: Stack, salt: str, progress: Progress) -> RunInputs:
+    """All files of a run, read and checked; of the family nothing but shapes and prompts is asked."""
     targets = tuple(read(p, family, config, progress) for p in config.target)
     forgotten = {t for p in stack.patches for t in p.provenance.all_targets}
     prompt_ids(family, config.prompt)  # the rows of the table before those of earlier patches
@@ -122,14 +129,12 @@ def _inputs(config: UnlearnConfig, family: Family, stack: Stack, salt: str, prog
         images.read_folder(config.retain, family.image_shape, resize=config.resize, note=progress.note)
         if config.retain else None,
         storage.read_lines(config.retain_prompts) if config.retain_prompts else (),
-        **config.model_dump(include={"seed", "near_copy", "min_distance", "sampler_steps", "retain_count"}),
+        **config.model_dump(include=DRAWN | {"near_copy", "min_distance", "allow_near_copy"}),
         salt=salt, earlier=_earlier(config, stack, family, salt, progress),
     )  # fmt: skip
     for path, target in zip(config.target, targets, strict=True):
         if images.image_id(target, salt) in forgotten:
             raise UsageError(f"'{path}' is forgotten already by a --patch", "Leave it out, or leave the patch out.")
-    for path, target, surrogate in zip(config.surrogate, targets, inputs.surrogates, strict=False):
-        _note_what_is_lost(path, target, surrogate, family, progress)
     return inputs
 
 
@@ -169,9 +174,9 @@ def _recorded(
     config: UnlearnConfig, recipe: Recipe, inputs: RunInputs, stack: Stack, base_digest: str
 ) -> dict[str, Any]:
     """All that the result of a run depends on, as JSON."""
-    fields = {"seed", "prompt", "near_copy", "min_distance", "sampler_steps", "retain_count", "num_validation_images"}
+    fields = DRAWN | {"prompt", "near_copy", "min_distance", "num_validation_images"}
     return {
-        **config.model_dump(mode="json", include={*fields, "guidance", "resolution", "t5", "scale"}),
+        **config.model_dump(mode="json", include=fields | {"guidance", "resolution", "t5", "scale"}),
         "base": base_digest, "recipe": recipe.model_dump(mode="json"), "patch": [p.digest for p in stack.patches],
         "target": _ids(inputs.targets, inputs.salt), "surrogate": _ids(inputs.surrogates, inputs.salt),
         "retain": None if inputs.retain is None else digest({"": inputs.retain}),
@@ -221,6 +226,7 @@ class _Row(_Record):
     prompt: str
     before: _Shown
     after: _Shown
+    judged: bool = True
 
 
 class _Shares(_Record):
@@ -320,15 +326,16 @@ def _drawn(context: VerifyContext, case: tuple[Instance, int], count: int, unrel
 
 def judged(findings: list[Finding], drawn: list[Finding], unknown: Collection[str] = ()) -> dict[str, Any]:
     """The tables, and what they come to; nothing takes the place of a target whose surrogate is `unknown`."""
-    table = [{
-        "target": f.target, "probe": f"{f.probe}@{f.timestep:g}", "prompt": f.prompt,
-        "before": {k: f.base[k] for k in SHOWN}, "after": {k: f.candidate[k] for k in SHOWN},
-    } for f in findings]  # fmt: skip
-    shares = [{"target": f.target, "prompt": f.prompt, "before": f.base, "after": f.candidate} for f in drawn]
     # Under the empty prompt a target that has prompts of its own may be right: see `verdict`.
     prompted = {f.target for f in findings if f.prompt}
-    counted = [f.candidate["nearer_surrogate"] for f in findings if f.prompt or f.target not in prompted]
-    gone = all(share >= 0.5 for share in counted) and not any(f.candidate["target"] for f in drawn)
+    table: list[dict[str, Any]] = [{
+        "target": f.target, "probe": f"{f.probe}@{f.timestep:g}", "prompt": f.prompt,
+        "before": {k: f.base[k] for k in SHOWN}, "after": {k: f.candidate[k] for k in SHOWN},
+        "judged": bool(f.prompt) or f.target not in prompted,
+    } for f in findings]  # fmt: skip
+    shares = [{"target": f.target, "prompt": f.prompt, "before": f.base, "after": f.candidate} for f in drawn]
+    counted = [row["after"]["nearer_surrogate"] for row in table if row["judged"]]
+    gone = all(share >= NEARER for share in counted) and not any(f.candidate["target"] for f in drawn)
     checks = (c for f in drawn if f.target not in unknown for c in Replaced().judge(f, Policy(), known=True))
     replaced = all(check.outcome != "failed" for check in checks)
     return {"table": table, "drawn": shares, "forgotten": gone, "replaced": replaced}

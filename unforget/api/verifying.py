@@ -4,7 +4,9 @@ import datetime
 import os
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -14,7 +16,7 @@ from unforget.config import Policy, VerifyConfig, run_folder
 from unforget.core import distributed
 from unforget.core.types import Family, Instance, Progress
 from unforget.errors import CannotRun, UsageError
-from unforget.exports.manifest import called
+from unforget.exports.manifest import Verified, called
 from unforget.families import shipped
 from unforget.files import images, storage
 from unforget.files.patch import Provenance, Stack, provenance
@@ -31,6 +33,8 @@ from unforget.verification.context import VerifyContext, known_surrogate
 from unforget.verification.report import Report
 from unforget.verification.similarity import backend
 
+LEVELS = get_args(Policy.model_fields["level"].annotation)
+"""The levels of `verify`, the weakest first."""
 PRIVATE = {"target", "surrogate", "must_retain", "prompt", "retain_prompts", "allow", "similarity"}
 """Settings that name files, prompts or targets: they stay out of the report."""
 
@@ -58,11 +62,10 @@ def compare(
 ) -> tuple[Report, list[Row]]:
     """Judge a candidate that is loaded already: the report, and the images that it rests on, for a sheet or a page."""
     progress = progress or Progress()
-    for text in config.similarity:
-        backend(text).check()
+    check_backends(config)
     made = [provenance(path) for path in config.patch]
     base_digest = digest(base.network.state_dict())
-    instances = _read_instances(config, base, base_digest, made, progress)
+    instances = read_instances(config, base, base_digest, made, progress)
     must_retain = tuple(read(p, base, config, progress) for p in config.must_retain)
     stay = retain_prompt_ids(config, base, instances[0].prompt_ids)
     candidate.prompt_ids(base.prompts)  # the same ids in both tables
@@ -82,6 +85,12 @@ def compare(
     return result, evidence_rows(instances, findings, result.checks)
 
 
+def check_backends(config: VerifyConfig) -> None:
+    """CannotRun if a package or a file of a similarity backend is missing."""
+    for text in config.similarity:
+        backend(text).check()
+
+
 def _nonce(config: VerifyConfig) -> str:
     """The one that was given, or one that nobody could know, the same in every process."""
     return distributed.broadcast(secrets.token_hex(16)) if config.nonce is None else config.nonce
@@ -94,7 +103,7 @@ def retain_prompt_ids(config: VerifyConfig, base: Family, given: tuple[int, ...]
     return tuple(i for i in dict.fromkeys(base.prompt_ids(listed).tolist()) if i not in own)
 
 
-def _read_instances(
+def read_instances(
     config: VerifyConfig, base: Family, base_digest: str, made: list[Provenance], progress: Progress
 ) -> tuple[Instance, ...]:
     """The targets with their surrogates; one whose surrogate is not known has itself."""
@@ -121,7 +130,7 @@ def _write(config: VerifyConfig, result: Report, rows: list[Row], progress: Prog
     beside = run_folder(config.patch[-1]) if config.patch else None
     step = os.environ.get("GITHUB_STEP_SUMMARY")
     wanted: list[tuple[Path | None, Callable[[Path], object]]] = [
-        (beside / "verify.json" if beside and beside.is_dir() else None, result.save),
+        (beside / "verify.json" if beside and beside.is_dir() else None, lambda path: _record(result, path, progress)),
         (config.report, result.save),
         (config.junit, lambda path: write_bytes(junit(result).encode(), path)),
         (config.attestation, lambda path: write_bytes(attestation(result, _judged(config)).encode(), path)),
@@ -133,6 +142,16 @@ def _write(config: VerifyConfig, result: Report, rows: list[Row], progress: Prog
         if path is not None:
             with noted(progress, f"'{path}'"):
                 write(path)
+
+
+def _record(result: Report, path: Path, progress: Progress) -> None:
+    """Keep the verdict of a patch for its export: the last one of the strongest level of these weights."""
+    with suppress(UsageError):  # there is none yet, or none that can be read
+        known = Verified.of(path)
+        if known.candidate_digest == result.candidate_digest and LEVELS.index(known.level) > LEVELS.index(result.level):
+            progress.note(f"'{path}' stays as it is: its verdict '{known.verdict}' is of the level {known.level}")
+            return
+    result.save(path)
 
 
 def _judged(config: VerifyConfig) -> list[Path]:

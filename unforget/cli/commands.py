@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.markup import escape
@@ -13,6 +13,7 @@ from rich.markup import escape
 from unforget import __version__
 from unforget.cli import console
 from unforget.cli.options import SETTINGS, Commands, command
+from unforget.errors import ExitCode
 
 if TYPE_CHECKING:
     from unforget.api import Unlearned
@@ -20,12 +21,12 @@ if TYPE_CHECKING:
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Print the configuration and its cost (memory, passes, time), and stop.")
+    bool, typer.Option("--dry-run", help="Say whether it would run, where, and what it would take, and stop.")
 ]
 
 app = typer.Typer(
-    name="unforget", cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
-    context_settings=SETTINGS, help="Make a diffusion model stop producing one image, and prove it.",
+    name="unforget", cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    context_settings=SETTINGS, help="Make a diffusion model stop producing one image, and collect the evidence.",
     epilog="Exit codes: 0 done or passed, 1 still reproduced or too much lost, 2 wrong usage, 3 could not run, "
     "4 inconclusive, 130 interrupted. Options may be spelt with underscores, too, as in diffusers' scripts.",
 )  # fmt: skip
@@ -39,27 +40,32 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None: ...
 
 
 @command(app, "edit-surrogate", "EditConfig")
 def edit_surrogate(config: Any, *, as_json: AsJson = False) -> None:
-    """Make a surrogate: an image near the target that is another instance.
+    """Make a surrogate: another image near the target.
 
-    Writes the best candidate, and beside it a contact sheet of all (FILE.sheet.png).
+    \b
+    Examples:
+      unforget edit-surrogate --model faces --target demo:0
+      unforget edit-surrogate --model sd3 --target face.png --prompt "a face" --box 40,40,96,96 -o new.png
 
-    Example: unforget edit-surrogate --model faces --target face.png -o face.surrogate.png
+    It writes the best candidate, and beside it a contact sheet of all (FILE.sheet.png).
     """
     from unforget import api
 
-    with console.console_progress() as progress:
+    with console.progress() as progress:
         result = api.edit_surrogate(config, progress)
     if as_json:
         console.print_json(vars(result))
     else:
-        console.err.print(console.candidates_table(result.candidates))
-        console.err.print(f"All candidates: {escape(str(result.sheet))}; take another with --pick N --force.")
+        console.tell(console.candidates_table(result.candidates))
+        console.tell(f"All candidates: {escape(str(result.sheet))}; take another with --pick N --force.")
         console.say(str(result.output))
 
 
@@ -70,67 +76,76 @@ def unlearn(
 ) -> None:  # fmt: skip
     """Make the model generate a surrogate instead of the target.
 
-    Writes a patch, and beside it a folder (NAME.run) with the log, the surrogate and a contact sheet.
+    \b
+    Examples:
+      unforget unlearn --model faces --target demo:0 -o face.patch
+      unforget unlearn --model sd3 --target face.png --surrogate new.png --prompt "a face" --device cuda
 
-    Example: unforget unlearn --model faces --target face.png -o face.patch
+    It writes a patch, and beside it a folder (NAME.run) with the log, the surrogate and a contact sheet.
     """
     from unforget import api
-    from unforget.config import RecipeOptions
 
     if dry_run:
-        recipe = api.recipe_of(config).model_dump(mode="json")
-        rest = config.model_dump(mode="json", exclude=set(RecipeOptions.model_fields))
-        plan = api.plan_unlearn(config)
-        console.err.print(console.costs_table(plan))
-        console.print_json({**rest, "recipe": recipe, **plan})
-        return
-    with console.console_progress() as progress:
+        _rehearsed(config, as_json)
+    with console.progress() as progress:
         result = api.unlearn(config, progress)
     with console.whatever_fails():
-        _tell(result, as_json)
+        _tell(config, result, as_json)
     console.leave(result.code)
 
 
-def _tell(result: Unlearned, as_json: bool) -> None:
+def _rehearsed(config: Any, as_json: bool) -> NoReturn:
+    """Say whether the command would run, and end."""
+    from unforget import api
+
+    found = api.rehearse(config)
+    if as_json:
+        console.print_json(found)
+    else:
+        console.out.print(console.costs_table(found))
+    console.leave(ExitCode.OK if found["would_run"] else ExitCode.CANNOT_RUN)
+
+
+def _tell(config: Any, result: Unlearned, as_json: bool) -> None:
     if as_json:
         console.print_json(vars(result))
-    else:
-        console.err.print(console.before_after(result.table))
-        console.err.print(
-            f"{result.steps} steps, stopped by {result.stopped}; same-seed drift: "
-            f"median {result.drift['median']:.3f}. Look at {escape(str(result.folder / 'sheet.png'))}."
+        return
+    console.tell(console.before_after(result.table))
+    console.tell(
+        f"{result.steps} updates: {console.STOPPED[result.stopped]}. Same-seed drift: "
+        f"median {result.drift['median']:.3f}. Look at {escape(str(result.folder / 'sheet.png'))}."
+    )
+    for row in result.drawn:
+        console.tell(console.drawn(row))
+    if not result.forgotten:
+        console.complain("The target is still generated.", "Raise --max-train-steps or lower --retain-weight.")
+    elif not result.replaced:
+        console.complain(
+            "The target is gone, but something else than the surrogate is drawn.",
+            "Raise --max-train-steps, or give a --surrogate that the model can draw: look at the sheet.",
         )
-        for row in result.drawn:
-            console.err.print(console.drawn(row), soft_wrap=True)
-        if not result.forgotten:
-            console.err.print(
-                "[red]The target is still generated.[/] Raise --max-train-steps or lower --retain-weight."
-            )
-        elif not result.replaced:
-            console.err.print(
-                "[red]The target is gone, but something else than the surrogate is drawn.[/] Raise --max-train-steps, "
-                "or give a --surrogate that the model can draw: look at the sheet."
-            )
-        console.say(str(result.output))
+    else:
+        console.tell(f"Next, collect the evidence: {escape(console.verify_command(config))}")
+    console.say(str(result.output))
 
 
 @command(app, "verify", "VerifyConfig")
 def verify(config: Any, *, as_json: AsJson = False, dry_run: DryRun = False) -> None:
-    """Judge a patch or a checkpoint: is the target gone, is the rest still there?
+    """Judge a patch or a checkpoint beside its base.
 
-    Passing is evidence, never a certificate.
+    \b
+    Examples:
+      unforget verify --model faces --patch face.patch --html report.html
+      unforget verify --model sd3 --candidate sd3-patched --target face.png --level quick --json
 
-    Example: unforget verify --model faces --patch face.patch --report report.json --html report.html
+    Is the target gone, is the rest still there? Passing is evidence, never a certificate.
     """
     from unforget import api
 
     if dry_run:
-        plan = api.plan_verify(config)
-        console.err.print(console.costs_table(plan))
-        console.print_json({**config.model_dump(mode="json"), **plan})
-        return
+        _rehearsed(config, as_json)
     with ExitStack() as bar:
-        progress = bar.enter_context(console.console_progress())
+        progress = bar.enter_context(console.progress())
 
         def tell(result: Report) -> None:
             bar.close()
@@ -147,9 +162,9 @@ def _judged(result: Report, as_json: bool) -> None:
     if as_json:
         console.say(result.text())
     else:
-        console.err.print(console.checks_table(result))
+        console.tell(console.checks_table(result))
         for noted in result.robustness:
-            console.err.print(escape(f"{noted.target[:8]} {noted.probe}: {noted.sentence}"), soft_wrap=True)
+            console.tell(escape(f"{noted.target[:8]} {noted.probe}: {noted.sentence}"))
         console.say(f"{result.verdict}: {result.summary}")
         for sentence in words.rates(result):
             console.say(sentence)
@@ -158,15 +173,18 @@ def _judged(result: Report, as_json: bool) -> None:
 
 @command(app, "export", "ExportConfig")
 def export(config: Any, *, as_json: AsJson = False) -> None:
-    """Write the base with patches on in a form that stock loaders open.
+    """Write base and patches in a form that stock loaders open.
 
-    It is opened and compared, weights and an image, before the command says done.
+    \b
+    Examples:
+      unforget export --model faces --patch face.patch -o faces-patched
+      unforget export --model sd3 --patch face.patch --format lora -o sd3-lora
 
-    Example: unforget export --model faces --patch face.patch -o faces-patched
+    What is written is opened and compared, weights and an image, before the command says done.
     """
     from unforget import api
 
-    with console.console_progress() as progress:
+    with console.progress() as progress:
         done = api.export(config, progress)
     if as_json:
         console.print_json({"output": str(done.output), "url": done.url, **done.manifest.model_dump(mode="json")})
@@ -178,18 +196,20 @@ def export(config: Any, *, as_json: AsJson = False) -> None:
 def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Remove all entries.")] = False, as_json: AsJson = False
 ) -> None:
-    """Say where the cache lies, what it holds, and how much it may.
+    """Say where the cache lies and what it holds.
+
+    \b
+    Examples:
+      unforget cache
+      unforget cache --clear
 
     It holds images that models drew, perhaps targets among them, and figures. $UNFORGET_CACHE says where it lies,
     $UNFORGET_CACHE_SIZE how much it may take, such as 4GiB; what was not used for longest goes first.
-
-    Example: unforget cache --clear
     """
     from unforget.files import cache as kept
 
     removed = kept.clear() if clear else None
-    sizes = [path.lstat().st_size for path in kept.entries()]
-    found = {"folder": kept.cache_folder(), "entries": len(sizes), "bytes": sum(sizes), "limit": kept.limit()}
+    found = kept.state()
     if as_json:
         console.print_json({**found, **({"removed": removed} if clear else {})})
     else:
@@ -201,9 +221,14 @@ def show(
     path: Annotated[Path, typer.Argument(help="Patch, exported file or folder, or any .safetensors file.")],
     as_json: AsJson = False,
 ) -> None:
-    """Say where a patch or an export came from: base, targets (by digest), recipe, rounding, verdict, versions.
+    """Say where a patch or an export came from.
 
-    Example: unforget show face.patch
+    \b
+    Examples:
+      unforget show face.patch
+      unforget show faces-patched --json
+
+    That is its base, targets (by digest), recipe, rounding, verdict and versions.
     """
     from unforget import api
 
@@ -212,3 +237,47 @@ def show(
         console.print_json(found.said)
     else:
         console.out.print(console.shown(found))
+
+
+@app.command(context_settings=SETTINGS)
+def doctor(as_json: AsJson = False) -> None:
+    """Say what this machine has: devices, libraries, disk.
+
+    \b
+    Examples:
+      unforget doctor
+      unforget doctor --json
+
+    Exit code 3 means that something is missing without which nothing runs. The hub's token is never shown.
+    """
+    from unforget.cli import doctor
+
+    found = doctor.look()
+    wrong = doctor.wrong(found)
+    if as_json:
+        console.print_json({**found, "wrong": wrong})
+    else:
+        console.out.print(console.doctor_table(found))
+        for sentence in wrong:
+            console.err.print(f"[red]{escape(sentence)}[/]", soft_wrap=True)
+    console.leave(ExitCode.CANNOT_RUN if wrong else ExitCode.OK)
+
+
+@app.command(context_settings=SETTINGS)
+def models(as_json: AsJson = False) -> None:
+    """List the names of models, and what each family can do.
+
+    \b
+    Examples:
+      unforget models
+      unforget models --json
+
+    Memory to unlearn is told of models whose configuration lies on this disk: nothing is downloaded.
+    """
+    from unforget import api
+
+    found = api.models()
+    if as_json:
+        console.print_json({"families": found})
+    else:
+        console.say(console.models_list(found))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
@@ -14,11 +16,12 @@ from rich.markup import escape
 from rich.table import Column, Table
 from rich.text import Text
 
-from unforget.cli.ending import PROCESS, line, told
-from unforget.errors import UsageError, printable, redacted
+from unforget.cli.ending import PROCESS, told
+from unforget.errors import UsageError, printable
 
 if TYPE_CHECKING:
-    from unforget.core.types import Progress
+    from unforget.cli.progress import ConsoleProgress
+    from unforget.config import UnlearnConfig
     from unforget.exports.show import Shown
     from unforget.verification.report import Check, Report
 
@@ -32,6 +35,8 @@ class _Console(Console):
 
 err = _Console(stderr=True, highlight=False, emoji=False, quiet=PROCESS > 0)
 out = _Console(highlight=False, emoji=False)
+voice = SimpleNamespace(quiet=False, verbose=False)
+"""How much is said: what --quiet and --verbose set."""
 UNPARSED: type[Exception] = typer.BadParameter.__mro__[2]
 """What the parser raises: typer gives no name to the class of all its errors."""
 SIGNS = {"at least": "\u2265", "at most": "\u2264"}
@@ -42,6 +47,24 @@ OF_A_PATCH = {"base", "digest", "targets", "surrogates", "prompts", "earlier", "
 def say(text: str) -> None:
     """A result on stdout."""
     typer.echo(printable(text))
+
+
+def tell(text: Any) -> None:
+    """A table or a sentence beside the result, on stderr, unless --quiet."""
+    if not voice.quiet:
+        err.print(text, soft_wrap=isinstance(text, str))
+
+
+def complain(sentence: str, hint: str) -> None:
+    """What is wrong with a result, on stderr, however quiet."""
+    err.print(f"[red]{escape(sentence)}[/] {escape(hint)}", soft_wrap=True)
+
+
+def progress() -> ConsoleProgress:
+    """How far the command is, as much of it as is wanted."""
+    from unforget.cli.progress import ConsoleProgress
+
+    return ConsoleProgress(quiet=voice.quiet, verbose=voice.verbose)
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -67,30 +90,89 @@ def cache_table(found: dict[str, Any], removed: int | None) -> Table:
     return table
 
 
-def before_after(rows: list[dict[str, Any]]) -> Table:
-    """What `unlearn` changed, a row a target and noise level."""
-    title = "Reconstructions of the target: RMS to target / surrogate, share nearer to the surrogate"
-    table = Table("target", "probe", "before", "after", title=title)
-    for row in rows:
-        sides = [
-            f"{row[s]['to_target']:.2f} / {row[s]['to_surrogate']:.2f}  {row[s]['nearer_surrogate']:.0%}"
-            for s in ("before", "after")
-        ]
-        table.add_row(str(row["target"])[:8], str(row["probe"]), *sides)
+def doctor_table(found: dict[str, Any]) -> Table:
+    """What this machine has, a row a thing."""
+    table = Table(Column(style="bold"), Column(overflow="fold"), show_header=False, box=None, pad_edge=False)
+    table.add_row("unforget", escape(f"{found['unforget']}, Python {found['python']}, {found['platform']}"))
+    for title, packages in {"libraries": found["libraries"], **found["extras"]}.items():
+        row = title if title == "libraries" else f"extra {title}"
+        table.add_row(row, escape(", ".join(_package(*p) for p in packages.items())))
+    for said in found["devices"].values():
+        table.add_row("device", escape(_text(said)))
+    for part in ("hub", "cache", "disk"):
+        table.add_row(part, escape(_text(found[part])))
     return table
+
+
+def _package(name: str, found: dict[str, Any]) -> str:
+    return f"{name} {found['version'] or 'missing'}" + ("" if found["ok"] or not found["version"] else " (too old)")
+
+
+def models_list(families: list[dict[str, Any]]) -> str:
+    """The models that have a name, under what their family can do; lines that no width cuts."""
+    lines = []
+    for family in families:
+        prompts = "prompts" if family["prompts"] else "no prompts"
+        trained, formats = (", ".join(family[name]) for name in ("trained", "formats"))
+        lines.append(f"{family['title']}: {prompts}; trains {trained}; exports {formats}")
+        for model in family["names"]:
+            memory = "" if model["memory_gib"] is None else f"; {model['memory_gib']:.1f} GiB to unlearn"
+            lines.append(f"  {model['name']:15}{model['source']}; tested: {model['tested']}{memory}")
+    return "\n".join(lines)
+
+
+def before_after(rows: list[dict[str, Any]]) -> Table:
+    """What `unlearn` changed, a row a target, prompt and noise level, and what it is judged by."""
+    title = "What comes back of a noised target: RMS to target / surrogate, share nearer to that"
+    names = ("target", "prompt", "at", "before", "after", "nearer", "wanted")
+    table = Table(
+        *(Column(name, no_wrap=name in ("target", "before", "after"), overflow="fold") for name in names), title=title
+    )
+    for row in rows:
+        before, after = (row[side] for side in ("before", "after"))
+        sides = (f"{s['to_target']:.2f} / {s['to_surrogate']:.2f}" for s in (before, after))
+        share = " to ".join(f"{s['nearer_surrogate']:.0%}" for s in (before, after))
+        judged = f"{SIGNS['at least']} 50%" if row["judged"] else "not judged"
+        where = (str(row["target"])[:8], escape(row["prompt"]) or "none", row["probe"].partition("@")[2])
+        table.add_row(*where, *sides, share, judged)
+    return table
+
+
+STOPPED = {
+    "margin": "stopped early, for the margin to the surrogate was held (--stop-margin)",
+    "budget": "all that --max-train-steps gives, which is no failure: the rows above say what came of it",
+}
+"""How a run ended, as people are told."""
+
+
+def verify_command(config: UnlearnConfig) -> str:
+    """The command that judges what a run of `unlearn` wrote: the same model, opened in the same way."""
+    from unforget.config import ModelConfig
+    from unforget.config.commands import command_line
+
+    fields = [name for name in ModelConfig.model_fields if name not in ("seed", "force")]
+    return command_line(config, fields, "verify", patch=config.output, html=config.output.with_suffix(".html"))
 
 
 def costs_table(plan: dict[str, Any]) -> Table:
-    """What a run will cost: network passes by stage, memory, and time where a pass was timed."""
-    table = Table("stage", Column("passes, at least", justify="right"), Column("at most", justify="right"))
-    for name, (least, most) in plan["passes"].items():
-        table.add_row(name, f"{least:,}", f"{most:,}", style="bold" if name == "in all" else "")
-    table.caption = f"memory {plan['memory_gib']['peak']:.2f} GiB"
-    if "hours" in plan:
-        least, most = plan["hours"]
-        timed = f"{plan['seconds_a_pass']:.3g} s a pass (the median of three, timed here)"
-        table.caption += f"; {timed}: {least:.2f} to {most:.2f} hours, less what the cache holds"
+    """Whether a command would run, and what it would take: network passes by stage, and time if a pass was timed."""
+    free = "" if plan["free_gib"] is None else f" of {plan['free_gib']:.1f} that are free"
+    memory = f"{plan['memory_gib']['peak']:.2f} GiB{free} on {escape(plan['computes_on'])}"
+    would = "It would run" if plan["would_run"] else "[red]It would not run: more memory is needed than there is[/]"
+    pass_takes = plan.get("seconds_a_pass")
+    figures = (Column(name, justify="right") for name in ("passes", "at most", "time", "at most"))
+    table = Table(Column("stage", no_wrap=True), *figures, title=f"{would}; {memory}", title_justify="left")
+    for name, counts in plan["passes"].items():
+        times = [duration(pass_takes * n) if pass_takes else "" for n in counts]
+        table.add_row(name, *(f"{n:,}" for n in counts), *times, style="bold" if name == "in all" else "")
+    if pass_takes:
+        table.caption = f"{pass_takes:.3g} s a pass (the median of three, timed here), less what the cache holds"
     return table
+
+
+def duration(seconds: float) -> str:
+    """A time as h:mm:ss."""
+    return str(timedelta(seconds=round(seconds)))
 
 
 def candidates_table(rows: list[dict[str, Any]]) -> Table:
@@ -98,7 +180,7 @@ def candidates_table(rows: list[dict[str, Any]]) -> Table:
     table = Table("pick", "how", "distance", "typicality", "sharpness", "accepted", title="Candidates, best first")
     for row in rows[:10]:
         figures = (f"{row['distance']:.3f}", f"{row['typicality']:.3f}", f"{row['quality']:.2f}")
-        table.add_row(str(row["pick"]), str(row["label"]), *figures, "yes" if row["accepted"] else "no")
+        table.add_row(str(row["pick"]), str(row["label"]), *figures, "yes" if row["accepted"] else row["refused"])
     return table
 
 
@@ -157,9 +239,11 @@ def _rows(table: Table, said: dict[str, Any]) -> None:
 
 def _text(value: Any) -> str:
     """A value as people read it: a table in one line, a list of texts one under another, long numbers in groups."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, dict):
         inner = ((k, f"({_text(v)})" if isinstance(v, dict) else _text(v)) for k, v in value.items())
-        return ", ".join(f"{k} {v}" for k, v in inner)
+        return ", ".join(f"{k.replace('gib', 'GiB').replace('_', ' ')} {v}" for k, v in inner)
     if isinstance(value, list):
         return ("\n" if any(isinstance(v, (str, dict)) for v in value) else " ").join(_text(v) for v in value)
     if isinstance(value, float):
@@ -174,33 +258,6 @@ def drawn(row: dict[str, Any]) -> str:
 
 
 @contextmanager
-def console_progress() -> Iterator[Progress]:
-    """A bar on stderr, or nothing when it is not a terminal. Notes are always said."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bar
-
-    from unforget.core.types import Progress
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Bar(*columns, TextColumn("{task.fields[figures]}"), console=err, disable=not err.is_terminal or PROCESS > 0)
-    with bar:
-        task = bar.add_task("loading", total=None, figures="")
-
-        def stage(title: str, total: int) -> None:
-            nonlocal task
-            task = bar.add_task(title, total=total, figures="")
-
-        def advance(n: int = 1, **figures: Any) -> None:
-            shown = [f"{k} {figures[k]:.3g}" for k in ("forget", "retain", "cosine", "margin") if k in figures]
-            bar.update(task, advance=n, total=figures.get("of"), figures="  ".join(shown))
-
-        def note(sentence: str) -> None:
-            err.print(f"note: {escape(line(redacted(sentence)))}", style="yellow", soft_wrap=True)
-
-        yield Progress(stage, advance, note)
-
-
-@contextmanager
 def old_names() -> Iterator[None]:
     """Say which names of earlier versions were given."""
     with warnings.catch_warnings(record=True) as found:
@@ -211,20 +268,22 @@ def old_names() -> Iterator[None]:
 
 
 @contextmanager
-def errors() -> Iterator[None]:
-    """Turn what went wrong into a sentence, a way out and an exit code."""
+def errors(args: Sequence[str]) -> Iterator[None]:
+    """Turn what went wrong with these arguments into a sentence, a way out and an exit code, as JSON if they say so."""
+    as_json = "--json" in args
     try:
         yield
     except (typer.Exit, SystemExit):
         raise
     except BaseException as error:
         if not isinstance(error, UNPARSED):
-            raise typer.Exit(told(error)) from None
+            raise typer.Exit(told(error, as_json=as_json)) from None
         if type(error).__name__ == "NoArgsIsHelpError":  # it shows the help
             raise
         path = error.ctx.command_path if getattr(error, "ctx", None) else "unforget"  # type: ignore[attr-defined]
         sentence = error.format_message()  # type: ignore[attr-defined]
-        raise typer.Exit(told(UsageError(sentence, f"See `{path} --help`."))) from None
+        wrong = UsageError(sentence, f"See `{path} --help`.")
+        raise typer.Exit(told(wrong, as_json=as_json)) from None
 
 
 def leave(code: int) -> NoReturn:

@@ -7,6 +7,7 @@ imported, or cannot be.
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import signal
@@ -55,12 +56,13 @@ def guarded(main: Callable[[], object]) -> NoReturn:
     sys.exit(code)
 
 
-def told(error: BaseException) -> int:
-    """Say in a sentence what went wrong; returns the exit code."""
+def told(error: BaseException, *, as_json: bool = False) -> int:
+    """Say in a sentence what went wrong, and on stdout for machines; returns the exit code."""
     found = _explained(error)
     where = f"process {PROCESS}: " if PROCESS else ""
     bold = ("\x1b[1;31m", "\x1b[0m") if sys.stderr.isatty() and not os.environ.get("NO_COLOR") else ("", "")
-    text = f"{bold[0]}error:{bold[1]} {where}{line(redacted(found.message))}\n"
+    sentence = line(redacted(found.message))
+    text = f"{bold[0]}error:{bold[1]} {where}{sentence}\n"
     if found.hint:
         text += f"  {line(found.hint)}\n"
     if os.environ.get("UNFORGET_DEBUG") == "1":
@@ -68,6 +70,9 @@ def told(error: BaseException) -> int:
     try:
         sys.stderr.write(text)
         sys.stderr.flush()
+        if as_json:
+            said = {"error": sentence, "hint": line(found.hint), "exit_code": int(found.code)}
+            sys.stdout.write(json.dumps(said, indent=2) + "\n")
     except OSError:
         pass  # nobody can be told; the code remains
     return found.code

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -10,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
 
 import typer
 import typer.core
-from rich.markup import escape
 
-from unforget.cli.console import errors, old_names
+from unforget.cli.console import errors, old_names, voice
 from unforget.errors import UsageError
 
 if TYPE_CHECKING:
@@ -22,13 +22,27 @@ if TYPE_CHECKING:
 
 BODIES: dict[str, tuple[Callable[..., None], str]] = {}
 """The body of each command whose options are generated, and the name of its configuration."""
-SETTINGS = {"help_option_names": ["-h", "--help"], "token_normalize_func": lambda name: name.replace("_", "-")}
+SETTINGS = {
+    "help_option_names": ["-h", "--help"], "token_normalize_func": lambda name: name.replace("_", "-"),
+    "max_content_width": 100,
+}  # fmt: skip
 """An option may be written with underscores, as in diffusers' scripts."""
-WIDEST = 40  # characters of choices that the column of types has room for
 TYPES = (bool, int, float, Path)  # what Typer parses; the rest is text until the configuration is checked
 ConfigFile = Annotated[Path | None, typer.Option(help="TOML file, its keys the names of these options, which beat it.")]
 NEARBY = "unforget.toml or pyproject.toml in this folder"
 PolicyFile = Annotated[Path | None, typer.Option(help="What your team agreed on.", show_default=NEARBY)]
+
+
+def _voice(context: typer.Context, option: typer.CallbackParam, wanted: bool) -> None:
+    setattr(voice, str(option.name), wanted)
+    if voice.verbose:  # before they are imported
+        os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["DIFFUSERS_VERBOSITY"] = "warning"
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=_voice, help="Say nothing but the result and notes.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", callback=_voice, help="Say more: figures, and what the libraries warn of.")
+]
 
 
 class Commands(typer.core.TyperGroup):
@@ -38,17 +52,18 @@ class Commands(typer.core.TyperGroup):
         name, found, rest = super().resolve_command(ctx, args)
         if name not in BODIES:
             return name, found, rest
-        single = typer.Typer(add_completion=False, rich_markup_mode="rich")
+        single = typer.Typer(add_completion=False, rich_markup_mode=None)
         single.command(name, cls=Command, context_settings=SETTINGS)(_generated(*BODIES[name]))
         return name, typer.main.get_command(single), rest
 
-    def make_context(self, *given: Any, **more: Any) -> Any:
-        with errors():
-            return super().make_context(*given, **more)
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        self._args = tuple(args)
+        with errors(self._args):
+            return super().make_context(info_name, args, parent, **extra)
 
     def invoke(self, ctx: Any) -> Any:
         """Parse what follows and run the command: whatever comes of it has one of our exit codes."""
-        with errors():
+        with errors(self._args):
             try:
                 return super().invoke(ctx)
             except SystemExit as left:  # no command of ours leaves so: its code would pass for a verdict
@@ -56,7 +71,16 @@ class Commands(typer.core.TyperGroup):
 
 
 class Command(typer.core.TyperCommand):
-    """Takes the options of earlier versions for the new ones."""
+    """Takes the options of earlier versions for the new ones; lists options under the headings that they name."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            row = param.get_help_record(ctx)
+            panels.setdefault(getattr(param, "rich_help_panel", None) or "Options", []).extend([row] if row else [])
+        for heading, rows in panels.items():
+            with formatter.section(heading):
+                formatter.write_dl(rows)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         from unforget.config.base import current, spelled
@@ -103,6 +127,7 @@ def _generated(body: Callable[..., None], config: str) -> Callable[..., None]:
 
     parameters = [_keyword("ctx", typer.Context, inspect.Parameter.empty), *fields.values()]
     parameters += [_keyword("config", ConfigFile), *more.values()]
+    parameters += [_keyword("quiet", Quiet, False), _keyword("verbose", Verbose, False)]
     parameters += [_keyword("policy", PolicyFile)] if config == "VerifyConfig" else []
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -151,33 +176,32 @@ def _parameter(model: type[Config], name: str) -> inspect.Parameter:
         return [choice for choice in choices if choice.startswith(incomplete)]
 
     info = typer.Option(
-        f"{flag}/--no-{flag[2:]}" if typed is bool else flag, *said.names, help=_help(field, choices),
-        show_default=not field.is_required() and (said.words or True), metavar=_metavar(kind, choices),
-        rich_help_panel=said.panel or panel or None, autocompletion=complete if choices else None,
+        f"{flag}/--no-{flag[2:]}" if typed is bool else flag, *said.names, help=_help(field),
+        show_default=not field.is_required() and (said.words or True),
+        metavar=None if typed is bool else _metavar(single, choices), rich_help_panel=said.panel or panel or None,
+        autocompletion=complete if choices else None,
     )  # fmt: skip
     default = None if said.words or field.default_factory or field.is_required() else field.default
     default = list(default) if several and default else default
     return _keyword(name, Annotated[(list[typed] if several else typed) | None, info], default)
 
 
-def _help(field: FieldInfo, choices: tuple[str, ...]) -> str:
-    """What the field says, what is too long for the column of types, and when the option may be given."""
+def _help(field: FieldInfo) -> str:
+    """What the field says, and when the option may be given."""
     from unforget.config.base import option_of, spelled
 
     which, *kinds = option_of(field).of or ("",)
     parts = [str(field.description)]
-    parts += [f"One of {', '.join(choices)}."] if choices and _metavar(str, choices) is None else []
     parts += [f"Only for {spelled(which)} {' or '.join(kinds)}."] if which else []
-    return escape(" ".join([*parts, "[required]"] if field.is_required() else parts))
+    return " ".join([*parts, "[required]"] if field.is_required() else parts)
 
 
-def _metavar(kind: Any, choices: tuple[str, ...]) -> str | None:
-    """What stands for the value, where it is not its type."""
+def _metavar(kind: Any, choices: tuple[str, ...]) -> str:
+    """What stands for one value."""
     if choices:
-        text = f"[{'|'.join(choices)}]"
-        return text if len(text) <= WIDEST else None
-    fixed = get_origin(kind) is tuple and get_args(kind)[-1] is not Ellipsis
-    return f"<{','.join(part.__name__ for part in get_args(kind))}>" if fixed else None
+        return f"[{'|'.join(choices)}]"
+    parts = get_args(kind) if get_origin(kind) is tuple else (kind,)
+    return f"<{','.join(part.__name__ for part in parts).lower()}>"
 
 
 def _choices(name: str, kind: Any) -> tuple[str, ...]:

@@ -164,9 +164,8 @@ class ModelConfig(Config):
     """What every command asks about the model and the machine."""
 
     model: str = option(
-        "Model: an alias (faces, flags, ddpm-celebahq, sd1.5, sdxl, sd3, sd3.5-medium, sd3.5-large, flux-dev, "
-        "flux-schnell, flux2-klein, z-image, z-image-turbo, sana, pixart-sigma, dit, ldm-celebahq), a diffusers "
-        "folder, a .safetensors file, or a hub id owner/name[@revision].",
+        "Model: a name that `unforget models` lists, a diffusers folder, a .safetensors file, or a hub id "
+        "owner/name[@revision].",
         names=("-m", "--pretrained-model-name-or-path"),
     )
     pipeline_config: Path | None = option(
@@ -226,6 +225,7 @@ class DrawConfig(ImageConfig):
     )  # fmt: skip
     sampler_steps: int = option("Sampler steps of those images.", 20, ge=2, le=1000)
     near_copy: float = option("RMS at 80 px under which two images are the same one, in [-1, 1].", 0.16, gt=0, lt=2)
+    allow_near_copy: bool = option("Take a surrogate although it is a near-copy, by --near-copy.", False)
     min_distance: float = option("Least RMS of a made surrogate to its target.", 0.2, gt=0, lt=2)
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from unforget.config.base import DrawConfig, beside, option
+from unforget.config.pictures import Picture
 
 INSTRUCT, DRAWN = ("method", "instruct"), ("method", "sdedit", "inpaint", "repaint", "instruct")
 
@@ -23,7 +24,7 @@ class EditConfig(DrawConfig):
 
     COMMAND: ClassVar[str] = "edit-surrogate"
 
-    target: Path = option("Image to replace.", names=("-t",), reads="file")
+    target: Picture = option("Image to replace.", names=("-t",), reads="file")
     output: Path = option(
         "PNG file to write.", beside("target", ".surrogate.png"), "TARGET.surrogate.png", names=("-o",), writes="file"
     )
@@ -35,7 +36,7 @@ class EditConfig(DrawConfig):
     editor_model: str = option(
         "Hub id or folder of an instruction editor.", "black-forest-labs/FLUX.2-klein-4B", of=INSTRUCT
     )
-    donor: Path | None = option("Image to take the pixels from.", None, "none", of=("method", "donor"), reads="file")
+    donor: Picture | None = option("Image to take the pixels from.", None, "none", of=("method", "donor"), reads="file")
     method: Literal["sdedit", "inpaint", "repaint", "instruct", "donor", "blur", "pixelate"] = option(
         "How to edit.", _method, "donor, instruct or inpaint by what is given, else sdedit"
     )
@@ -49,6 +50,11 @@ class EditConfig(DrawConfig):
         "Sampler steps of the editor.", None, "20, 50 for repaint", of=DRAWN, ge=2, le=1000
     )
     pick: int | None = option("Take this candidate of the contact sheet.", None, "the best", ge=1)
+
+    html: Path | None = option(
+        "HTML page to write: all candidates, why some are refused, and the command that takes each.", None, "none",
+        writes="file",
+    )  # fmt: skip
 
     @property
     def sheet(self) -> Path:

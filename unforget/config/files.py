@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from unforget.config.base import Config, named, option_of
+from unforget.config.pictures import PICTURES, located
 from unforget.config.verify import Policy, VerifyConfig
 from unforget.errors import UsageError
 
 C = TypeVar("C", bound=Config)
 LARGEST = 64 << 20  # bytes from which on a TOML file is not read
 PARTS = re.compile(r".*\.(safetensors|bin|model)|(.*[_.])?(config|index|tokenizer|vocab|unforget)\.json|merges\.txt")
-PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".tif", ".tiff", ".bmp", ".gif")
-"""Files of a folder that is read, of a model or of pictures: other outputs may lie there, too."""
+"""Files of a folder that is read, of a model: other outputs may lie there, too."""
 
 
 def build(kind: type[C], given: Mapping[str, Any], file: Path | None = None) -> C:
@@ -79,7 +79,8 @@ def read_policy(found: Path | None) -> dict[str, Any]:
     for name in keys:
         if option_of(Policy.model_fields[name]).reads:
             several = isinstance(keys[name], list)
-            keys[name] = [found.parent / p for p in keys[name]] if several else found.parent / keys[name]
+            paths = [located(Path(p), found.parent) for p in (keys[name] if several else [keys[name]])]
+            keys[name] = paths if several else paths[0]
     return keys
 
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import field_validator, model_validator
 
 from unforget.config.base import MACHINE, Config, DrawConfig, PatchedConfig, beside, option, paired, run_folder
+from unforget.config.pictures import Pictures, Surrogates
 from unforget.core.strategy import Scope, Span
 
 REDIRECTED = ("objective", "surrogate", "random-surrogate")
@@ -106,10 +107,14 @@ class UnlearnConfig(RecipeOptions, DrawConfig, PatchedConfig):
 
     COMMAND: ClassVar[str] = "unlearn"
 
-    target: tuple[Path, ...] = option("Image to forget; repeats.", names=("-t",), reads="file", min_length=1)
-    surrogate: tuple[Path, ...] = option(
-        "Image to generate instead, one for each target, in order.", (), "made", names=("-s",), reads="file"
-    )
+    target: Pictures = option(
+        "Image to forget, or a folder of them; repeats. demo:0 to demo:3 are pictures that `faces` knows.",
+        names=("-t",), reads="file", min_length=1,
+    )  # fmt: skip
+    surrogate: Surrogates = option(
+        "Image to generate instead, one for each target, in order; or a folder, by the targets' names.", (), "made",
+        names=("-s",), reads="file",
+    )  # fmt: skip
     output: Path = option("Patch to write.", beside("target", ".patch"), "TARGET.patch", names=("-o",), writes="file")
     retain: Path | None = option("Folder of retain images.", None, "drawn from the base", reads="folder")
     patch: tuple[Path, ...] = option(
@@ -132,6 +137,10 @@ class UnlearnConfig(RecipeOptions, DrawConfig, PatchedConfig):
         "on for large models, unless the card has room",
         panel=MACHINE,
     )
+    report_to: Literal["tensorboard", "wandb", "trackio"] | None = option(
+        "Tracker that hears of each update, too; needs its package. TensorBoard's files go into NAME.run/logs.", None,
+        "none",
+    )  # fmt: skip
     use_8bit_adam: bool = option("Keep the optimiser's state in 8 bits; needs bitsandbytes.", False, panel=MACHINE)
     mixed_precision: Literal["auto", "no", "bf16"] = option(
         "Precision of the network's passes; auto is bf16 where the machine has it.", "auto", panel=MACHINE

@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from unforget.config.base import MACHINE, Config, ImageConfig, PatchedConfig, PromptConfig, option, paired
+from unforget.config.pictures import Pictures, Surrogates
 
 RENAMED_PROBES = {
     "reword": "paraphrase", "cast": "quantization", "complete": "partial_denoise", "retain": "retention",
@@ -76,14 +77,21 @@ class Policy(PromptConfig):
         "none",
     )  # fmt: skip
     tolerance: float = option("A figure so near its threshold, as a share of it, is borderline.", 0.02, ge=0, lt=1)
-    target: tuple[Path, ...] = option(
-        "Image that must be gone; repeats.", (), "those beside the patch", names=("-t",), reads="file"
+    target: Pictures = option(
+        "Image that must be gone, or a folder of them; repeats.",
+        (),
+        "those beside the patch",
+        names=("-t",),
+        reads="file",
     )
-    surrogate: tuple[Path, ...] = option(
-        "Image that is generated instead, one for each target, in order.", (), "those beside the patch", names=("-s",),
+    surrogate: Surrogates = option(
+        "Image that is generated instead, one for each target, in order; or a folder, by the targets' names.", (),
+        "those beside the patch", names=("-s",),
         reads="file",
     )  # fmt: skip
-    must_retain: tuple[Path, ...] = option("Image that must still be drawn; repeats.", (), "none", reads="file")
+    must_retain: Pictures = option(
+        "Image that must still be drawn, or a folder of them; repeats.", (), "none", reads="file"
+    )
     allow: tuple[Allow, ...] = option("Targets that may still be drawn.", (), hidden=True)
 
     @field_validator("require")

@@ -1,6 +1,10 @@
 """Which device computes: by name, or the first accelerator that is there."""
 
+import os
 import platform
+import re
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +27,7 @@ def chosen(name: str) -> str:
     except RuntimeError:
         device = None
     if device is None or (device.index or 0) >= _count(device.type):
-        raise UsageError(f"torch has no device '{name}' here", f"Give --device {', '.join(_there())}.")
+        raise UsageError(f"torch has no device '{name}' here", f"Give --device auto, {', '.join(there())}.")
     return name
 
 
@@ -42,6 +46,20 @@ def machine(name: str) -> list[object]:
     ]  # fmt: skip
 
 
+def room(name: str) -> tuple[int, int]:
+    """Bytes that are free on a device, and all that it has; 0 where nobody can tell."""
+    if (kind := torch.device(name).type) == "cuda":
+        free, every = torch.cuda.mem_get_info(name)
+        return int(free), int(every)
+    if kind != "cpu" or not hasattr(os, "sysconf"):
+        return 0, 0
+    free, every = (os.sysconf(n) * os.sysconf("SC_PAGE_SIZE") for n in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"))
+    with suppress(OSError):  # Linux tells how much the disk's cache would give back, too
+        said = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+        free = int(said[1]) * 1024 if said else free
+    return free, every
+
+
 def memory(name: str) -> int:
     """Bytes that this process may have of a card's memory, with what it has; 0 where torch cannot tell."""
     device = torch.device(name)
@@ -58,8 +76,8 @@ def _count(kind: str) -> int:
     return int(module.device_count()) if hasattr(module, "device_count") and module.is_available() else 0
 
 
-def _there() -> list[str]:
-    """Names of all devices, `auto` first."""
+def there() -> list[str]:
+    """Names of all devices."""
     counts = {kind: _count(kind) for kind in ("cpu", *ACCELERATORS)}
     several = (f"{kind}:{i}" for kind, n in counts.items() if n > 1 for i in range(n))
-    return ["auto", *(kind for kind, n in counts.items() if n), *several]
+    return [*(kind for kind, n in counts.items() if n), *several]

@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -59,6 +59,12 @@ def entries() -> list[Path]:
     folder = cache_folder()
     files = [p for p in folder.iterdir() if ENTRY.fullmatch(p.name)] if folder and folder.is_dir() else []
     return [path for _, path in sorted((p.lstat().st_mtime_ns, p) for p in files)]
+
+
+def state() -> dict[str, Any]:
+    """Where the cache lies, how many entries it has, and bytes: those that they take, and those that they may."""
+    sizes = [path.lstat().st_size for path in entries()]
+    return {"folder": cache_folder(), "entries": len(sizes), "bytes": sum(sizes), "limit": limit()}
 
 
 def clear() -> int:

@@ -3,7 +3,7 @@
 import base64
 import html
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +12,7 @@ from unforget.errors import printable
 from unforget.files.images import to_pil
 from unforget.reports.contact_sheet import Row
 from unforget.reports.rendering import template
+from unforget.surrogate.ranking import Candidate
 from unforget.verification.report import Report
 
 SMALL = 128
@@ -31,8 +32,17 @@ def page(report: Report, rows: Sequence[Row] = ()) -> str:
             }
             for k, (image, caption) in enumerate(row, 1)
         ])  # fmt: skip
-    escaping = template("report.html.jinja", lambda text: html.escape(printable(text)))
-    return escaping.render(report=report, images=groups)
+    return _rendered("report", report=report, images=groups)
+
+
+def picker(target: Tensor, ranked: Sequence[Candidate], picked: int, command: Callable[[int, Candidate], str]) -> str:
+    """All candidates for a target's surrogate, best first, with the command that takes each."""
+    rows = [(number, c, _source(c.image), command(number, c)) for number, c in enumerate(ranked, 1)]
+    return _rendered("candidates", target=_source(target), size=target.shape[-2:], rows=rows, picked=picked)
+
+
+def _rendered(name: str, **values: Any) -> str:
+    return template(f"{name}.html.jinja", lambda text: html.escape(printable(text))).render(values)
 
 
 def _source(image: Tensor) -> str:

@@ -6,7 +6,7 @@ draws already: to send a target's share to another memorised image would only mo
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,7 +41,12 @@ class Candidate:
     typicality: float = 0.0  # to the base's reconstruction of it; small is what the base could draw
     strays: float = 0.0  # small when the edit lies among those whom a noised target may be taken for
     score: float = 0.0  # smaller is better
+    refused: str = ""  # why it is no surrogate, if it is none
     accepted: bool = False  # another instance than the target, of fair quality, and nobody the base draws already
+
+    def nearest(self) -> float:
+        """Distance to the nearest of all that it must not be."""
+        return min(self.distance, self.familiar, self.moved)
 
 
 def rank(
@@ -67,10 +72,24 @@ def rank(
     scored = []
     for i, candidate in enumerate(candidates):
         c = replace(candidate, **{name: values[i].item() for name, values in figures.items()})
-        another = c.distance >= distance and c.redrawn >= REDRAWN and min(c.familiar, c.moved) >= near_copy
+        refused = ", ".join(_refused(c, distance, near_copy))
         score = abs(c.distance - distance) + 3 * c.typicality + 0.3 * c.strays + 0.1 * abs(c.quality - 1)
-        scored.append(replace(c, score=score, accepted=another and QUALITY <= c.quality <= 1 / QUALITY))
+        scored.append(replace(c, score=score, refused=refused, accepted=not refused))
     return sorted(scored, key=lambda c: (not c.accepted, c.score))
+
+
+def _refused(c: Candidate, distance: float, near_copy: float) -> Iterator[str]:
+    """Why a candidate is not another instance of fair quality that the base does not draw; nothing if it is."""
+    if c.distance < distance:
+        yield f"too near the target ({c.distance:.2f}, under {distance:g})"
+    if c.redrawn < REDRAWN:
+        yield f"the same drawing ({c.redrawn:.0%} is another, under {REDRAWN:.0%})"
+    if c.moved < near_copy:
+        yield f"the target in another place ({c.moved:.2f}, under {near_copy:g})"
+    if c.familiar < near_copy:
+        yield f"what the base draws already ({c.familiar:.2f}, under {near_copy:g})"
+    if not QUALITY <= c.quality <= 1 / QUALITY:
+        yield f"{'blurred' if c.quality < 1 else 'noisy'} ({c.quality:.2f} of the target's sharpness)"
 
 
 def _moved(canvas: Canvas, images: Tensor) -> Tensor:

@@ -17,12 +17,19 @@ from unforget.errors import CannotRun
 
 @dataclass(frozen=True)
 class Compute:
-    """What costs or saves memory and time, and may change the last bits; fields as in the configuration."""
+    """What costs or saves memory and time, and may change the last bits; fields as in the configuration.
+
+    CannotRun if a package is missing.
+    """
 
     micro_batch: int | None = None
     mixed_precision: Literal["auto", "no", "bf16"] = "no"
     use_8bit_adam: bool = False
     gradient_checkpointing: bool = False  # blocks are computed again in the backward pass
+
+    def __post_init__(self) -> None:
+        if self.use_8bit_adam:
+            _adam8bit()
 
     def half(self, device: torch.device) -> bool:
         """Whether passes are computed in bfloat16 on a device."""
@@ -35,13 +42,16 @@ class Compute:
 
 def adam(weights: list[nn.Parameter], learning_rate: float, *, eight_bit: bool = False) -> torch.optim.Optimizer:
     """Adam with a short memory, its state in 8 bits on request."""
-    if not eight_bit:
-        return torch.optim.Adam(weights, lr=learning_rate, betas=(0.9, 0.99))
+    kind = _adam8bit() if eight_bit else torch.optim.Adam
+    return kind(weights, lr=learning_rate, betas=(0.9, 0.99))
+
+
+def _adam8bit() -> Any:
     try:
         from bitsandbytes.optim import Adam8bit
     except ImportError:
         raise CannotRun("8-bit Adam needs bitsandbytes", "Install unforget-diffusion[8bit].") from None
-    return Adam8bit(weights, lr=learning_rate, betas=(0.9, 0.99))  # type: ignore[no-any-return]
+    return Adam8bit
 
 
 def matched_rate(network: nn.Module, weights: list[nn.Parameter], share: float) -> float:

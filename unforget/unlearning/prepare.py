@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unforget.core import passes
-from unforget.core.metrics import pairwise_rms, shows
+from unforget.core.metrics import pairwise_rms, rms, shows
 from unforget.core.passes import is_large
 from unforget.core.registration import UNRELATED, carried, misfit
 from unforget.core.types import UNCONDITIONAL, Family, Instance, Pool, Progress
@@ -37,6 +37,7 @@ class RunInputs:
     retain_count: int | None = None
     sampler_steps: int = 20
     near_copy: float = 0.16
+    allow_near_copy: bool = False  # whether a surrogate that was given may be one of its target
     min_distance: float = 0.2
     seed: int = 0
     salt: str = ""  # of the ids of images
@@ -47,6 +48,11 @@ class RunInputs:
         for k, (target, surrogate) in enumerate(zip(self.targets, self.surrogates, strict=False), 1):
             if torch.equal(target, surrogate):
                 raise UsageError(f"surrogate {k} is its target", "Make one with `unforget edit-surrogate`.")
+            if (near := float(rms(target[None], surrogate[None]))) < self.near_copy and not self.allow_near_copy:
+                sentence = (
+                    f"surrogate {k} is a near-copy of its target: their RMS is {near:.3f}, under {self.near_copy:g}"
+                )
+                raise UsageError(sentence, "Give another picture, or say --allow-near-copy.")
         if len({images.image_id(t) for t in self.targets}) < len(self.targets):
             raise UsageError("a target is given twice", "Give each picture once.")
 

@@ -1,7 +1,6 @@
 """One run: prepare, train, and the difference as a patch."""
 
 import json
-import shutil
 import signal
 import threading
 from dataclasses import dataclass
@@ -64,7 +63,7 @@ def run(
         raise
     made = patch()
     if not made.tensors:
-        shutil.rmtree(directory.folder)
+        directory.remove()
         raise NothingChanged("the run ended with the weights it began with", "Raise --learning-rate.")
     stopped = "margin" if trainer.lr_schedule.reached else "budget"
     return Trained(base, prepared, made, trainer.done, stopped, trainer.margin)

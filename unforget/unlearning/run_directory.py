@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unforget.core import distributed
 from unforget.core.types import Family, Instance, Pool
-from unforget.errors import UsageError
+from unforget.errors import Interrupted, Terminated, UnforgetError, UsageError
 from unforget.files.storage import (
     BadFile,
     atomic_output,
@@ -77,10 +77,30 @@ class RunDirectory:
         if distributed.is_main():
             self.folder.mkdir(parents=True, exist_ok=True)
             self.folder.chmod(0o700)  # it holds targets
-            for pattern in FILES:
-                for path in self.folder.glob(pattern):
-                    path.unlink()
+            self._empty()
             self._write()
+
+    def _empty(self) -> None:
+        for path in (p for pattern in FILES for p in self.folder.glob(pattern)):
+            path.unlink()
+
+    def remove(self) -> None:
+        """Remove all that a run left; the user's own files stay, and the folder with them."""
+        if distributed.is_main() and self.folder.is_dir():
+            self._empty()
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
+
+    @contextlib.contextmanager
+    def begun(self) -> Iterator[None]:
+        """`begin`; and whoever is refused before the first update can start a corrected command."""
+        self.begin()
+        try:
+            yield
+        except UnforgetError as error:
+            if not isinstance(error, (Interrupted, Terminated)) and not self._lines(None):
+                self.remove()
+            raise
 
     def _write(self) -> None:
         parts = {"asked": self.inputs, "environment": self.environment, "finished": self.finished}
