@@ -207,7 +207,7 @@ def _figures(c: Check) -> list[str]:
     base = "" if c.base is None else f"{c.base:.3g}"
     edge = "borderline " if c.borderline else ""
     return [
-        escape(c.name), c.figure, base, f"{c.candidate:.3g}", f"{SIGNS[c.rule]} {c.threshold:.3g}",
+        escape(c.name), c.meaning, base, f"{c.candidate:.3g}", f"{SIGNS[c.rule]} {c.threshold:.3g}",
         f"[{COLOURS[c.outcome]}]{c.outcome}[/] {edge}{escape(c.note)}",
     ]  # fmt: skip
 
