@@ -100,18 +100,20 @@ def checked(found: Finding, figure: str, rule: Rule, limit: float, policy: Polic
     tolerance. Borderline fails.
     """
     value, threshold, unsure = found.candidate[figure], limit, False
+    low, high = (found.candidate.get(f"{figure}_{end}") for end in ("low", "high"))
     within = value >= limit if rule == "at least" else value <= limit
     if found.draws:
         threshold = needed(rule, limit, found.draws, policy.confidence)
         good = value >= threshold - ROUNDING if rule == "at least" else value <= threshold + ROUNDING
         near, unsure = within and not good, within and not 0 <= threshold <= 1
+        hits = round(value * found.draws)
+        low, high = (bound(hits, found.draws, policy.confidence) for bound in (lower_bound, upper_bound))
     else:
         near = limit != 0 and abs(value - limit) <= policy.tolerance * abs(limit)
         good = within and not near
     return Check(
         **found.place, figure=figure, base=found.base.get(figure), candidate=value,
-        low=found.candidate.get(f"{figure}_low"), high=found.candidate.get(f"{figure}_high"), rule=rule,
-        threshold=limit if unsure else threshold, borderline=near and not unsure,
+        low=low, high=high, rule=rule, threshold=limit if unsure else threshold, borderline=near and not unsure,
         outcome="inconclusive" if unsure else "passed" if good else "failed",
         note="too few draws to tell" if unsure else f"of {found.draws} draws" if found.draws else "",
     )  # fmt: skip
