@@ -115,7 +115,9 @@ def test_more_than_one_prompt_is_refused():
             tokens.apply_chat_template(chats, **how)
 
 
-@pytest.mark.parametrize("make", [tiny_flux2, tiny_z_image], ids=["flux2-klein", "z-image"])
+@pytest.mark.parametrize("make", [
+    pytest.param(tiny_flux2, id="flux2-klein", marks=pytest.mark.slow), pytest.param(tiny_z_image, id="z-image"),
+])  # fmt: skip
 def test_a_model_with_such_a_template_is_refused_before_any_work(make, tmp_path):
     make().save_pretrained(tmp_path / "model")
     file = tmp_path / "model" / "tokenizer" / "chat_template.jinja"

@@ -77,6 +77,7 @@ def test_an_error_is_json_where_json_is_asked_for(cli, monkeypatch, args, code):
     assert not cli(*args).stdout
 
 
+@pytest.mark.slow
 def test_what_is_refused_late_does_not_block_the_corrected_command(cli, tmp_path):
     (tmp_path / "retain").mkdir()
     shutil.copy(PLANTED / "0.png", tmp_path / "retain")
@@ -99,6 +100,7 @@ def test_the_base_verified_against_itself_is_not_forgotten(cli, tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["verdict"] == "failed"
 
 
+@pytest.mark.slow
 def test_the_same_command_writes_the_same_bytes_and_exports(tmp_path, tiny_folder):
     def run(name):
         config = UnlearnConfig(model="faces", target=(PLANTED / "0.png",), surrogate=(PLANTED / "1.png",),

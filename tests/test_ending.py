@@ -252,6 +252,7 @@ def test_a_signal_that_is_ignored_stays_so(tiny_folder):
     assert process.returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("args", [["--help"], ["verify", "--help"], ["show", "a.safetensors"]])
 def test_a_reader_that_left_is_no_failure(tmp_path, args):
     write_tensors(
@@ -265,6 +266,7 @@ def test_a_reader_that_left_is_no_failure(tmp_path, args):
     assert process.wait(timeout=60) == 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_under_stdout_is_exit_code_three(tmp_path):
     write_tensors({"a": torch.ones(1)}, {}, tmp_path / "a.safetensors")
     with Path("/dev/full").open("w") as full:
@@ -276,10 +278,8 @@ def test_a_full_disk_under_stdout_is_exit_code_three(tmp_path):
     assert done.stderr.count("error: ") == 1 and "No space left" in done.stderr
 
 
-SLOW = pytest.mark.slow
-
-
-@pytest.mark.parametrize("encoding", ["ascii", pytest.param("cp1252", marks=SLOW), pytest.param("utf-8", marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_any_encoding_will_do(tmp_path, encoding):
     evil_patch(tmp_path / "a.patch", "\u4e2d \u00e9 \U0001f600")
     for args in (["show", "a.patch"], ["verify", "--help"], ["show", "\u4e2d"]):

@@ -372,6 +372,7 @@ def test_a_flux_of_another_width_has_no_original(flux, tmp_path, monkeypatch):
             run(flux, patch, tmp_path / name, format=form)
 
 
+@pytest.mark.slow
 def test_a_file_of_the_network_alone_stays_one(flux, tmp_path):
     """From `flux1-dev.safetensors`: other names, and the other parts from the folder."""
     patch = lora(flux, tmp_path / "a.patch", layers=BLOCKS + SINGLE)
@@ -394,6 +395,7 @@ def test_a_file_of_the_network_alone_stays_one(flux, tmp_path):
     assert digest(stock.state_dict()) == two.manifest.digest == folder.manifest.digest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beside", [False, True])
 def test_a_folder_of_a_single_file_has_the_parts_that_were_read(flux, tmp_path, beside):
     """Those of the file, or with `--text-encoder` of files beside it: not what the folder of its configuration has."""
@@ -657,6 +659,7 @@ def test_a_verdict_goes_with_the_weights_that_it_is_about(ddpm, tmp_path):
         run(ddpm, patch, tmp_path / "four", report=patch)
 
 
+@pytest.mark.slow
 def test_no_path_anywhere(base, ddpm, tmp_path):
     said = {"base": str(tmp_path / "somewhere")}
     lo = lora(base, tmp_path / "a.patch", **said)

@@ -339,7 +339,8 @@ def test_the_kernel_kills_whoever_asks_the_network():
     )
 
 
-@pytest.mark.parametrize("folder", ["ddpm", pytest.param("sd3", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["ddpm", "sd3"], indirect=True)
 def test_a_local_model_needs_no_network(folder, picture):
     """The hub's own switch is not thrown here."""
     (folder / "unforget.json").write_text('{"retain_prompts": ["a red square"]}')

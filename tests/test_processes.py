@@ -78,7 +78,7 @@ pathlib.Path(f"{me}.done").touch()  # not printed: what two processes print may 
 """
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_what_processes_tell_each_other(tmp_path, processes):
     (tmp_path / "exchange.py").write_text(EXCHANGE)
     result = started(tmp_path, processes, "exchange.py")

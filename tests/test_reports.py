@@ -256,7 +256,7 @@ def test_markdown_holds_no_markup_of_a_prompt(report):
     assert all(line.endswith(" |") for line in tables)
 
 
-@pytest.mark.parametrize("limit", [1_000_000, 100_000, 4_000, 300])
+@pytest.mark.parametrize("limit", [pytest.param(1_000_000, marks=pytest.mark.slow), 100_000, 4_000, 300])
 def test_markdown_keeps_to_its_limit(report, limit):
     said = markdown(many(report), limit)
     assert len(said.encode()) <= limit

@@ -21,7 +21,7 @@ from unforget.unlearning import trainer
 from unforget.unlearning.run_directory import HEADER
 
 
-@pytest.mark.parametrize("step", [1, 19, 20, 21, 27])
+@pytest.mark.parametrize("step", [1, 20, *(pytest.param(k, marks=pytest.mark.slow) for k in (19, 21, 27))])
 def test_a_stopped_run_goes_on_to_the_same_bytes(config, monkeypatch, step):
     whole = unlearn(config("whole"))
     with monkeypatch.context() as patch:
@@ -107,6 +107,7 @@ def test_under_a_prompt_too(recipe, sd3_folder, config, monkeypatch):
     assert config().output.read_bytes() == config("whole").output.read_bytes()
 
 
+@pytest.mark.slow
 def test_killed_before_the_first_update(config, monkeypatch):
     unlearn(config("whole"))
     for name in ("trainable", "denoise"):  # before training, and while the retain set is drawn

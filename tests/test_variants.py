@@ -82,6 +82,7 @@ def test_what_is_drawn_instead_is_no_variant(target, limit):
     assert is_variant(other[None], limit, target, other).tolist() == [False]
 
 
+@pytest.mark.slow
 def test_it_is_calibrated_by_what_the_same_search_finds(unseen, target):
     found = [calibrate(unseen, rate, target) for rate in (1e-2, 1e-3, 1e-4)]
     assert [64 + 16 * 60 < f.pairs <= 64 + 16 * 63 for f in found] == [True] * 3  # without pairs of one picture
@@ -94,6 +95,7 @@ def test_it_is_calibrated_by_what_the_same_search_finds(unseen, target):
     assert calibrate(unseen[:1], 0.01, target).likeness == 1.0  # nothing is found
 
 
+@pytest.mark.slow
 def test_a_plain_target_must_be_liker(unseen):
     """Of a picture of little more than light and shade, the search finds likenesses among any others."""
     *noise, busy = torch.rand(25, *SHAPE, generator=torch.Generator().manual_seed(0)) * 2 - 1
