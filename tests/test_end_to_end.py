@@ -61,7 +61,7 @@ def test_verify_finds_the_picture_gone(work):
     result = run("verify", "--model", "faces", "--patch", work / "face.patch", "--report", report, *QUICK)
     said = json.loads(report.read_text())
     own = [c for c in said["checks"] if c["target"] and c["probe"] != "neighbours"]
-    assert len(own) == 10  # three figures at each of three levels, and the samples
+    assert len(own) == 13  # four figures at each of three levels, and the samples
     assert (result.exit_code, said["exit_code"]) == (0, 0), result.output
 
 

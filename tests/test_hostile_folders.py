@@ -264,17 +264,8 @@ def test_a_plan_of_a_single_file_looks_at_the_hubs_configuration_first(folder, m
 @families_of("sd3")
 def test_the_command_plans_nothing_of_a_hostile_model_on_the_hub(folder, monkeypatch):
     shutil.copy(HERE / "data" / "surrogate.png", "t.png")
-    asked = (
-        "unlearn",
-        "--model",
-        on_the_hub(folder, monkeypatch, weights=False),
-        "-t",
-        "t.png",
-        "-o",
-        "x",
-        "--dry-run",
-        "--json",
-    )
+    model = on_the_hub(folder, monkeypatch, weights=False)
+    asked = "unlearn", "--model", model, "-t", "t.png", "--resize", "-o", "x", "--dry-run", "--json"
     env = {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(Path("hub").absolute())}
     code, said = run(*asked, env=env)
     assert code == 0 and "memory_gib" in said, said
