@@ -174,6 +174,14 @@ def test_a_folder(base, tmp_path):
     families.load(str(done.output))  # it can be patched again
 
 
+def test_factors_in_a_precision_that_nothing_is_written_in(base, tmp_path):
+    patch = lora(base, tmp_path / "a.patch")
+    made = Patch.load(patch)
+    Patch({n: t.double() for n, t in made.tensors.items()}, made.provenance).save(tmp_path / "b.patch")
+    one, other = (run(base, p, tmp_path / f"{p.stem}-lora", format="lora") for p in (patch, tmp_path / "b.patch"))
+    assert one.manifest.digest == other.manifest.digest and other.manifest.dtype == "float32"
+
+
 def test_shards(base, tmp_path):
     patch = lora(base, tmp_path / "a.patch")
     done = run(base, patch, tmp_path / "out", max_shard_size="30KB")

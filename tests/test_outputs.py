@@ -97,6 +97,16 @@ def test_a_place_that_cannot_be_written(cli, here, command, option, path):
     refused(cli, here, [*command, option, path + suffix, "--force"], "error: ")
 
 
+@pytest.mark.parametrize("args", [
+    *([*VERIFY, option, "loop"] for option in ("--report", "--html", "--junit", "--summary", "--attestation")),
+    [*VERIFY, "--save-images", "loop"], [*UNLEARN, "-o", "loop"], [*EDIT, "-o", "loop"], [*EXPORT, "-o", "loop"],
+], ids=lambda a: " ".join(a[-2:]))  # fmt: skip
+def test_links_in_a_circle_are_no_place(cli, here, args):
+    Path("loop").symlink_to("pool")
+    Path("pool").symlink_to("loop")
+    refused(cli, here, [*args, "--force"], "'loop' is no path")
+
+
 @pytest.mark.parametrize("names", [("r", "r"), ("r", "out/../r"), ("r", "./r"), ("link", "r")])
 @pytest.mark.parametrize("options", [("--report", "--html"), ("--junit", "--summary"), ("--summary", "--report")])
 def test_two_outputs_of_one_name(cli, here, names, options):

@@ -1,6 +1,7 @@
 """What the configurations share: how a field says more of its option, and the fields of several commands."""
 
 import difflib
+import errno
 import os
 import warnings
 from collections.abc import Callable, Collection, Mapping
@@ -253,6 +254,14 @@ def paired(target: tuple[Path, ...], surrogate: tuple[Path, ...]) -> None:
     """Refuse surrogates that are not one a target."""
     if surrogate and len(surrogate) != len(target):
         raise ValueError(f"{len(target)} target(s) but {len(surrogate)} surrogate(s)")
+
+
+def real(path: Path) -> Path:
+    """Where a path leads, without links; OSError for links in a circle, on every version of Python."""
+    found = Path(os.path.realpath(path))
+    if found.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    return found
 
 
 def run_folder(patch: Path) -> Path:

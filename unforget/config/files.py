@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from unforget.config.base import Config, named, option_of
+from unforget.config.base import Config, named, option_of, real
 from unforget.config.pictures import PICTURES, located
 from unforget.config.verify import Policy, VerifyConfig
 from unforget.errors import UsageError
@@ -101,6 +101,7 @@ def _check_paths(config: Config, *read: Path | None) -> None:
     force, resume = getattr(config, "force", False), getattr(config, "resume", False)
     known: list[Path] = []
     for path, kind in outputs(config):
+        real(path)
         for other in known:
             if _same(path, other):
                 raise UsageError(f"'{path}' would be written twice", "Give each output a name of its own.")
@@ -137,15 +138,15 @@ def _would_replace(output: Path, kind: str, given: Path) -> bool:
     if _same(output, given):
         return True
     if kind == "run":
-        return output.resolve() in given.resolve().parents
-    inside = output.is_file() and given.is_dir() and given.resolve() in output.resolve().parents
+        return real(output) in real(given).parents
+    inside = output.is_file() and given.is_dir() and real(given) in real(output).parents
     if (given / "model_index.json").exists():
         return inside and PARTS.fullmatch(output.name) is not None
     return inside and output.suffix.lower() in PICTURES
 
 
 def _same(one: Path, other: Path) -> bool:
-    return one.resolve() == other.resolve() or (one.exists() and other.exists() and one.samefile(other))
+    return real(one) == real(other) or (one.exists() and other.exists() and one.samefile(other))
 
 
 def writable(path: Path, force: bool, kind: str = "file") -> None:

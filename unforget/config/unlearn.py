@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import field_validator, model_validator
 
-from unforget.config.base import MACHINE, Config, DrawConfig, PatchedConfig, beside, option, paired, run_folder
+from unforget.config.base import MACHINE, Config, DrawConfig, PatchedConfig, beside, option, paired, real, run_folder
 from unforget.config.pictures import Pictures, Surrogates
 from unforget.core.strategy import Scope, Span
 
@@ -156,7 +156,7 @@ class UnlearnConfig(RecipeOptions, DrawConfig, PatchedConfig):
     def _together(self) -> Self:
         paired(self.target, self.surrogate)
         which = self.resume_from_checkpoint
-        if which not in (None, "latest") and Path(str(which)).resolve() != self.folder.resolve():
+        if which not in (None, "latest") and real(Path(str(which))) != real(self.folder):
             raise ValueError(f"'{which}' is not the run of {self.output}, which is '{self.folder}'")
         return self
 

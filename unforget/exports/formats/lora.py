@@ -13,6 +13,7 @@ from unforget.errors import CannotRun, UsageError
 from unforget.exports.formats.base import HASH, OPEN, Format, Job, model_spec
 from unforget.exports.manifest import ExportManifest, file_digest
 from unforget.exports.merging import MergeStats
+from unforget.exports.rounding import NAMES
 from unforget.families import parts, weights
 from unforget.families.layouts import Layout, grouped, to_original
 from unforget.files.patch import Stack, side_by_side
@@ -55,7 +56,7 @@ class Lora(Format):
             tensors, self.rank = patch.tensors, adapter["rank"]
         else:
             tensors, self.rank = side_by_side(pairs)
-        self.factors = {n: t.to(dtype or t.dtype) for n, t in tensors.items()}
+        self.factors = {n: t.to(dtype or (t.dtype if t.dtype in NAMES else torch.float32)) for n, t in tensors.items()}
         if not all(bool(t.isfinite().all()) for t in self.factors.values()):
             raise CannotRun("a factor does not fit into float16, which ends at 65504", "Give --dtype bfloat16.")
         super().__init__(stack, next(iter(self.factors.values())).dtype)
