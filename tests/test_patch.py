@@ -216,6 +216,7 @@ def test_what_does_not_fit_changes_nothing(network, change):
     found = lora(network, 1)
     found.tensors.update(change)
     before = weights(network)
+    assert set(Stack((found,)).before(network)) <= set(before)  # what has no place is said below
     with pytest.raises(CannotRun, match=r"no place for|NaN"):
         Stack((found,)).apply(network)
     assert same(weights(network), before)

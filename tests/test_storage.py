@@ -186,6 +186,13 @@ def test_json_that_is_none(tmp_path, content):
         read_json(tmp_path / "a.json")
 
 
+def test_a_pipe_is_no_json_file(tmp_path):
+    """Nobody may ever write into it."""
+    os.mkfifo(tmp_path / "a.json")
+    with pytest.raises(BadFile, match=r"'a\.json' is no file"):
+        read_json(tmp_path / "a.json")
+
+
 @pytest.mark.parametrize("kind", ["a device without an end", "a large file"])
 def test_whatever_is_read_as_text_has_a_bound(tmp_path, kind):
     """Each of the readers, of what a user names: lists of prompts, JSON, TOML."""

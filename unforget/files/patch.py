@@ -290,9 +290,9 @@ class Stack:
                 state[changed].copy_(self.merged(changed, state[changed]))
 
     def before(self, network: nn.Module) -> dict[str, Tensor]:
-        """Copies of the tensors that change."""
+        """Copies of the tensors that change, as far as the network has them: `check` says what it lacks."""
         state = network.state_dict()
-        return {n: state[n].clone() for n in self.names()}
+        return {n: state[n].clone() for n in self.names() if n in state}
 
 
 def plain(network: nn.Module) -> dict[str, Tensor]:

@@ -88,7 +88,9 @@ def read_bytes(path: Path, most: int) -> bytes:
 
 
 def read_json(path: Path, *, most: int = MAX_JSON) -> Any:
-    """A JSON file; BadFile if it is too large, too deep, or no JSON."""
+    """A JSON file; BadFile if it is too large, too deep, or no JSON, or a pipe, which may never give anything."""
+    if path.is_fifo():
+        raise BadFile(f"'{path.name}' is no file")
     content = read_bytes(path, most)
     try:
         return json.loads(content)
