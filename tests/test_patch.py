@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from unforget.errors import CannotRun, UsageError
-from unforget.files.patch import HEADER, Patch, Provenance, Stack, joined, plain
+from unforget.files.patch import HEADER, Patch, Provenance, Stack, joined, plain, side_by_side
 from unforget.files.storage import digest, write_tensors
 
 
@@ -169,6 +169,15 @@ def test_loras_lie_side_by_side(network):
     Stack((first, second), (0.5, 1.0)).apply(two)
     for a, b in zip(one.parameters(), two.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.float8_e4m3fn])
+def test_factors_of_any_width_lie_side_by_side(network, kind):
+    one, other = lora(network, 1), lora(network, 2)
+    one.tensors.update({n: t.to(kind) for n, t in one.tensors.items()})
+    tensors, rank = side_by_side([(one, 1.0), (other, 0.5)])
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    assert rank == sum(p.provenance.adapter["rank"] for p in (one, other))
 
 
 def test_weights_and_a_lora_become_weights(patch, network):

@@ -325,7 +325,7 @@ def joined(stack: Stack, patch: Patch, state: Mapping[str, Tensor]) -> Patch:
 
 
 def side_by_side(parts: Sequence[tuple[Patch, float]]) -> tuple[dict[str, Tensor], int]:
-    """The factors of several LoRAs as those of one whose alpha is its rank, and that rank."""
+    """The factors of several LoRAs as those of one whose alpha is its rank, in float32, and that rank."""
     tensors, total = {}, sum((p.provenance.adapter or {})["rank"] for p, _ in parts)
     for name in sorted({n for p, _ in parts for n in p.tensors}):
         dim = 0 if name.endswith(".lora_A.weight") else 1
@@ -334,7 +334,7 @@ def side_by_side(parts: Sequence[tuple[Patch, float]]) -> tuple[dict[str, Tensor
         for patch, scale in parts:
             adapter = patch.provenance.adapter or {}
             size[dim] = adapter["rank"]
-            factor = patch.tensors.get(name, torch.zeros(size, dtype=shown.dtype))
+            factor = patch.tensors.get(name, torch.zeros(size)).float()
             pieces.append(factor if dim == 0 else factor * (scale * adapter["alpha"] / adapter["rank"]))
         tensors[name] = torch.cat(pieces, dim).contiguous()
     return tensors, total
