@@ -116,7 +116,7 @@ class Family(Protocol):
 
     def predict(self, x_t: Tensor, timestep: Tensor, prompt_ids: Tensor) -> Tensor: ...
     def prompt_ids(self, prompts: Sequence[str]) -> Tensor: ...  # (len(prompts),); new ones are embedded and added
-    def embedding(self, prompt_id: int) -> tuple[int, list[Tensor]]: ...  # a new row like it, and what can be trained
+    def learnable_embedding(self, prompt_id: int) -> tuple[int, list[Tensor]]: ...  # a new row like it, and its tensors
     def unload_text_encoders(self) -> None: ...  # what only `prompt_ids` needs
     def made_by(
         self, prompts: Sequence[str]

@@ -150,7 +150,7 @@ class DiffusionModel:
             [[prompt, self._read[self.prompts.index(prompt)]] for prompt in dict.fromkeys(["", *prompts])],
         ]  # fmt: skip
 
-    def embedding(self, prompt_id: int) -> tuple[int, list[Tensor]]:
+    def learnable_embedding(self, prompt_id: int) -> tuple[int, list[Tensor]]:
         """A new row of the table that begins as that of a prompt, and its tensors that gradients may change."""
         row = [tensor.clone() for tensor in self._conditioning[prompt_id]]
         self.prompts.append(f"{self.prompts[prompt_id]} (searched {len(self.prompts)})")

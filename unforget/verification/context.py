@@ -181,7 +181,7 @@ class VerifyContext:
         parts = [self.run(self.models[role], noise, turns)] if len(turns) else []
         for row, end in self._groups(shared, count):
             noise, turns = self.noise("sample", end - row, first=row, fresh=True), _turns(prompt_ids, row, end)
-            parts.append(self.run(self.models[role], noise, turns, way=self._own_way(row, end)))
+            parts.append(self.run(self.models[role], noise, turns, trajectory=self._trajectory(row, end)))
         return torch.cat(parts)
 
     def _groups(self, first: int, count: int) -> list[tuple[int, int]]:
@@ -189,15 +189,15 @@ class VerifyContext:
         edges = [first, *range((first // GROUP + 1) * GROUP, count, GROUP), count]
         return list(pairwise(edges)) if first < count else []
 
-    def _own_way(self, first: int, end: int) -> Trajectory:
+    def _trajectory(self, first: int, end: int) -> Trajectory:
         """How draws of one group come from noise: every other group by ancestral sampling, all by another guidance."""
         group = first // GROUP
         seeds = sampling.seeds(end - first, self.seed, self._fresh("sample steps"), first=first) if group % 2 else None
         usual, chance = self.base.guidance, random.Random(f"guidance {group}/{self.seed}/{self.nonce}")
         guidance = usual and 1 + (usual - 1) * chance.uniform(*GUIDANCE)
-        return Trajectory(self.unforeseen(f"sample {group}"), seeds, guidance)
+        return Trajectory(self.own_timesteps(f"sample {group}"), seeds, guidance)
 
-    def unforeseen(self, purpose: str, start: float | None = None) -> Tensor:
+    def own_timesteps(self, purpose: str, start: float | None = None) -> Tensor:
         """Timesteps from noise, or from `start`, that depend on the nonce: nobody can have trained for them alone."""
         key = f"{purpose}/{self.seed}/{self.nonce}"
         return sampling.irregular(self.base, key, steps=self.policy.sampler_steps, start=start)
@@ -221,23 +221,23 @@ class VerifyContext:
 
     def run(
         self, family: Family, x_t: Tensor, prompt_ids: Tensor | int, *, start: float | None = None,
-        way: Trajectory | None = None,
+        trajectory: Trajectory | None = None,
     ) -> Tensor:  # fmt: skip
         """Images that a model makes from noise, or from noised images at timestep `start`, rounded to 8 bits."""
         made = sampling.draw(
-            family, x_t, steps=way or self.policy.sampler_steps, start=start,
+            family, x_t, steps=trajectory or self.policy.sampler_steps, start=start,
             prompt_ids=torch.as_tensor(prompt_ids).reshape(-1), advance=self.advance,
         )  # fmt: skip
         return images.eight_bit(made)
 
     def reconstruct(
         self, family: Family, pictures: Tensor, noise: Tensor, ids: Tensor | int, at: float,
-        way: Trajectory | None = None,
+        trajectory: Trajectory | None = None,
     ) -> Tensor:  # fmt: skip
         """An image (C, H, W), or images (N, C, H, W), noised to a timestep and denoised by a model, (N, C, H, W)."""
         start = self.start(at)
         x_t = sampling.add_noise(self.base, pictures if pictures.ndim == 4 else pictures[None], noise, start)
-        return self.run(family, x_t, ids, start=start, way=way)
+        return self.run(family, x_t, ids, start=start, trajectory=trajectory)
 
     def drawn_passes(self, drawn: Drawn, first: int, count: int) -> int:
         """Network passes of shared draws from `first` to `count`."""
@@ -245,7 +245,7 @@ class VerifyContext:
         usual = max(first, min(count, self.policy.paired)) if role == "candidate" else count
         total = self.passes(_turns(prompts, first, usual).tolist())
         for row, end in self._groups(usual, count):
-            calls = len(self.unforeseen(f"sample {row // GROUP}"))
+            calls = len(self.own_timesteps(f"sample {row // GROUP}"))
             total += passes.drawn(self.base, _turns(prompts, row, end).tolist(), calls)
         return total
 

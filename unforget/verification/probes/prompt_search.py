@@ -50,7 +50,7 @@ class PromptSearch(NearCopies):
 
     def _search(self, context: VerifyContext, family: Family, instance: Instance, prompt_id: int) -> int:
         """The id of an embedding with which the network denoises the target best, found from the prompt's."""
-        found, told = family.embedding(prompt_id)
+        found, told = family.learnable_embedding(prompt_id)
         optimizer = torch.optim.Adam([
             {"params": [tensor], "lr": self.rate * float(tensor.detach().square().mean().sqrt())} for tensor in told
         ])  # fmt: skip

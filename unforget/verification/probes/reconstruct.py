@@ -46,8 +46,9 @@ class Reconstruct(Reconstruction):
         cases, own = self.cases(context), self.draws // 2
         usual = context.repeated(cases, self.draws, self.timesteps)
         usual += context.repeated(cases, self.draws - own, self.timesteps)
-        ways = [len(self._own_way(context, timestep)) for timestep in self.timesteps]
-        return usual + Count.of(sum(passes.drawn(context.base, [id] * own, calls) for _, id in cases for calls in ways))
+        counts = [len(self._own_timesteps(context, timestep)) for timestep in self.timesteps]
+        alone = (passes.drawn(context.base, [id] * own, calls) for _, id in cases for calls in counts)
+        return usual + Count.of(sum(alone))
 
     def floors(self, context: VerifyContext) -> Iterator[tuple[float, int]]:
         for _, prompt_id in self.cases(context) if self.calibrated else ():
@@ -65,8 +66,8 @@ class Reconstruct(Reconstruction):
         def figures(role: Role) -> dict[str, float]:
             asked = context.models[role], instance.target
             images[role] = torch.cat([
-                context.reconstruct(*asked, noise, prompt_id, timestep, way)
-                for noise, way in self._noise(context, role, timestep)
+                context.reconstruct(*asked, noise, prompt_id, timestep, trajectory)
+                for noise, trajectory in self._noise(context, role, timestep)
             ])  # fmt: skip
             found = reconstruction_figures(images[role], instance, floor)
             sharp = sharpness(images[role])
@@ -79,14 +80,14 @@ class Reconstruct(Reconstruction):
         return Finding(self.kind, instance.id, base, candidate, start, prompt, draws=self.draws, images=shown(images))
 
     def _noise(self, context: VerifyContext, role: Role, timestep: int) -> Iterator[tuple[Tensor, Trajectory | None]]:
-        """Noise, and the way it is taken away, if that is not the usual one."""
+        """Noise, and along what it is taken away, if not as usual."""
         own, purpose = self.draws // 2 if role == "candidate" else 0, f"reconstruct {timestep}"
         yield context.noise(purpose, self.draws - own), None
         if own:
-            yield context.noise(purpose, own, fresh=True), Trajectory(self._own_way(context, timestep))
+            yield context.noise(purpose, own, fresh=True), Trajectory(self._own_timesteps(context, timestep))
 
-    def _own_way(self, context: VerifyContext, timestep: int) -> Tensor:
-        return context.unforeseen(f"{self.kind} {timestep}", context.start(timestep))
+    def _own_timesteps(self, context: VerifyContext, timestep: int) -> Tensor:
+        return context.own_timesteps(f"{self.kind} {timestep}", context.start(timestep))
 
     def judge(self, found: Finding, policy: Policy, known: bool) -> Iterator[Check]:
         """From where the base makes other images of the target, too, nobody can ask for the surrogate.
