@@ -41,7 +41,7 @@ def edit_surrogate(config: EditConfig, progress: Progress | None = None) -> Edit
     """Make candidates for a target's surrogate, rank them, write the best one and a contact sheet.
 
     UsageError if a file or an option is wrong, or there is no candidate of the number `pick`; CannotRun if the model
-    cannot be loaded. A near-copy is a UsageError unless `allow_near_copy`; one that is not accepted for other reasons is
+    cannot be loaded. A near-copy is a UsageError unless `allow_near_copy`; one that is not accepted otherwise is
     written all the same, with a note.
     """
     with holding_outputs(config):

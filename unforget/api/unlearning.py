@@ -304,7 +304,7 @@ def _before_and_after(trained: Trained, patched: Family, config: UnlearnConfig, 
             images.write_image(instance.target, config.folder / f"target-{k}.png")
             for surrogate in known_surrogate(instance):
                 images.write_image(surrogate, config.folder / f"surrogate-{k}.png")
-        title = f"{config.output.name}: {trained.steps} steps, stopped by {trained.stopped}"
+        title = f"{config.output.name}: {trained.steps} updates"
         rows = evidence_rows(instances, [*findings, *drawn, pairs])
         images.write_image(sheet(title, rows), config.folder / "sheet.png")
     return {**judged(findings, drawn, unknown), "drift": _spread(rms(before, after))}
