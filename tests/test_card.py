@@ -18,6 +18,7 @@ from markdown_it import MarkdownIt  # rich brings it
 from peft import LoraConfig, get_peft_model
 from pipelines import tiny_sd3
 
+from unforget.errors import UsageError
 from unforget.exports import card
 from unforget.exports.manifest import AppliedPatch, ExportManifest, Rounding, Verified, called
 from unforget.families.ddpm import SPEC as DDPM
@@ -174,11 +175,11 @@ def test_nothing_a_user_wrote_breaks_it(tmp_path):
 
 def test_equal_input_is_equal_bytes(tmp_path, picture):
     for name in "ab":
-        write(tmp_path / name, made(verified=verified()), images=picture.parent)
+        write(tmp_path / name, made(verified=verified()), images=[picture])
     first = (tmp_path / "a" / "README.md").read_bytes()
     assert first == (tmp_path / "b" / "README.md").read_bytes()
     shuffled = made(verified=verified(), versions={"diffusers": "0.35.1", "torch": "2.13.0"})
-    write(tmp_path / "a", shuffled, images=picture.parent)
+    write(tmp_path / "a", shuffled, images=[picture])
     assert first == (tmp_path / "a" / "README.md").read_bytes()
     assert (tmp_path / "a" / "images" / "01.png").read_bytes() == picture.read_bytes()
     assert sorted(p.name for p in (tmp_path / "a").rglob("*")) == ["01.png", "README.md", "images"]
@@ -190,10 +191,25 @@ def test_images_are_only_those_given(tmp_path, picture):
     given.mkdir()
     for name in ("private-name.PNG", "second.png", "notes.txt"):
         shutil.copy(picture, given / name)
-    page = Page(write(tmp_path / "out", made(), images=given))
+    page = Page(write(tmp_path / "out", made(), images=card.pictures(given)))
     assert [a for a in page.attributes if a[1] == "src"] == [("img", "src", f"images/0{i}.png") for i in (1, 2)]
     assert "private-name" not in (tmp_path / "out" / "README.md").read_text()
     assert sorted(p.name for p in (tmp_path / "out" / "images").iterdir()) == ["01.png", "02.png"]
+
+
+@pytest.mark.parametrize("how", ["empty", "text", "cut off", "huge", "endless", "none"])
+def test_images_that_are_none_are_refused(tmp_path, picture, how):
+    given = tmp_path / "given"
+    given.mkdir()
+    content = {"empty": b"", "text": b"no picture", "cut off": picture.read_bytes()[:20]}.get(how, picture.read_bytes())
+    if how == "endless":
+        (given / "x.png").symlink_to("/dev/zero")
+    elif how != "none":
+        (given / "x.png").write_bytes(content)
+    if how == "huge":
+        os.truncate(given / "x.png", 2**40)
+    with pytest.raises(UsageError, match="given"):
+        card.pictures(given)
 
 
 def test_what_was_not_verified_says_so(tmp_path):

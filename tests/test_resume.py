@@ -1,6 +1,7 @@
 """A run that is stopped anywhere goes on to the same bytes, and never starts afresh unasked."""
 
 import json
+import os
 import shutil
 import signal
 
@@ -178,6 +179,20 @@ def test_a_damaged_file_is_an_error(config, monkeypatch, name, content):
     folder = stopped(config, monkeypatch)
     (folder / name).write_bytes(content)
     with pytest.raises(UsageError, match="damaged"):
+        unlearn(config(resume=True))
+
+
+@pytest.mark.parametrize("how", ["huge", "endless"])
+def test_of_a_log_no_more_is_read_than_was_written(config, monkeypatch, how):
+    log = stopped(config, monkeypatch) / "metrics.jsonl"
+    if how == "huge":
+        lines = log.read_bytes().splitlines(keepends=True)
+        log.write_bytes(lines[0][:-2])
+        os.truncate(log, 2**40)
+    else:
+        log.unlink()
+        log.symlink_to("/dev/zero")
+    with pytest.raises(UsageError, match="metrics.jsonl. is damaged"):
         unlearn(config(resume=True))
 
 

@@ -9,7 +9,7 @@ from unforget import families
 from unforget.api.common import holding_outputs, options, versions
 from unforget.config import ExportConfig, run_folder
 from unforget.core.types import Progress
-from unforget.errors import CannotRun, UsageError
+from unforget.errors import CannotRun
 from unforget.exports import card, hub, placement
 from unforget.exports.exporter import ExportRequest, write_export
 from unforget.exports.formats import FORMATS
@@ -41,8 +41,7 @@ def export(config: ExportConfig, progress: Progress | None = None) -> Exported:
 def _exported(config: ExportConfig, progress: Progress) -> Exported:
     inputs = [Path(config.model), *config.patch, *filter(None, [config.report])]
     placement.check_replaceable(config.output, inputs)
-    if config.card_images is not None and not config.card_images.is_dir():
-        raise UsageError(f"there is no folder '{config.card_images}'", "Give --card-images a folder of pictures.")
+    images = [] if config.card_images is None else card.pictures(config.card_images)
     if config.threads:
         torch.set_num_threads(config.threads)
     request = ExportRequest(
@@ -56,7 +55,7 @@ def _exported(config: ExportConfig, progress: Progress) -> Exported:
             manifest, row = write_export(request, out, progress)
             if config.card and FORMATS[config.format].is_folder:
                 home = families.home(config.model)
-                card.write(out, manifest, row, base_card=home and home / "README.md", images=config.card_images)
+                card.write(out, manifest, row, base_card=home and home / "README.md", images=images)
     except BadFile as error:
         raise CannotRun(f"cannot read the model '{config.model}': {error}", "Get the model again.") from None
     if config.push_to_hub is None:

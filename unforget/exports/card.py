@@ -7,7 +7,7 @@ in `templates/card.md.jinja`, where every value is escaped unless it is marked a
 import contextlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +15,26 @@ from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # no __all__, but documented there
 
+from unforget.errors import UsageError
 from unforget.exports.formats import FORMATS
 from unforget.exports.manifest import ExportManifest
 from unforget.families import HUB_ALIASES
 from unforget.families.spec import FamilySpec
+from unforget.files.images import check_picture
 from unforget.files.licence import licence
 from unforget.files.patch import Provenance
 from unforget.files.storage import read_json, write_bytes
 from unforget.reports.rendering import template
 from unforget.reports.words import entities, one_line
 
-IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".gif"}
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 _SPECIAL = re.compile(r"[&<>|`*_~\[\]\\$:@]|(?<=www)\.", re.IGNORECASE)
 """What is markup, or would become a link."""
 
 
 def write(
     folder: Path, manifest: ExportManifest, family: FamilySpec, *, base_card: Path | None = None,
-    images: Path | None = None,
+    images: Sequence[Path] = (),
 ) -> Path:  # fmt: skip
     """Write `README.md` into an exported folder and return its path; equal input is equal bytes.
 
@@ -83,11 +85,20 @@ def _licence(card: Path | None) -> dict[str, Any]:
     return {k: one_line(v) if isinstance(v, str) else [one_line(one) for one in v] for k, v in found.items()}
 
 
-def _copied(images: Path | None, to: Path) -> list[str]:
+def pictures(folder: Path) -> list[Path]:
+    """The images of a folder that a card can show, by name; `UsageError` if there are none, or one is no image."""
+    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGES) if folder.is_dir() else []
+    if not found:
+        raise UsageError(f"'{folder}' is not a folder with images", f"Put {', '.join(IMAGES)} files into it.")
+    for image in found:
+        check_picture(image)
+    return found
+
+
+def _copied(images: Sequence[Path], to: Path) -> list[str]:
     """Copy images under names that tell nothing; returns those."""
-    found = sorted(p for p in images.iterdir() if p.suffix.lower() in IMAGES) if images else []
-    names = [f"{i:02d}{image.suffix.lower()}" for i, image in enumerate(found, 1)]
-    for name, image in zip(names, found, strict=True):
+    names = [f"{i:02d}{image.suffix.lower()}" for i, image in enumerate(images, 1)]
+    for name, image in zip(names, images, strict=True):
         to.mkdir(exist_ok=True)
         shutil.copyfile(image, to / name)
     return names

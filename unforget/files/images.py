@@ -43,9 +43,18 @@ def read_image(
         return _read(path, shape, resize, lambda sentence: note(f"{path}: {sentence}"))
 
 
+def check_picture(path: Path) -> None:
+    """Raise `UsageError` for a file that is no picture of a kind that is read here, or is too large."""
+    with _decoding(path):
+        _open(path).verify()
+
+
 def _read(path: Path, shape: tuple[int, int, int], resize: bool, note: Note) -> Tensor:
     channels, height, width = shape
-    image = _upright(_open(path, (width, height), resize), note)
+    image = _open(path)
+    _check(image, path, (width, height), resize)
+    image.load()
+    image = _upright(image, note)
     if image.mode not in ("RGB", "L"):
         note(f"{image.mode} converted to RGB" + (", on white" if image.has_transparency_data else ""))
         if image.mode.startswith("I"):
@@ -74,8 +83,8 @@ def _decoding(path: Path) -> Iterator[None]:
         raise UsageError(f"'{path}' cannot be decoded: {reason}", "The file looks truncated or damaged.") from None
 
 
-def _open(path: Path, size: tuple[int, int], resize: bool) -> Image.Image:
-    """The decoded image, or a sentence about why not."""
+def _open(path: Path) -> Image.Image:
+    """The image, not yet decoded, or a sentence about why not."""
     if path.is_dir():
         raise UsageError(f"'{path}' is a folder", "Give one image file.")
     if not path.exists():
@@ -88,26 +97,27 @@ def _open(path: Path, size: tuple[int, int], resize: bool) -> Image.Image:
     Image.init()
     known = [kind for kind in FORMATS if kind in Image.OPEN]  # Pillow before 11.3 lacks AVIF
     image: Image.Image = Image.open(path, formats=known)
-    _check(image, path, size, resize)
-    image.load()
+    if max(image.size) > MAX_SIDE or image.width * image.height > MAX_PIXELS:
+        limit = f"{MAX_SIDE} on a side" if max(image.size) > MAX_SIDE else f"{MAX_PIXELS:,} in all"
+        raise UsageError(f"{_sized(path, image)}, more than {limit}", "Scale it to the model's size first.")
     return image
 
 
 def _check(image: Image.Image, path: Path, size: tuple[int, int], resize: bool) -> None:
     """Refuse before it is decoded what would not do."""
-    found = f"'{path}' is {image.width}x{image.height} pixels"
-    if max(image.size) > MAX_SIDE or image.width * image.height > MAX_PIXELS:
-        limit = f"{MAX_SIDE} on a side" if max(image.size) > MAX_SIDE else f"{MAX_PIXELS:,} in all"
-        raise UsageError(f"{found}, more than {limit}", "Scale it to the model's size first.")
     turned = image.getexif().get(ORIENTATION, UPRIGHT) > 4
     if not resize and (image.size[::-1] if turned else image.size) != size:
-        sentence = f"{found}, the model's images are {size[0]}x{size[1]}"
+        sentence = f"{_sized(path, image)}, the model's images are {size[0]}x{size[1]}"
         raise UsageError(sentence, "Give --resize to crop and scale it.")
     # A camera's file may hold previews and depth maps, too; to every viewer the first picture is all.
     if image.format != "MPO" and _moves(image):
         raise UsageError(f"'{path}' has several frames", "Save the one frame you mean as PNG.")
     if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):  # Pillow 10 opens PNGs of 16 bits so
         raise UsageError(f"'{path}' holds numbers without a fixed range", "Save it with 8 or 16 bits a channel.")
+
+
+def _sized(path: Path, image: Image.Image) -> str:
+    return f"'{path}' is {image.width}x{image.height} pixels"
 
 
 def _moves(image: Image.Image) -> bool:

@@ -9,6 +9,8 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from unforget.unlearning.prepare import Prepared
 from unforget.unlearning.trainer import Saved
 
 HEADER = "unforget.run"  # key of the header of a file of a run
+MAX_LINE = 2**20  # bytes of a line of the log
 OVERHEAD = 0.05  # largest share of a run's time that goes into saving it, unless the user says how often
 FILES = (
     "target-*.png", "surrogate-*.png", "sheet.png", "metrics.jsonl", "last-good.patch", "verify.json", "run.json",
@@ -178,7 +181,11 @@ class RunDirectory:
         return hashlib.sha256(b"".join(self._lines(done))).hexdigest()
 
     def _lines(self, done: int | None) -> list[bytes]:
-        return self._log.read_bytes().splitlines(keepends=True)[:done] if self._log.is_file() else []
+        """Its first lines, or all: no more is read, nor longer ones, whatever lies there."""
+        if not self._log.is_file():
+            return []
+        with self._log.open("rb") as log:
+            return list(islice(iter(partial(log.readline, MAX_LINE), b""), done))
 
     def _store(self, path: Path, values: Mapping[str, Any], tensors: Mapping[str, Tensor], log: str = "") -> None:
         header = checksummed({"run": self._id, "digest": digest(tensors), "values": dict(values), "log": log})
