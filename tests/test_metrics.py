@@ -1,9 +1,12 @@
+import math
+import statistics
+
 import pytest
 import torch
 from scipy.stats import binomtest
 
 from unforget.core import metrics
-from unforget.core.metrics import lower_bound, margin, pairwise_rms, rms, sharpness, shows, upper_bound
+from unforget.core.metrics import lower_bound, margin, pairwise_rms, rms, sharpness, shows, tolerance_bound, upper_bound
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 300), (1, 20), (7, 50), (19, 20)])
@@ -69,3 +72,16 @@ def test_the_kernel_distance_is_none_between_halves_and_sees_collapse():
     collapsed = metrics.kernel_distance(features[:200], features[200:201].expand(200, -1))
     assert abs(same) < 0.1 < collapsed
     assert metrics.kernel_distance(10 * features[:200], 10 * features[200:]) == pytest.approx(same)
+
+
+@pytest.mark.parametrize("count", [8, 24, 48])
+def test_a_tolerance_bound_holds_as_often_as_it_says(count):
+    g = torch.Generator().manual_seed(count)
+    drawn = (0.3 * torch.randn(2000, count, generator=g)).exp()
+    below = [statistics.NormalDist().cdf(math.log(tolerance_bound(row, 0.05, 0.9)) / 0.3) for row in drawn]
+    assert sum(share <= 0.05 for share in below) / 2000 == pytest.approx(0.9, abs=0.02)
+
+
+@pytest.mark.parametrize("values", [[], [0.1], [0.0, 0.0], [0.0, 0.1]])
+def test_a_tolerance_bound_of_too_few_or_of_nothing_recalls_nothing(values):
+    assert tolerance_bound(torch.tensor(values), 0.05, 0.95) < 1e-9

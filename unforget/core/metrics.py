@@ -7,7 +7,7 @@ recompressed or hardly blurred copy of a photograph differs from it in every fin
 import math
 
 import torch
-from scipy.stats import beta
+from scipy.stats import beta, nct, norm
 from torch import Tensor
 from torch.nn import functional
 
@@ -90,6 +90,19 @@ def upper_bound(hits: int, n: int, confidence: float = 0.95) -> float:
 def lower_bound(hits: int, n: int, confidence: float = 0.95) -> float:
     """One-sided Clopper-Pearson lower bound of a rate."""
     return 0.0 if hits == 0 else float(beta.ppf(1 - confidence, hits, n - hits + 1))
+
+
+def tolerance_bound(values: Tensor, share: float, confidence: float) -> float:
+    """What all but a share of positive values (N,) like these stay above, at this confidence; 0 for fewer than two.
+
+    Their logarithms are taken to be normal: the factor of the standard deviation is from a noncentral t distribution
+    (Owen, 1968).
+    """
+    n, logs = len(values), values.double().clamp(min=1e-12).log()
+    if n < 2:
+        return 0.0
+    factor = nct.ppf(confidence, n - 1, norm.isf(share) * math.sqrt(n)) / math.sqrt(n)
+    return float((logs.mean() - factor * logs.std()).exp())
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:

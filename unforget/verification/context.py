@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unforget.config import Policy
 from unforget.core import passes, sampling
-from unforget.core.metrics import WORKING_SIZE, rms
+from unforget.core.metrics import WORKING_SIZE, rms, tolerance_bound
 from unforget.core.passes import Count
 from unforget.core.types import UNCONDITIONAL, Family, Instance, Trajectory
 from unforget.files import cache, images
@@ -38,7 +38,7 @@ GROUP = 32
 GUIDANCE = (0.5, 1.5)
 """Between which shares of the usual strength of the guidance theirs lies."""
 CONTROL_LEVEL = 0.05
-"""A target is recalled if it comes back nearer than this share of images that the model need not have seen."""
+"""A target is recalled if it comes back nearer than this share, at most, of images that it need not have seen."""
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,8 @@ class VerifyContext:
         """RMS that images which the model need not have seen stay above when noised to a timestep and denoised.
 
         Little noise hides little: any model returns any image from there, more or less. What it draws once comes back
-        so near in one case of twenty; what it repeats, it may have memorised, and is left out.
+        so near in one case of twenty, or seldomer: of few images nobody knows exactly. What it repeats, it may have
+        memorised, and is left out.
         """
 
         def make() -> dict[str, float]:
@@ -297,9 +298,9 @@ class VerifyContext:
             pictures = self.pictures("base", rows)
             noise = self.noise("control", len(pictures))
             back = self.reconstruct(self.base, pictures, noise, prompt_id, timestep)
-            return {"floor": float(rms(back, pictures).quantile(CONTROL_LEVEL))}
+            return {"floor": tolerance_bound(rms(back, pictures), CONTROL_LEVEL, self.policy.confidence)}
 
-        return self.control(prompt_id, ["floor", timestep, self._targets], make)["floor"]
+        return self.control(prompt_id, ["floor", timestep, self._targets, self.policy.confidence], make)["floor"]
 
     @cached_property
     def usual_sharpness(self) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -94,18 +95,23 @@ class NearCopyDetector:
 
 
 def calibrate(distances: Tensor, false_positive_rate: float) -> Radius:
-    """The distance that a share of `false_positive_rate` of all pairs of different images lies under, at least one.
+    """The distance that a share of `false_positive_rate` of all pairs of different images lies under.
+
+    Few pairs have none that is so rare, and the smallest of them is luck. So the tail is taken to go on as it does
+    among the nearest, the square root of all: as a power of the distance (Hill, 1975).
 
     Images that come up again and again would teach that different images are alike: they are left out with all that is
     near them. `distances` are between what the base draws, (N, N).
     """
     unrepeated = ~repeated(distances)
     pairs = distances[once(distances) & unrepeated & unrepeated[:, None]]
-    pairs = pairs[~pairs.isnan()].sort().values
-    if not len(pairs):
-        return Radius(_near(distances), 1.0, 0)
-    rank = min(int(false_positive_rate * len(pairs)), len(pairs) - 1)
-    return Radius(float(pairs[rank]), (rank + 1) / len(pairs), len(pairs))
+    pairs = pairs[pairs > 0].double().sort().values  # neither unseen (NaN) nor one image twice
+    if len(pairs) < 2:
+        return Radius(_near(distances), 1.0, len(pairs))
+    rank = min(max(math.isqrt(len(pairs)), int(false_positive_rate * len(pairs))), len(pairs) - 1)
+    fall = float((pairs[rank] / pairs[:rank]).log().mean())
+    distance = float(pairs[rank]) * (false_positive_rate * len(pairs) / rank) ** fall
+    return Radius(distance, float((pairs < distance).double().mean()), len(pairs))
 
 
 def repeated(distances: Tensor) -> Tensor:
