@@ -34,6 +34,7 @@ from unforget.errors import CannotRun, UsageError
 from unforget.exports import placement, rounding
 from unforget.exports.formats import FORMATS
 from unforget.exports.manifest import HEADER, ExportManifest, called
+from unforget.exports.show import damage
 from unforget.families import shipped, weights
 from unforget.files.patch import Patch, Provenance
 from unforget.files.storage import checksummed, digest, open_tensors, undamaged
@@ -806,11 +807,13 @@ def test_the_commands(base, ddpm, tmp_path, cli):
     assert foreign["digest"] == digest(load_file(ddpm / "unet" / "diffusion_pytorch_model.safetensors"))
 
 
-@pytest.mark.parametrize("form", ["diffusers", "lora", "peft", "transformer", "single-file"])
-def test_a_flipped_bit_of_an_export_is_noticed(base, tmp_path, form):
+@pytest.mark.parametrize("form", ["diffusers", "lora", "peft", "transformer", "single-file", "kohya"])
+def test_a_flipped_bit_of_an_export_is_noticed(request, tmp_path, form):
     """Of any file but the card, which is there to be edited; and a file that is not there."""
     out = tmp_path / ("out.safetensors" if form in ("transformer", "single-file") else "out")
-    done = run(base, lora(base, tmp_path / "a.patch"), out, format=form, force_rounding=True)
+    base, layers = request.getfixturevalue("flux" if form == "kohya" else "base"), BLOCKS if form == "kohya" else LAYERS
+    done = run(base, lora(base, tmp_path / "a.patch", layers=layers), out, format=form, force_rounding=True)
+    assert not damage(out)
     assert show(out).said["digest"] == done.manifest.digest
     files = [p for p in out.rglob("*") if p.is_file() and p.name != "README.md"] if out.is_dir() else [out]
     for file in files:
@@ -823,6 +826,7 @@ def test_a_flipped_bit_of_an_export_is_noticed(base, tmp_path, form):
             with pytest.raises(UsageError) as caught:
                 show(out)
             assert caught.value.hint and len(caught.value.message.splitlines()) == 1
+        assert damage(out) == caught.value.message  # by a bit at the file's end
         file.write_bytes(sound)
         if out.is_dir():
             file.rename(tmp_path / "away")
@@ -831,6 +835,21 @@ def test_a_flipped_bit_of_an_export_is_noticed(base, tmp_path, form):
             (tmp_path / "away").rename(file)
     (out / "README.md" if out.is_dir() else tmp_path / "x").write_text("mine")
     assert show(out).kind == "export"
+
+
+def test_a_candidate_is_judged_as_it_is_with_a_note_of_damage(ddpm, tmp_path, cli):
+    out = run(ddpm, whole(ddpm, tmp_path / "a.patch"), tmp_path / "out").output
+    file = out / "unet" / "diffusion_pytorch_model.safetensors"
+    small = "--level quick --max-rate 0.2 --paired 16 --controls 8 --draws 2 --sampler-steps 2 --similarity pixels"
+    asked = ["verify", "-m", ddpm, "--candidate", out, "-t", DATA / "surrogate.png", "--resize", *small.split()]
+    done = cli(*asked)
+    assert done.exit_code in (0, 1, 4) and "written" not in done.stderr
+    content = bytearray(file.read_bytes())
+    content[-4] ^= 1
+    file.write_bytes(content)
+    done = cli(*asked)
+    assert "not as it was written" in " ".join(done.stderr.split())
+    assert done.exit_code in (0, 1, 4)
 
 
 def test_an_export_names_no_files_elsewhere(base, tmp_path):

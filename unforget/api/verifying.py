@@ -17,6 +17,7 @@ from unforget.core import distributed
 from unforget.core.types import Family, Instance, Progress
 from unforget.errors import CannotRun, UsageError
 from unforget.exports.manifest import Verified, called
+from unforget.exports.show import damage
 from unforget.families import shipped
 from unforget.files import images, storage
 from unforget.files.patch import Provenance, Stack, provenance
@@ -180,6 +181,8 @@ def _candidate(config: VerifyConfig, base: Family, progress: Progress) -> Family
         return family
     assert config.candidate is not None
     family = shipped.load(config.candidate, config.model, options(config, base))
+    if changed := damage(config.candidate):
+        progress.note(f"the candidate is judged as it is, which is not as it was written: {changed}")
     shapes = [{n: t.shape for n, t in m.network.state_dict().items()} for m in (base, family)]
     if shapes[0] != shapes[1] or base.image_shape != family.image_shape:
         raise CannotRun(f"'{config.candidate}' has another architecture than {config.model}", "Give its own base.")

@@ -16,7 +16,7 @@ from unforget.exports.manifest import HEADER, ExportManifest, Verified
 from unforget.families.parts import LORA, PEFT
 from unforget.files.patch import HEADER as PATCH
 from unforget.files.patch import Patch
-from unforget.files.storage import SEAL, BadFile, Digested, Lazy, check_seal, open_tensors, undamaged
+from unforget.files.storage import SEAL, BadFile, Digested, Lazy, Opened, check_seal, open_tensors, undamaged
 
 WRONG = "Give a patch, an export, or a .safetensors file."
 COPY = "Copy it again, or export again."
@@ -35,17 +35,13 @@ def look(path: Path, report: Path) -> Shown:
 
     `report` is where that of `unforget verify` lies for a patch, if there is one.
     """
-    folder = path if path.is_dir() else None
-    if folder:
-        path = next((path / name for name in (LORA, PEFT) if (path / name).is_file()), path)
+    folder, path = _places(path)
     try:
         if folder and (made := families.hints(folder).made) is not None:
             return Shown("export", _manifest(made, folder, folder, True))
         if not path.is_file():
             raise UsageError(f"'{path}' is no file, and no folder that `unforget export` wrote", WRONG)
-        opened = open_tensors(path)
-        if SEAL in opened.metadata:  # whatever else is in it
-            check_seal(path)
+        opened = _sealed(path)
         if PATCH in opened.metadata:
             return Shown("patch", _patch(path, report))
         content = _content(opened.tensors)
@@ -60,6 +56,34 @@ def look(path: Path, report: Path) -> Shown:
         raise UsageError(str(error), WRONG) from None
     except OSError as error:
         raise UsageError(f"cannot read '{path}': {error.strerror}", WRONG) from None
+
+
+def damage(path: Path) -> str:
+    """What of an export is no longer as it was written, in a sentence; empty if nothing is, or of somebody else's."""
+    folder, path = _places(path)
+    try:
+        if folder and (made := families.hints(folder).made) is not None:
+            _manifest(made, folder, folder, True)
+        elif path.is_file() and HEADER in (metadata := _sealed(path).metadata):
+            _manifest(metadata[HEADER], path, folder, SEAL in metadata)
+    except (BadFile, UsageError) as error:
+        return str(error)
+    return ""
+
+
+def _places(path: Path) -> tuple[Path | None, Path]:
+    """A folder, if it is one, and the file that speaks for it."""
+    if not path.is_dir():
+        return None, path
+    return path, next((path / name for name in (LORA, PEFT) if (path / name).is_file()), path)
+
+
+def _sealed(path: Path) -> Opened:
+    """What a file holds; BadFile if it has a seal that is broken."""
+    opened = open_tensors(path)
+    if SEAL in opened.metadata:  # whatever else is in it
+        check_seal(path)
+    return opened
 
 
 def _manifest(value: Any, path: Path, folder: Path | None, sealed: bool) -> dict[str, Any]:
