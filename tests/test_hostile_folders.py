@@ -547,6 +547,19 @@ def test_what_a_tokenizer_may_make_of_a_prompt_is_bounded(folder, key, value, se
     refused(folder, sentence)
 
 
+@families_of("sd")
+@pytest.mark.parametrize("pattern", ["(x+x+)+y", "(x|xx)+$"])
+def test_a_pattern_that_tries_for_ever_is_one_sentence(folder, pattern):
+    """The library bounds the tries, and panics; CLIP's tokenizer does not take such a file at its word."""
+    rewrite(folder / "model_index.json", tokenizer=["transformers", "PreTrainedTokenizerFast"])
+    rewrite(folder / "tokenizer" / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    rewrite(folder / "tokenizer" / "tokenizer.json", pre_tokenizer=split)
+    with pytest.raises(CannotRun, match="retry-limit") as caught:
+        families.load(str(folder), families.Options(resolution=16)).prompt_ids(["x" * 60 + "z"])
+    assert caught.value.hint
+
+
 @families_of("sd3")
 @pytest.mark.parametrize("said", [
     {"retain_prompts": ["x" * 5000]}, {"retain_prompts": ["x"] * 5000}, {"guidance": float("inf")}, {"guidance": 1e308},
