@@ -31,6 +31,7 @@ from unforget.verification.probes.quantization import Quantization, quantized, r
 from unforget.verification.probes.reconstruct import Reconstruct
 from unforget.verification.probes.relearning import Relearning
 from unforget.verification.probes.replaced import Replaced, what_is_shown
+from unforget.verification.probes.resemblance import Resemblance
 from unforget.verification.probes.retention import Retention
 from unforget.verification.probes.sample import Sample
 from unforget.verification.probes.transforms import Transforms, variants
@@ -376,6 +377,19 @@ def test_other_words_are_asked_where_there_is_a_prompt(sd3):
     assert "the a red square" in asked
     assert "a picture of a red square" not in asked  # longer than this tokenizer takes
     assert {f.prompt for f in found} == {"a red square"}
+
+
+def test_what_both_make_of_a_target_is_compared_and_decides_nothing(context):
+    (same,) = Resemblance(draws=4)(context)
+    assert same.candidate == {"unlike": 0.0}
+    with torch.no_grad():
+        next(context.candidate.network.parameters()).add_(0.3)
+    (found,) = Resemblance(draws=4)(context)
+    noise, start = context.noise("resemblance", 4), context.start(500)
+    x_t = sampling.add_noise(context.base, context.instances[0].target[None], noise, start)
+    made = [sampling.draw(m, x_t, steps=4, start=start, prompt_ids=torch.tensor([0])) for m in context.models.values()]
+    assert found.candidate["unlike"] == pytest.approx(float(rms(*made).mean()), rel=0.02)
+    assert {c.outcome for c in Resemblance().judge(found, context.policy, known=True)} == {"informational"}
 
 
 def test_an_embedding_is_searched_under_which_the_target_is_denoised_better(sd3):

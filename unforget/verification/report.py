@@ -30,7 +30,9 @@ FIGURES = {
     "rate": "share of draws",
     "recall": "share that comes back as the target",
     "sharpness": "sharpness, the base's being 1",
+    "similarity": "cosine between what both make of it",
     "surrogate": "share that shows the surrogate",
+    "unlike": "distance between what both make of it",
 }
 """Figures that are judged, for readers who do not know their names."""
 

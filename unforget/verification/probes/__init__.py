@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from unforget.verification.probes.base import Probe
 
 QUICK = ("parts", "reconstruct", "sample", "replaced", "must_retain", "replay", "retention", "neighbours")
-STANDARD = (*QUICK, "partial_denoise", "transforms", "paraphrase", "quantization")
+STANDARD = (*QUICK, "partial_denoise", "transforms", "paraphrase", "quantization", "resemblance")
 KINDS: tuple[str, ...] = (*STANDARD, "noise_search", "prompt_search", "relearning")
 LEVELS: dict[str, tuple[str, ...]] = {"quick": QUICK, "standard": STANDARD, "deep": KINDS}
 """The probes of each level, in the order they run."""
