@@ -13,6 +13,7 @@ Sections, all by default; each prints its figures as a Markdown table:
     rate      1,000 runs of the sequential test on candidates whose rate is twice and half the limit
     recall    how near unseen images come back, beside the planted ones, and the near-copy threshold
               against images that no model was trained on
+    few       thresholds from few images: how many of a thousand others lie under them
     oracle    the model trained without the image, at `quick` with 10 sampler steps, over many seeds
     oracle-standard  the same at `standard`
 """
@@ -32,15 +33,17 @@ import numpy as np
 import torch
 from cheats import ORACLE, PLANTED, Honest, honest
 from tables import row, table
+from torch import Tensor
 
 from unforget import UnlearnConfig, VerifyConfig, families, unlearn, verify
 from unforget.api import compare
 from unforget.config import Policy
 from unforget.core import sampling
-from unforget.core.metrics import rms
+from unforget.core.metrics import rms, tolerance_bound
 from unforget.core.types import Family, Instance
 from unforget.files import images
-from unforget.verification.context import VerifyContext
+from unforget.verification.context import CONTROL_LEVEL, VerifyContext
+from unforget.verification.near_copies import calibrate, once
 from unforget.verification.probes.base import HALF, needed
 from unforget.verification.probes.partial_denoise import PartialDenoise
 from unforget.verification.probes.quantization import Quantization
@@ -54,6 +57,7 @@ from unforget.verification.similarity import pairwise
 RUNS = 1000
 SIMULATED = 20_000
 POOL = 2000
+FEW = 200
 UNPLANTED = range(20, 30)  # seeds of the draws that are reported, chosen before any was run
 
 
@@ -244,6 +248,38 @@ def recall(work: Path, seeds: int) -> None:
         )
 
 
+def few(work: Path, seeds: int) -> None:
+    """Beside them what was there before: the quantile of the few, or the smallest there is."""
+    base, _ = families.load("faces"), torch.manual_seed(0)
+    instance = Instance(*[images.read_image(PLANTED / "0.png", base.image_shape)] * 2, "t")
+    seen = VerifyContext(base, base, (instance,), Policy(paired=1024, sampler_steps=10))
+    drawn = seen.retained("base")[seen.detector.unrepeated]
+    noise = seen.noise("few", len(drawn))
+    confidence, rate, rows = seen.policy.confidence, seen.policy.false_positive_rate, range(len(drawn))
+    print(f"\n{len(drawn)} draws of the base that it does not repeat; {FEW} times so many of them")
+    table("threshold", "from", "wanted", "before: median, 95 %, most", "median, 95 %, most")
+
+    def compared(name: str, n: int, wanted: float, whole: Tensor, before: list[float], now: list[float]) -> None:
+        under = [[float((whole < limit).double().mean()) for limit in limits] for limits in (before, now)]
+        row(name, n, f"{wanted:g}", *(", ".join(f"{np.quantile(u, q):.2g}" for q in (0.5, 0.95, 1)) for u in under))
+
+    for t in (250, 550):
+        back = rms(seen.reconstruct(base, drawn.images, noise, 0, t), drawn.images)
+        for n in (24, 48):
+            picked = [back[torch.randperm(len(rows))[:n]] for _ in range(FEW)]
+            before = [float(p.quantile(CONTROL_LEVEL)) for p in picked]
+            now = [tolerance_bound(p, CONTROL_LEVEL, confidence) for p in picked]
+            compared(f"floor, t = {t}", n, CONTROL_LEVEL, back, before, now)
+    for backend, embedded in zip(seen.backends, drawn.embeddings, strict=True):
+        apart = pairwise(embedded, embedded)
+        for n in (24, 48, 256):
+            parts = [apart[p][:, p] for p in (torch.randperm(len(rows))[:n] for _ in range(FEW))]
+            pairs = [part[once(part)].sort().values for part in parts]
+            before = [float(p[int(rate * len(p))]) for p in pairs]
+            now = [calibrate(part, rate).distance for part in parts]
+            compared(f"near-copy, {backend.kind}", n, rate, apart[once(apart)], before, now)
+
+
 def oracle(work: Path, seeds: int, **options: Any) -> None:
     options = options or {"level": "quick", "sampler_steps": 10}
     base, gold = families.load("faces"), families.load(str(ORACLE))
@@ -271,7 +307,7 @@ def oracle_at_standard(work: Path, seeds: int) -> None:
 
 SECTIONS = {
     "speed": speed, "honest": honest_patches, "exact": exact, "budget": budget, "rate": rate, "recall": recall,
-    "oracle": oracle, "oracle-standard": oracle_at_standard,
+    "few": few, "oracle": oracle, "oracle-standard": oracle_at_standard,
 }  # fmt: skip
 
 
