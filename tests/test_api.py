@@ -1,6 +1,8 @@
 """The Python API as its users meet it: names, documentation, and paths in either form."""
 
 import inspect
+import runpy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,19 @@ def test_every_command_names_its_errors_and_documents_its_result(command):
     assert command is unforget.show or "CannotRun" in said
     result = inspect.get_annotations(command, eval_str=True)["return"]
     assert inspect.getdoc(result)
+
+
+@pytest.mark.slow
+def test_the_program_of_the_examples_runs(tmp_path, monkeypatch):
+    """With few updates and draws, after which nothing is forgotten."""
+    program = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "api.py"))
+    few = {"sampler_steps": 2}
+    learn = partial(unforget.UnlearnConfig, max_train_steps=2, retain_count=8, num_validation_images=1, **few)
+    judge = partial(unforget.VerifyConfig, max_rate=0.4, paired=16, controls=8, draws=2, **few)
+    monkeypatch.setitem(program["main"].__globals__, "UnlearnConfig", learn)
+    monkeypatch.setitem(program["main"].__globals__, "VerifyConfig", judge)
+    assert program["main"](tmp_path / "out") in (1, 4)
+    assert (tmp_path / "out" / "3.patch").is_file()
 
 
 def paths(kind: type[BaseModel]) -> list[str]:
