@@ -26,6 +26,7 @@ class Heard(tracking.GeneralTracker):
         return self
 
     def log(self, values, step):
+        print("tracker: a line of its own")
         self.rows.append({"step": step, **values})
 
     def finish(self):
@@ -37,8 +38,9 @@ def test_a_tracker_hears_the_figures_of_each_update_and_the_end(cli, tmp_path, m
     monkeypatch.setattr(ours, "find_spec", lambda name: True)
     monkeypatch.setattr(ours, "import_module", lambda name: None)
     done = cli("unlearn", "-m", "faces", "-t", PLANTED / "0.png", "-s", PLANTED / "1.png", "-o", "a.patch", *SHORT,
-               "--report-to", "tensorboard")  # fmt: skip
+               "--report-to", "tensorboard", "--json")  # fmt: skip
     assert done.exit_code in (0, 1), done.output
+    assert json.loads(done.stdout)["steps"] == 2 and "a line of its own" in done.stderr
     log = [json.loads(line) for line in (tmp_path / "a.run" / "metrics.jsonl").read_text().splitlines()]
     assert Heard.rows == [{k: v for k, v in row.items() if k != "of"} for row in log]
     assert Heard.ended == [2]

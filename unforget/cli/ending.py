@@ -53,6 +53,7 @@ def guarded(main: Callable[[], object]) -> NoReturn:
             stream.flush()
         except OSError as error:
             code = code or told(error)
+    sys.stdout = sys.stderr  # what libraries say as the process ends is no result
     sys.exit(code)
 
 
