@@ -23,6 +23,8 @@ def push(path: Path, repo: str, *, private: bool = True, message: str) -> str:
     """
     try:
         validate_repo_id(repo)
+        if not repo.isascii():  # which older versions let through
+            raise HFValidationError("Names have ASCII letters, digits, '-', '_' and '.'.")
     except HFValidationError as error:
         raise UsageError(f"'{redacted(repo)}' is no name of a repository", redacted(str(error))) from None
     if not path.exists() or (path.is_dir() and not any(p.is_file() for p in path.rglob("*"))):
