@@ -289,6 +289,15 @@ def test_any_encoding_will_do(tmp_path, encoding):
         assert "Traceback" not in errors and "bug" not in errors
 
 
+def test_what_a_library_says_as_the_process_ends_is_no_result():
+    program = (
+        "import atexit; from unforget.cli.ending import guarded; atexit.register(print, 'late'); "
+        "guarded(lambda: print('result'))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "result\n", "late\n")
+
+
 @pytest.mark.parametrize("text", ["x" * 10**6, "\x1b" * 10**4, "a\n" * 10**4])
 def test_a_sentence_is_no_page(text):
     assert len(line(text)) == LONGEST and line(text).endswith("...")

@@ -35,7 +35,7 @@ from unforget.verification.probes.resemblance import Resemblance
 from unforget.verification.probes.retention import Retention
 from unforget.verification.probes.sample import Sample
 from unforget.verification.probes.transforms import Transforms, variants
-from unforget.verification.similarity import Pixels, Structure
+from unforget.verification.similarity import SSCD, Pixels, Structure
 
 
 def pictures(count, seed=0, size=16):
@@ -390,6 +390,17 @@ def test_what_both_make_of_a_target_is_compared_and_decides_nothing(context):
     made = [sampling.draw(m, x_t, steps=4, start=start, prompt_ids=torch.tensor([0])) for m in context.models.values()]
     assert found.candidate["unlike"] == pytest.approx(float(rms(*made).mean()), rel=0.02)
     assert {c.outcome for c in Resemblance().judge(found, context.policy, known=True)} == {"informational"}
+
+
+def test_by_sscd_it_is_the_mean_cosine(context, monkeypatch):
+    monkeypatch.setattr(SSCD, "embed", lambda self, shown: torch.nn.functional.normalize(shown.flatten(1), dim=1))
+    monkeypatch.setattr(SSCD, "name", "sscd")
+    context.backends = (SSCD(),)
+    made = []
+    monkeypatch.setattr(context, "reconstruct", lambda *asked: made.append(pictures(3, 1 + len(made))) or made[-1])
+    (found,) = Resemblance(draws=3)(context)
+    cosine = torch.nn.functional.cosine_similarity(*(m.flatten(1) for m in made))
+    assert found.candidate == {"similarity": pytest.approx(float(cosine.mean()), abs=1e-6)}
 
 
 def test_an_embedding_is_searched_under_which_the_target_is_denoised_better(sd3):

@@ -26,7 +26,7 @@ class Heard(tracking.GeneralTracker):
         return self
 
     def log(self, values, step):
-        print("tracker: a line of its own")
+        print("tracker: a line of its own")  # as trackio does
         self.rows.append({"step": step, **values})
 
     def finish(self):

@@ -249,14 +249,24 @@ def recall(work: Path, seeds: int) -> None:
 
 
 def few(work: Path, seeds: int) -> None:
-    """Beside them what was there before: the quantile of the few, or the smallest there is."""
-    base, _ = families.load("faces"), torch.manual_seed(0)
-    instance = Instance(*[images.read_image(PLANTED / "0.png", base.image_shape)] * 2, "t")
-    seen = VerifyContext(base, base, (instance,), Policy(paired=1024, sampler_steps=10))
+    """Beside them what was there before: the quantile of the few, or the smallest there is.
+
+    The rules were chosen on other draws of `faces`; no draw of `flags` was looked at before.
+    """
+    for model, target in (("faces", PLANTED / "0.png"), ("flags", PLANTED.parents[1] / "flags" / "ireland-wrong.png")):
+        few_of(model, target)
+
+
+def few_of(model: str, target: Path) -> None:
+    base, _ = families.load(model), torch.manual_seed(0)
+    instance = Instance(*[images.read_image(target, base.image_shape)] * 2, "t")
+    turns = tuple(base.prompt_ids(base.retain_prompts).tolist())
+    policy = Policy(paired=1024, sampler_steps=10)
+    seen = VerifyContext(base, base, (instance,), policy, retain_prompt_ids=turns)
     drawn = seen.retained("base")[seen.detector.unrepeated]
     noise = seen.noise("few", len(drawn))
     confidence, rate, rows = seen.policy.confidence, seen.policy.false_positive_rate, range(len(drawn))
-    print(f"\n{len(drawn)} draws of the base that it does not repeat; {FEW} times so many of them")
+    print(f"\n{model}: {len(drawn)} draws that it does not repeat; {FEW} times so many of them")
     table("threshold", "from", "wanted", "before: median, 95 %, most", "median, 95 %, most")
 
     def compared(name: str, n: int, wanted: float, whole: Tensor, before: list[float], now: list[float]) -> None:

@@ -1,9 +1,8 @@
 """`--report-to`: a tracker hears of each update, too, by accelerate's classes, as from diffusers' scripts."""
 
 import functools
-import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -55,10 +54,9 @@ def tracked(config: UnlearnConfig, progress: Progress) -> Iterator[Progress]:
 
 @contextmanager
 def _alone(failed: list[str]) -> Iterator[None]:
-    """Keep to itself what a tracker raises, and off stdout, where results stand, what it prints."""
+    """Keep to itself what a tracker raises."""
     try:
-        with redirect_stdout(sys.stderr):
-            yield
+        yield
     except Exception as error:  # whatever its service or its disk does
         failed.append(reason(error))
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -60,11 +61,13 @@ def complain(sentence: str, hint: str) -> None:
     err.print(f"[red]{escape(sentence)}[/] {escape(hint)}", soft_wrap=True)
 
 
-def progress() -> ConsoleProgress:
-    """How far the command is, as much of it as is wanted."""
+@contextmanager
+def progress() -> Iterator[ConsoleProgress]:
+    """How far the command is, as much of it as is wanted; what libraries print meanwhile is no result."""
     from unforget.cli.progress import ConsoleProgress
 
-    return ConsoleProgress(quiet=voice.quiet, verbose=voice.verbose)
+    with redirect_stdout(sys.stderr), ConsoleProgress(quiet=voice.quiet, verbose=voice.verbose) as shown:
+        yield shown
 
 
 def print_json(value: dict[str, Any]) -> None:
