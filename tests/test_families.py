@@ -1,6 +1,7 @@
 import ast
 import inspect
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from safetensors.torch import save_file
 from unforget import families
 from unforget.core import sampling
 from unforget.errors import CannotRun, UsageError
+from unforget.families import loading
+from unforget.families.sd3 import SPEC as SD3
 from unforget.families.spec import tokenizer
 from unforget.files.patch import digest
 
@@ -218,9 +221,26 @@ def test_a_pickle_that_runs_code_is_not_unpickled_even_then(folder, tmp_path):
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("ref", ["nonsense", "./nowhere", "/no/such/folder"])
+@pytest.mark.parametrize(
+    "ref", ["nonsense", "./nowhere", "/no/such/folder", "models/sd3.safetensors", "sd3.safetensors"]
+)
 def test_a_reference_to_nothing(ref):
     refused(UsageError, ref, "no model")
+
+
+@pytest.mark.parametrize("how", ["device", "pipe", "dangling"])
+def test_the_hub_is_not_asked_for_what_lies_here(tmp_path, monkeypatch, how):
+    """Though its name could be a repository's, and it is no model."""
+    monkeypatch.chdir(tmp_path)
+    path = Path("owner/name")
+    path.parent.mkdir()
+    if how == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero" if how == "device" else "nowhere")
+    refused(UsageError, "owner/name", "no model")
+    with pytest.raises(UsageError, match="there is no folder"):
+        loading._check_single(Path("x.safetensors"), SD3, families.Options(pipeline_config=path))
 
 
 def test_the_hub_is_asked_for_what_was_named(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -201,7 +202,7 @@ def _source(ref: str) -> str:
     """A folder or file that exists, or a hub id."""
     aliases = families.HUB_ALIASES
     source = str(files("unforget.families") / "models" / ref) if ref in families.EMBEDDED else aliases.get(ref, ref)
-    if not Path(source).exists() and (source.count("/") != 1 or source.startswith((".", "/", "~"))):
+    if not (Path(source).is_dir() or Path(source).is_file() or _names_repository(source)):
         known = ", ".join([*families.EMBEDDED, *aliases])
         hint = f"Give an alias ({known}), a diffusers folder, a .safetensors file, or a hub id owner/name."
         raise UsageError(f"no model '{ref}'", hint)
@@ -266,6 +267,12 @@ def _class_name(folder: Path) -> str:
         raise UsageError(f"'{index}' does not name a pipeline class", hint) from None
 
 
+def _names_repository(source: str) -> bool:
+    """Whether the hub may be asked for it: what lies here, whatever it is, or is called as a file, names none."""
+    ours = os.path.lexists(source) or source.endswith(".safetensors") or source.startswith((".", "/", "~"))
+    return source.count("/") == 1 and not ours
+
+
 def at(source: str) -> tuple[str, str | None]:
     """A hub id as the name of a repository and the revision, if one is named."""
     repo, _, revision = source.partition("@")
@@ -278,7 +285,7 @@ def _check_single(file: Path, spec: FamilySpec, options: Options) -> None:
         raise UsageError(f"'{file}' does not say what its model is made of", hint)
     if config.is_dir():
         safety.check_single(file, spec, config, options.text_encoder)
-    elif str(config).count("/") != 1 or config.is_absolute():
+    elif not _names_repository(str(config)):
         raise UsageError(f"there is no folder '{config}'", "Give a diffusers folder, or a hub id owner/name.")
 
 
