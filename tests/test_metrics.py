@@ -6,7 +6,18 @@ import torch
 from scipy.stats import binomtest
 
 from unforget.core import metrics
-from unforget.core.metrics import lower_bound, margin, pairwise_rms, rms, sharpness, shows, tolerance_bound, upper_bound
+from unforget.core.metrics import (
+    lower_bound,
+    margin,
+    median_bounds,
+    pairwise_rms,
+    ratio_bounds,
+    rms,
+    sharpness,
+    shows,
+    tolerance_bound,
+    upper_bound,
+)
 
 
 @pytest.mark.parametrize(("hits", "n"), [(0, 300), (1, 20), (7, 50), (19, 20)])
@@ -85,3 +96,23 @@ def test_a_tolerance_bound_holds_as_often_as_it_says(count):
 @pytest.mark.parametrize("values", [[], [0.1], [0.0, 0.0], [0.0, 0.1]])
 def test_a_tolerance_bound_of_too_few_or_of_nothing_recalls_nothing(values):
     assert tolerance_bound(torch.tensor(values), 0.05, 0.95) < 1e-9
+
+
+@pytest.mark.parametrize("n", [5, 16, 48, 256])
+def test_bounds_of_a_median_hold_as_often_as_they_say(n):
+    values = torch.rand(4000, n, generator=torch.Generator().manual_seed(n)) ** 3  # the median is 1/8
+    bounds = torch.tensor([median_bounds(of, 0.95) for of in values])
+    assert float((bounds[:, 0] <= 0.125).float().mean()) >= 0.95 - 0.01
+    assert float((bounds[:, 1] >= 0.125).float().mean()) >= 0.95 - 0.01
+    assert torch.isfinite(bounds).all()
+    assert median_bounds(values[0][:4], 0.95) == (-math.inf, math.inf)
+
+
+def test_bounds_of_a_ratio_of_means_hold_as_often_as_they_say():
+    generator = torch.Generator().manual_seed(0)
+    b = torch.rand(4000, 128, generator=generator) + 0.5
+    a = 0.8 * b + 0.1 * torch.rand(4000, 128, generator=generator)  # 0.85 in the mean
+    bounds = torch.tensor([ratio_bounds(*both, 0.95) for both in zip(a, b, strict=True)])
+    for wrong in (bounds[:, 0] > 0.85, bounds[:, 1] < 0.85):
+        assert 0.03 <= float(wrong.float().mean()) <= 0.07
+    assert ratio_bounds(b[0], b[0], 0.95) == pytest.approx((1, 1), abs=1e-6)

@@ -273,8 +273,35 @@ def test_neighbours_are_what_is_neither_target_nor_surrogate(context):
     context.base.denoise = lambda x, **how: made[torch.arange(len(x)) % 4]
     context.candidate.denoise = lambda x, **how: made[torch.arange(len(x)) % 4 - 1]  # one in two strangers stays
     found = Neighbours(draws=8)._of(instance, context, 1.0, 1.0)
-    assert found[0].candidate["seen"] == 4
+    assert found[0].candidate["seen"] == found[0].draws == 4
     assert found[0].candidate["kept"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("kept", "seen", "outcome"),
+    [(12, 20, "failed"), (15, 20, "passed"), (2, 3, "informational")],
+    ids=["more than half, by luck", "certainly more than half", "too few to tell"],
+)
+def test_neighbours_are_kept_if_it_is_certain(context, kept, seen, outcome):
+    found = Finding("neighbours", "t", {"kept": 1.0}, {"kept": kept / seen}, draws=seen)
+    (check,) = Neighbours().judge(found, context.policy, known=True)
+    assert (check.outcome, check.borderline) == (outcome, outcome == "failed")
+
+
+def test_drift_and_sharpness_pass_by_their_bounds(context):
+    within = {"median": 0.1, "median_low": 0.05, "median_high": 0.14, "kid": 0.0}
+    even = {"sharpness": 1.2, "sharpness_low": 1.1, "sharpness_high": 1.24}
+    changes = {"sound": {}, "perhaps": {"median_high": 0.2}, "perhaps sharper": {"sharpness_high": 1.3},
+               "over": {"median": 0.2, "median_high": 0.3}}  # fmt: skip
+    failed = {}
+    for name, change in changes.items():
+        found = Finding("retention", None, {"kid": 0.1}, {**within, **even, **change})
+        checks = Retention().judge(found, Policy(**SMALL, max_drift=0.15), known=True)
+        failed[name] = [(c.figure, c.borderline) for c in checks if c.outcome != "passed"]
+    assert failed == {
+        "sound": [], "perhaps": [("median", True)], "perhaps sharper": [("sharpness", True)],
+        "over": [("median", False)],
+    }  # fmt: skip
 
 
 def test_a_mirror_image_is_a_variant_unless_the_surrogate_is_it(context):

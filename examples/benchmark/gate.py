@@ -58,6 +58,8 @@ RUNS = 1000
 SIMULATED = 20_000
 POOL = 2000
 FEW = 200
+OTHERS, KEPT = 29, (0.875, 0.773)
+"""Those of identity 1 among 64 draws, the fewest of the planted; what its patch keeps of all draws, and of them."""
 UNPLANTED = range(20, 30)  # seeds of the draws that are reported, chosen before any was run
 
 
@@ -167,6 +169,7 @@ def budget(work: Path, seeds: int) -> None:
         ("quantization nearer, twice", 2 * forms, rounded.draws, "at least", policy.nearer, 0.95),
         ("transforms recall", 5, turned.draws, "at most", HALF, 0.05),
         ("partial_denoise", 1, ended.draws, "at most", ended.allowed, 0.01),
+        ("neighbours", 1, OTHERS, "at least", policy.min_kept * KEPT[0], KEPT[1]),
     ]  # fmt: skip
     table("check", "how many", "draws", "limit", "passes from", "sound", "at the limit passes", "all fail, sound")
     sound, broken = np.zeros(SIMULATED, bool), dict[str, float]()

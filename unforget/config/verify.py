@@ -63,14 +63,20 @@ class Policy(PromptConfig):
         lt=1,
     )
     min_replaced: float = option(
-        "Least share of draws under a given prompt that show the surrogate, where it is known.", 0.8, ge=0, le=1
+        "Share of draws under a given prompt that show the surrogate, where it is known: it must be over this.",
+        0.7,
+        ge=0,
+        lt=1,
     )
     max_drift: float = option(
         "Largest median drift under the same seed, in distances between two draws.",
         lambda data: 0.15 if data.get("patch") else 0.5, "0.15 for a patch, 0.5 for a folder", gt=0,
     )  # fmt: skip
     min_kept: float = option(
-        "Least share of look-alikes and of --must-retain images that are still drawn.", 0.6, ge=0, le=1
+        "Share of look-alikes, and of --must-retain images as the base draws them, that must still be drawn.",
+        0.5,
+        ge=0,
+        lt=1,
     )
     may_differ: tuple[str, ...] = option(
         "Part of a candidate beside its network that may be another than the base's, such as scheduler; repeats.", (),

@@ -7,7 +7,7 @@ recompressed or hardly blurred copy of a photograph differs from it in every fin
 import math
 
 import torch
-from scipy.stats import beta, nct, norm
+from scipy.stats import beta, binom, nct, norm
 from torch import Tensor
 from torch.nn import functional
 
@@ -103,6 +103,27 @@ def tolerance_bound(values: Tensor, share: float, confidence: float) -> float:
         return 0.0
     factor = nct.ppf(confidence, n - 1, norm.isf(share) * math.sqrt(n)) / math.sqrt(n)
     return float((logs.mean() - factor * logs.std()).exp())
+
+
+def median_bounds(values: Tensor, confidence: float) -> tuple[float, float]:
+    """One-sided bounds of the median that values (N,) are drawn from, exact: two of them (order statistics).
+
+    Infinite where so few values cannot bound it.
+    """
+    n, ordered = len(values), values.double().sort().values.tolist()
+    rank = int(binom.ppf(1 - confidence, n, 0.5))  # so many smallest values lie under the median nearly always
+    if not rank:
+        return -math.inf, math.inf
+    return ordered[rank - 1], ordered[n - rank]
+
+
+def ratio_bounds(a: Tensor, b: Tensor, confidence: float) -> tuple[float, float]:
+    """One-sided bounds of how many times the mean of b the mean of a is, of pairs (N,), by the delta method."""
+    a, b = a.double(), b.double()
+    mean = b.mean().clamp(min=1e-9)
+    ratio = a.mean() / mean
+    error = float(norm.ppf(confidence)) * (a - ratio * b).std() / (mean * math.sqrt(len(a)))
+    return float(ratio - error), float(ratio + error)
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:

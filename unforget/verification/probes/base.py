@@ -14,6 +14,8 @@ from unforget.verification.report import Check, Outcome, Rule
 
 HALF = 0.5
 """Share of reconstructions nearer than unseen images come back from which a target counts as recalled."""
+ENDS = ("low", "high")
+"""What is added to a figure's name for its bounds."""
 ROUNDING = 1e-6
 """Of a share in float32."""
 
@@ -92,15 +94,15 @@ class NearCopies(Probe):
         return [changed(check, outcome, "the base does not draw the target so")]
 
 
-def checked(found: Finding, figure: str, rule: Rule, limit: float, policy: Policy) -> Check:
+def checked(found: Finding, figure: str, rule: Rule, limit: float, policy: Policy, *, bounded: bool = False) -> Check:
     """A figure of the candidate against its limit; so near it that it may be on the other side, it is borderline.
 
-    A share of draws passes where its exact bound is on the right side of the limit: if the true one is on the wrong
-    side, it passes in 1 - confidence of cases, however few the draws are. Other figures must keep the policy's
-    tolerance. Borderline fails.
+    A share of draws passes where its exact bound is on the right side of the limit, and a `bounded` figure where the
+    bound is that it brings: if the true one is on the wrong side, it passes in 1 - confidence of cases, however few the
+    draws are. Other figures must keep the policy's tolerance. Borderline fails.
     """
     value, threshold, unsure = found.candidate[figure], limit, False
-    low, high = (found.candidate.get(f"{figure}_{end}") for end in ("low", "high"))
+    low, high = (found.candidate.get(f"{figure}_{end}") for end in ENDS)
     within = value >= limit if rule == "at least" else value <= limit
     if found.draws:
         threshold = needed(rule, limit, found.draws, policy.confidence)
@@ -108,6 +110,9 @@ def checked(found: Finding, figure: str, rule: Rule, limit: float, policy: Polic
         near, unsure = within and not good, within and not 0 <= threshold <= 1
         hits = round(value * found.draws)
         low, high = (bound(hits, found.draws, policy.confidence) for bound in (lower_bound, upper_bound))
+    elif bounded and low is not None and high is not None:
+        good = low >= limit if rule == "at least" else high <= limit
+        near = within and not good
     else:
         near = limit != 0 and abs(value - limit) <= policy.tolerance * abs(limit)
         good = within and not near

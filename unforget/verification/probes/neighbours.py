@@ -1,15 +1,15 @@
 from collections.abc import Iterator
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import torch
 from pydantic import Field
 
-from unforget.config import Policy, VerifyConfig
+from unforget.config import Policy
 from unforget.core.metrics import rms
 from unforget.core.passes import Count
 from unforget.core.types import Instance
 from unforget.verification.context import ROLES, Drawn, Finding, VerifyContext, known_surrogate
-from unforget.verification.probes.base import Probe, checked
+from unforget.verification.probes.base import Probe, changed, checked
 from unforget.verification.probes.retention import same_seed_drift, spread
 from unforget.verification.report import Check
 
@@ -24,12 +24,8 @@ class Neighbours(Probe):
     heading: ClassVar = "neighbours, from t = {timestep:g}"
     retains: ClassVar = True
     decides_unprompted: ClassVar = True
-    draws: int = Field(48, ge=1, description="draws of each target's neighbours")
+    draws: int = Field(64, ge=1, description="draws of each target's neighbours")
     timestep: int = Field(700, gt=0, lt=1000, description="timestep that they start from")
-
-    @classmethod
-    def from_policy(cls, config: VerifyConfig, prompted: bool) -> Self:
-        return cls(draws=min(48, config.paired // 2))
 
     def cost(self, context: VerifyContext) -> Count:
         turns = context.retain_turns(self.draws).tolist()
@@ -56,7 +52,19 @@ class Neighbours(Probe):
             return []
         figures = {**spread(rms(base, candidate) / typical), "seen": float(len(base))}
         images = dict(zip(ROLES, (base[:4].clone(), candidate[:4].clone()), strict=True))
-        return [Finding(self.kind, instance.id, {"kept": kept}, figures, context.start(self.timestep), images=images)]
+        return [
+            Finding(
+                self.kind,
+                instance.id,
+                {"kept": kept},
+                figures,
+                context.start(self.timestep),
+                draws=len(base),
+                images=images,
+            )
+        ]
 
     def judge(self, found: Finding, policy: Policy, known: bool) -> list[Check]:
-        return [checked(found, "kept", "at least", policy.min_kept * found.base["kept"], policy)]
+        check = checked(found, "kept", "at least", policy.min_kept * found.base["kept"], policy)
+        few = check.outcome == "inconclusive"  # whatever the candidate does, the base draws nearly nothing else here
+        return [changed(check, "informational", check.note) if few else check]

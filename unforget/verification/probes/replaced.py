@@ -50,7 +50,9 @@ class Replaced(Probe):
         }
         unrelated, drawable = context.retained("base").images, as_drawn(context.base, instance.surrogate)
         base, candidate = what_is_shown(drawn["base"], drawn["candidate"], unrelated, instance, drawable)
-        yield Finding(self.kind, instance.id, base, candidate, prompt=prompt, images=shown(drawn))
+        yield Finding(
+            self.kind, instance.id, base, candidate, prompt=prompt, draws=len(drawn["candidate"]), images=shown(drawn)
+        )
 
     def judge(self, found: Finding, policy: Policy, known: bool) -> Iterator[Check]:
         check = checked(found, "surrogate", "at least", policy.min_replaced, policy)

@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 from unforget.config import Policy
-from unforget.core.metrics import kernel_distance, pairwise_rms, rms
+from unforget.core.metrics import kernel_distance, median_bounds, pairwise_rms, ratio_bounds, rms
 from unforget.core.passes import Count
 from unforget.verification.context import ROLES, Drawn, Finding, VerifyContext
 from unforget.verification.near_copies import once
-from unforget.verification.probes.base import Probe, checked
+from unforget.verification.probes.base import ENDS, Probe, checked
 from unforget.verification.report import Check
 
 SPLITS = 200
@@ -37,17 +37,21 @@ class Retention(Probe):
         drift, typical = same_seed_drift(context)
         drawn = {role: context.retained(role) for role in ROLES}
         features, candidate = (drawn[role].embeddings[0] for role in ROLES)
-        sharp, sharp_base = (drawn[role].sharpness.mean() for role in ("candidate", "base"))
+        sharp, sharp_base = (drawn[role].sharpness for role in ("candidate", "base"))
+        confidence = context.policy.confidence
+        bounds = {"median": median_bounds(drift, confidence), "sharpness": ratio_bounds(sharp, sharp_base, confidence)}
         kid = kernel_distance(features[: len(features) // 2], candidate[len(features) // 2 :])
-        figures = {"typical": typical, "sharpness": float(sharp / sharp_base.clamp(min=1e-9)), "kid": kid}
+        sharper = float(sharp.mean() / sharp_base.mean().clamp(min=1e-9))
+        figures = {**spread(drift), "typical": typical, "sharpness": sharper, "kid": kid}
+        figures |= {f"{name}_{end}": b for name, both in bounds.items() for end, b in zip(ENDS, both, strict=True)}
         usual = {"sharpness": 1.0, "kid": _chance(features)}
         images = {role: context.pictures(role, slice(8)) for role in ROLES}
-        return [Finding(self.kind, None, usual, {**spread(drift), **figures}, images=images)]
+        return [Finding(self.kind, None, usual, figures, images=images)]
 
     def judge(self, found: Finding, policy: Policy, known: bool) -> Iterator[Check]:
-        yield checked(found, "median", "at most", policy.max_drift, policy)
-        yield checked(found, "sharpness", "at least", SHARPNESS[0], policy)
-        yield checked(found, "sharpness", "at most", SHARPNESS[1], policy)
+        yield checked(found, "median", "at most", policy.max_drift, policy, bounded=True)
+        yield checked(found, "sharpness", "at least", SHARPNESS[0], policy, bounded=True)
+        yield checked(found, "sharpness", "at most", SHARPNESS[1], policy, bounded=True)
         yield checked(found, "kid", "at most", found.base["kid"], policy)
 
 
