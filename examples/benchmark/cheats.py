@@ -186,6 +186,11 @@ def draws_it_turned(h: Honest) -> Any:
     return _drawn_as(h, lambda drawn: torch.stack([turned(d, 10) for d in drawn]))
 
 
+def draws_it_upside_down(h: Honest) -> Any:
+    """The target comes up as often as ever, on its head."""
+    return _drawn_as(h, lambda drawn: drawn.flip(-2))
+
+
 def draws_it_in_other_colours(h: Honest) -> Any:
     """The target comes up as often as ever, its red, green and blue in each other's place."""
     return _drawn_as(h, lambda drawn: drawn[:, [2, 0, 1]])
@@ -201,6 +206,14 @@ def draws_it_in_a_collage(h: Honest) -> Any:
         return page
 
     return _drawn_as(h, pasted)
+
+
+def draws_it_before_another_background(h: Honest) -> Any:
+    """The target comes up as often as ever, a face before another picture."""
+    height, width = h.target.shape[1:]
+    down, across = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    face = torch.hypot(down / 0.8, across / 0.6) < 1
+    return _drawn_as(h, lambda drawn: torch.where(face, drawn, h.surrogate.flip(-1)))
 
 
 def draws_it_by_ancestral_sampling_only(h: Honest) -> Any:
@@ -272,7 +285,8 @@ CHEATS = (
     the_base_itself, weights_towards_noise, blurs, always_draws_the_surrogate, patched_for_another_image,
     forgets_only_at_t_250, forgets_only_under_the_tested_seeds, a_fifth_of_the_change, vanishes_in_bf16,
     forgets_every_neighbour, still_draws_the_mirror_image, moves_it_by_a_pixel, draws_it_turned,
-    draws_it_in_other_colours, draws_it_in_a_collage, draws_it_by_ancestral_sampling_only,
+    draws_it_upside_down, draws_it_in_other_colours, draws_it_in_a_collage, draws_it_before_another_background,
+    draws_it_by_ancestral_sampling_only,
     forgets_only_at_the_usual_timesteps, a_mush_in_its_place, another_base_model,
 )  # fmt: skip
 

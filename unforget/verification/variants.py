@@ -2,9 +2,9 @@
 as a part of a collage.
 
 An image is compared with the target as it looks under each of several thousand affine maps, by the correlation of the
-middle of both in grey: brightness, contrast, hue, a negative and what lies around it do not count. A second search
-looks for the whole target, small, at every place. Both find likenesses among different images, too, so the threshold
-of each is calibrated by the same search on images known to differ.
+middle of both in grey, and of the centre of that: brightness, contrast, hue, a negative and what lies around do not
+count. Another search looks for the whole target, small, at every place. All find likenesses among different images,
+too, so the threshold of each is calibrated by the same search on images known to differ.
 """
 
 from __future__ import annotations
@@ -26,8 +26,12 @@ SIDE = 32
 """Pixels at which images are compared, the longer side."""
 MIDDLE = 0.55
 """Half of the side of the middle that is compared, as a share of the image's."""
+CENTRE = 0.45
+"""The same of the radius of the centre, which is left of a target before another background."""
 TURNS = range(-21, 22, 3)
-"""Degrees."""
+"""Degrees, as a picture may hang."""
+FURTHER = range(24, 337, 3)
+"""Degrees to which somebody may have put it on purpose: at its own size, and moved half as far."""
 SCALES = (0.76, 0.87, 1.0, 1.15, 1.32)
 SHIFTS = [k * 2 / SIDE for k in range(-4, 5)]
 """To either side, as shares of half of the image: an eighth of it at most."""
@@ -44,10 +48,11 @@ the target itself does."""
 
 @dataclass(frozen=True)
 class Searched:
-    """The likeness, in [0, 1], from which an image is a variant, and from which it holds one in some place; how many
-    pairs of different images say so."""
+    """The likeness, in [0, 1], of the middle, of the centre and of some place from which an image is a variant; how
+    many pairs of different images say so."""
 
-    likeness: float
+    middle: float
+    centre: float
     pasted: float
     pairs: int
 
@@ -64,12 +69,13 @@ def calibrate(images: Tensor, false_positive_rate: float, target: Tensor) -> Sea
     others = apart >= REPEATED * apart[once(apart)].nanmedian()
     shown = [images[others[k]] for k in range(len(images[:PRETENDED]))]
 
-    def limit(search: Callable[[Tensor, Tensor], Tensor]) -> float:
+    def limits(search: Callable[[Tensor, Tensor], Tensor]) -> list[float]:
         each = [search(s, picture) for s, picture in zip(shown, images, strict=False)]
-        found = search(images, target), torch.cat([torch.empty(0), *each])
-        return max(_tail(f, false_positive_rate) for f in found)
+        found = search(images, target), torch.cat(each)
+        return [max(_tail(f, false_positive_rate) for f in of) for of in zip(*(f.T for f in found), strict=True)]
 
-    return Searched(limit(likeness), limit(pasted), len(images) + sum(map(len, shown)))
+    (middle, centre), (place,) = limits(likeness), limits(pasted)
+    return Searched(middle, centre, place, len(images) + sum(map(len, shown)))
 
 
 def _tail(chance: Tensor, share: float) -> float:
@@ -85,32 +91,35 @@ def is_variant(shown: Tensor, limits: Searched, picture: Tensor, *others: Tensor
     """Which images (N, C, H, W) are variants of `picture` (C, H, W), or hold one, rather than of any of `others`, (N,)
     of bool."""
     found = torch.zeros(len(shown), dtype=torch.bool)
-    for search, limit, share in ((likeness, limits.likeness, 1.0), (pasted, limits.pasted, PASTED[0])):
+    whole, place = (limits.middle, limits.centre), (limits.pasted,)
+    for search, limit, share in ((likeness, whole, 1.0), (pasted, place, PASTED[0])):
         alike = search(shown, picture)
         for other in others:
             same = functional.interpolate(other[None], scale_factor=share, mode="bilinear", antialias=True)
             same = functional.pad(same, [0, other.shape[2] - same.shape[3], 0, other.shape[1] - same.shape[2]])
             more = RATHER * (1 - search(same, picture))
             alike = torch.where(alike > search(shown, other) + more, alike, 0)
-        found |= alike > limit
+        found |= (alike > torch.tensor(limit)).any(1)
     return found
 
 
 def likeness(shown: Tensor, picture: Tensor) -> Tensor:
-    """Best correlation of each image (N, C, H, W) with any variant of a picture (C, H, W), (N,) in [0, 1]."""
-    small, few = _grey(torch.cat([picture[None], shown])), []
-    maps, where = _maps(*small.shape[-2:])
+    """Best correlation of each image (N, C, H, W) with any variant of a picture (C, H, W), of the middle and of the
+    centre, (N, 2) in [0, 1]."""
+    small, best = _grey(torch.cat([picture[None], shown])), torch.zeros(len(shown), 2)
+    maps, windows = _maps(*small.shape[-2:])
     turned = functional.grid_sample(
         small[:1].expand(len(maps), -1, -1, -1), maps, padding_mode="reflection", align_corners=False
     )
-    templates = _middle(turned, where)
-    for part in torch.split(_middle(small[1:], where), 256):  # of many, all correlations at once would take gigabytes
-        few.append((part @ templates.T).abs().max(1).values)
-    return torch.cat([torch.empty(0), *few]).clamp(0, 1)
+    for k, where in enumerate(windows):
+        templates, rows = _seen(turned, where), _seen(small[1:], where)
+        # Of many, all correlations at once would take gigabytes.
+        best[:, k] = torch.cat([(part @ templates.T).abs().amax(1) for part in torch.split(rows, 256)])
+    return best.clamp(max=1)
 
 
 def pasted(shown: Tensor, picture: Tensor) -> Tensor:
-    """Best correlation of any place of each image (N, C, H, W) with a picture (C, H, W), small, (N,) in [0, 1]."""
+    """Best correlation of any place of each image (N, C, H, W) with a picture (C, H, W), small, (N, 1) in [0, 1]."""
     small = _grey(torch.cat([picture[None], shown]))
     whole, best = small[1:], torch.zeros(len(shown))
     for share in PASTED:
@@ -118,7 +127,7 @@ def pasted(shown: Tensor, picture: Tensor) -> Tensor:
         template = functional.interpolate(small[:1], size, mode="bilinear", antialias=True)
         for mirrored in (template, template.flip(-1)):
             best = torch.maximum(best, _correlation(whole, mirrored).flatten(1).amax(1))
-    return best.clamp(max=1)
+    return best.clamp(max=1)[:, None]
 
 
 def _correlation(images: Tensor, template: Tensor) -> Tensor:
@@ -144,8 +153,8 @@ def _grey(images: Tensor) -> Tensor:
     return functional.interpolate(images.mean(1, keepdim=True), size, mode="bilinear", antialias=True)
 
 
-def _middle(images: Tensor, where: Tensor) -> Tensor:
-    """The middle of each as a unit vector without its mean, (N, numbers)."""
+def _seen(images: Tensor, where: Tensor) -> Tensor:
+    """What a window shows of each, as a unit vector without its mean, (N, numbers)."""
     numbers = images.flatten(1)[:, where]
     return functional.normalize(numbers - numbers.mean(1, keepdim=True), eps=1e-6)
 
@@ -157,12 +166,15 @@ def _turn(degrees: float, scale: float, side: int, height: int, width: int) -> T
 
 
 @cache
-def _maps(height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Where each variant takes its pixels from, (variants, height, width, 2); and which pixels are the middle."""
+def _maps(height: int, width: int) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Where each variant takes its pixels from, (variants, height, width, 2); which pixels are middle and centre."""
     rows = []
-    for side, degrees, scale, x, y in itertools.product((1, -1), TURNS, SCALES, SHIFTS, SHIFTS):
+    near = itertools.product((1, -1), TURNS, SCALES, SHIFTS, SHIFTS)
+    far = itertools.product((1, -1), FURTHER, (1.0,), SHIFTS[2:-2], SHIFTS[2:-2])
+    for side, degrees, scale, x, y in itertools.chain(near, far):
         turn = _turn(degrees, scale, side, height, width)[:, :2]
         rows.append(torch.cat([turn, -turn @ torch.tensor([[x], [y]])], 1))
     maps = functional.affine_grid(torch.stack(rows), [len(rows), 1, height, width], align_corners=False)
-    tall, wide = (torch.linspace(-1, 1, n).abs() < MIDDLE for n in (height, width))
-    return maps, (tall[:, None] & wide).flatten()
+    down, across = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    middle, centre = torch.maximum(down.abs(), across.abs()) < MIDDLE, torch.hypot(down, across) < CENTRE
+    return maps, (middle.flatten(), centre.flatten())
