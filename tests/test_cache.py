@@ -179,9 +179,10 @@ def test_no_field_of_an_entry_counts_but_by_its_signature(folder):
         assert made.times == number
 
 
-def test_machines_share_a_cache_by_a_key_and_not_without(folder, monkeypatch, tmp_path):
+@pytest.mark.parametrize("key", [b"ours", b"\xff\xfe any bytes"])
+def test_machines_share_a_cache_by_a_key_and_not_without(folder, monkeypatch, tmp_path, key):
     made = Made()
-    monkeypatch.setenv("UNFORGET_CACHE_KEY", "ours")
+    monkeypatch.setitem(os.environb, b"UNFORGET_CACHE_KEY", key)
     made.images()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "elsewhere"))
     made.images()

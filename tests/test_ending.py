@@ -16,7 +16,7 @@ import torch
 from test_reports import rich
 
 from unforget.cli.ending import LONGEST, line
-from unforget.errors import CannotRun, Interrupted, Terminated, UsageError, printable
+from unforget.errors import CannotRun, Interrupted, Terminated, UsageError, launched, printable
 from unforget.files.patch import HEADER, Patch
 from unforget.files.storage import checksummed, digest, write_tensors
 from unforget.reports.html import page
@@ -243,6 +243,20 @@ def test_signals_at_any_moment(tiny_folder, picture, tmp_path, number):
         errors = process.communicate(timeout=60)[1]
         assert process.returncode in (code, 2), (delay, errors)  # 2: the surrogate is the target
         assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("said", [("x", "2"), ("0", "x"), ("", "2"), ("0", ""), ("-1", "2"), ("1" * 5000, "2")])
+def test_what_no_launcher_says_is_no_number_of_processes(monkeypatch, said):
+    for name, value in zip(("RANK", "WORLD_SIZE"), said, strict=True):
+        monkeypatch.setenv(name, value)
+    assert launched() == (0, 1)
+
+
+def test_an_odd_environment_is_no_verdict():
+    done = subprocess.run(
+        [sys.executable, "-m", "unforget", "-V"], env={**os.environ, "WORLD_SIZE": "banana"}, capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_a_signal_that_is_ignored_stays_so(tiny_folder):

@@ -1,5 +1,6 @@
 """Every format, through the loader that its users have, on tiny random weights."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -774,7 +775,7 @@ def test_a_full_disk_is_noticed_before(ddpm, tmp_path, monkeypatch):
     [
         ({"format": "nonsense"}, "format"),
         ({"dtype": "int8"}, "dtype"),
-        ({"max_shard_size": "much"}, "max_shard_size"),
+        *(({"max_shard_size": size}, "max_shard_size") for size in ("much", "1", "9" * 400 + "TB")),
         ({"format": "delta"}, "there are no deltas any more"),
         ({"take_off": True}, "take_off"),
         ({"format": "transformer"}, "ends in .safetensors"),
@@ -802,6 +803,8 @@ def test_the_commands(base, ddpm, tmp_path, cli):
     done = cli("export", "-m", ddpm, "--patch", whole(ddpm, tmp_path / "b.patch"), "-o", "d", "--max_shard_size", "1MB")
     assert done.exit_code == 0, done.output
     assert cli("show", "d").exit_code == 0
+    with contextlib.chdir("d"):
+        assert cli("show", ".").stdout == cli("show", tmp_path / "d").stdout
     assert "float32" in cli("show", "d/unet/diffusion_pytorch_model.safetensors").stdout
     foreign = json.loads(cli("show", ddpm / "unet" / "diffusion_pytorch_model.safetensors", "--json").stdout)
     assert foreign["digest"] == digest(load_file(ddpm / "unet" / "diffusion_pytorch_model.safetensors"))

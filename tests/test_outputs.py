@@ -90,6 +90,12 @@ def test_a_folder_where_a_file_is_to_be(cli, here, command, option, force):
     refused(cli, here, [*command, option, name, *force], f"'{name}' is a folder")
 
 
+@pytest.mark.parametrize("path", ["", ".", "/"])
+def test_a_path_without_a_name_is_no_place(cli, here, path):
+    for command, option in ANY:
+        refused(cli, here, [*command, option, path, "--force"], "error: ")
+
+
 @pytest.mark.parametrize(("command", "option"), ANY, ids=lambda x: x if isinstance(x, str) else x[0])
 @pytest.mark.parametrize("path", ["no/x", "file/x", "x" * 250, "x" * 4000, "/proc/x"], ids=lambda p: p[:7])
 def test_a_place_that_cannot_be_written(cli, here, command, option, path):

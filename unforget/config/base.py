@@ -176,7 +176,9 @@ class ModelConfig(Config):
         "File of a text encoder that a single file lacks (clip_l, clip_g, t5xxl); repeats.", (), "none", reads="file"
     )
     t5: bool = option("Load the third text encoder, where the model has one.", True)
-    resolution: int | None = option("Width and height of images of a text-to-image model.", None, "the model's", ge=8)
+    resolution: int | None = option(
+        "Width and height of images of a text-to-image model.", None, "the model's", ge=8, le=8192
+    )
     guidance: float | None = option(
         "Classifier-free guidance of every draw.", None, "the model's, or 7", names=("--guidance-scale",), ge=1, le=100
     )
@@ -189,7 +191,7 @@ class ModelConfig(Config):
         "Keep the network's weights in the host's memory, each layer's on the card while it computes.", None,
         "only if they do not fit the card", panel=MACHINE,
     )  # fmt: skip
-    threads: int | None = option("CPU threads.", None, "all cores", panel=MACHINE, ge=1)
+    threads: int | None = option("CPU threads.", None, "all cores", panel=MACHINE, ge=1, le=1024)
     allow_pickle: bool = option(
         "Also open pickled .bin weights; only from sources that you trust.", False, panel=DANGER
     )
@@ -266,7 +268,7 @@ def real(path: Path) -> Path:
 
 def run_folder(patch: Path) -> Path:
     """Where the run of a patch lies: face.patch has face.run; whatever else it is called, face-1.0 has face-1.0.run."""
-    return patch.with_suffix(".run") if patch.suffix == ".patch" else patch.with_name(f"{patch.name}.run")
+    return patch.with_suffix(".run") if patch.suffix == ".patch" else patch.parent / f"{patch.name}.run"
 
 
 def beside(field: str, suffix: str) -> Callable[[dict[str, Any]], Path]:

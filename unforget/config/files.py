@@ -156,7 +156,7 @@ def writable(path: Path, force: bool, kind: str = "file") -> None:
     """
     file = kind in ("file", "appended") or (kind == "either" and path.suffix == ".safetensors")
     if (file and path.is_dir()) or not path.name:
-        raise UsageError(f"'{path}' is a folder", "Give the name of a file.")
+        raise UsageError(f"'{path}' is a folder", f"Give the name of a {'file' if file else 'new folder'}.")
     if kind in ("folder", "run") and path.exists() and not path.is_dir():
         raise UsageError(f"'{path}' is a file, and is to be a folder", "Give another --output.")
     if kind != "appended" and path.exists() and not force:

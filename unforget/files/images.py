@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -225,4 +226,4 @@ def from_bytes(images: Tensor) -> Tensor:
 
 def image_id(image: Tensor, salt: str = "") -> str:
     """First 16 hex digits of the salted SHA-256 of an image's 8-bit pixels: the same for every lossless file of it."""
-    return hashlib.sha256(salt.encode() + to_pil(image).tobytes()).hexdigest()[:16]
+    return hashlib.sha256(os.fsencode(salt) + to_pil(image).tobytes()).hexdigest()[:16]
