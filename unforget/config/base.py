@@ -84,10 +84,10 @@ def current(name: str, spell: Callable[[str], str] = str) -> str:
 
 
 def named(values: Mapping[str, Any], fields: Collection[str] = ()) -> dict[str, Any]:
-    """Values by the names that fields have now; ValueError if one is gone, or given twice."""
-    found = {name if name in fields else current(name): value for name, value in values.items()}
+    """Values by the names that fields have now, dashes as in options; ValueError if one is gone, or given twice."""
+    found = {name if name in fields else current(name.replace("-", "_")): value for name, value in values.items()}
     if len(found) < len(values):
-        raise ValueError("an option is given by its old name and by its new one")
+        raise ValueError("an option is given twice, by two of its names")
     return found
 
 
@@ -130,6 +130,15 @@ class Config(BaseModel):
             return values
         given = named(values, cls.model_fields)
         return {n: _tupled(cls.model_fields[n], v) if n in cls.model_fields else v for n, v in given.items()}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        # No path holds a NUL, nor does anything else that a command line can say.
+        for one in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(one, (str, Path)) and "\0" in str(one):
+                raise ValueError("a text holds a NUL")
+        return value
 
     @model_validator(mode="after")
     def _belonging(self) -> Self:
