@@ -298,10 +298,11 @@ def test_the_command_tells_and_clears(cli, folder):
         "folder": str(folder), "entries": 1, "bytes": entry(folder, "images").stat().st_size, "limit": 4 * 2**30
     }  # fmt: skip
     assert str(folder) in "".join(cli("cache").stdout.split())
+    (folder / f".{entry(folder, 'images').name}").mkdir()  # none of ours is a folder, whatever its name
     cleared = cli("cache", "--clear")
     assert cleared.exit_code == 0
     assert "1 removed" in cleared.stdout
-    assert not list(folder.iterdir())
+    assert [path.is_dir() for path in folder.iterdir()] == [True]
 
 
 def load(**changes):
