@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -785,6 +786,16 @@ def test_a_full_disk_is_noticed_before(ddpm, tmp_path, monkeypatch):
 def test_what_does_not_go_together(given, sentence):
     with pytest.raises(UsageError, match=sentence):
         build(ExportConfig, {"model": "x", "patch": ("p",), "output": "o", **given})
+
+
+@pytest.mark.parametrize("lies", [os.mkfifo, Path.touch, lambda path: path.symlink_to("elsewhere")])
+def test_whatever_lies_where_an_export_is_written(tmp_path, lies):
+    (tmp_path / "elsewhere").mkdir()
+    lies(tmp_path / ".out.partial")
+    with placement.atomic_export(tmp_path / "out") as out:
+        out.write_text("whole")
+    assert (tmp_path / "out").read_text() == "whole"
+    assert not os.path.lexists(tmp_path / ".out.partial") and (tmp_path / "elsewhere").is_dir()
 
 
 # The command line.

@@ -286,6 +286,6 @@ def beside(field: str, suffix: str) -> Callable[[dict[str, Any]], Path]:
     def path(data: dict[str, Any]) -> Path:
         given = data.get(field)  # absent if it is wrong, which pydantic before 2.11 asks about all the same
         first = given[0] if isinstance(given, tuple) else given
-        return Path(first.with_suffix(suffix).name) if first else Path()
+        return Path(first.stem + suffix) if first else Path()
 
     return path

@@ -171,6 +171,8 @@ def writable(path: Path, force: bool, kind: str = "file") -> None:
         raise UsageError(f"'{path}' is a folder", f"Give the name of a {'file' if file else 'new folder'}.")
     if kind in ("folder", "run") and path.exists() and not path.is_dir():
         raise UsageError(f"'{path}' is a file, and is to be a folder", "Give another --output.")
+    if kind != "appended" and path.exists() and not (path.is_file() or path.is_dir()):
+        raise UsageError(f"'{path}' is no file, but a device or a pipe", "Give the name of a file.")
     if kind != "appended" and path.exists() and not force:
         raise UsageError(f"'{path}' exists", "Say --force to overwrite it, or give another --output.")
     home = path.parent
