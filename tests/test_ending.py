@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import re
 import signal
@@ -9,12 +10,14 @@ import stat
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from test_reports import rich
 
+from unforget.cli.console import tame_libraries
 from unforget.cli.ending import LONGEST, line
 from unforget.errors import CannotRun, Interrupted, Terminated, UsageError, launched, printable
 from unforget.files.patch import HEADER, Patch
@@ -101,6 +104,22 @@ def test_messages_command_nothing(cli, tmp_path, text, tiny_folder, picture):
         result = cli(*args)
         assert result.exit_code == 2, result.output
         assert harmless(result.output), ascii(result.output)
+
+
+@pytest.mark.parametrize("text", EVIL, ids=ascii)
+def test_what_libraries_say_commands_nothing(text, monkeypatch, capsys):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    before = logging.getLogRecordFactory()
+    tame_libraries()
+    try:
+        sys.stderr.write(warnings.formatwarning(text, UserWarning, "x.py", 1, "line"))
+        logger = logging.Logger("a library's")
+        logger.addHandler(logging.StreamHandler(sys.stderr))
+        for words in ((text,), ("%s", text), ("%s\n%r", text, {text: text})):
+            logger.warning(*words)
+    finally:
+        logging.setLogRecordFactory(before)
+    assert harmless(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("text", EVIL, ids=ascii)
