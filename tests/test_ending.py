@@ -278,6 +278,21 @@ def test_an_odd_environment_is_no_verdict():
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.parametrize("closed", [(0,), (1, 2), (0, 1, 2)])
+def test_no_file_takes_the_place_of_a_closed_stream(tmp_path, closed):
+    """Else what a library says on stderr stands in the weights."""
+    program = """import os
+from unforget.cli.ending import guarded
+guarded(lambda: print(os.open("b", os.O_CREAT), file=open("a", "w")))"""
+
+    def close():
+        for number in closed:
+            os.close(number)
+
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, preexec_fn=close)
+    assert int((tmp_path / "a").read_text()) > 2
+
+
 def test_a_signal_that_is_ignored_stays_so(tiny_folder):
     process = start("--version", before="import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + BROKEN.format(
         name="rich", what="signal.raise_signal(signal.SIGHUP); return None"))  # fmt: skip

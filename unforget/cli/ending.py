@@ -32,6 +32,11 @@ _asked: list[int] = []
 
 def guarded(main: Callable[[], object]) -> NoReturn:
     """Run the program and end with its exit code, or with that of what stopped it."""
+    for number in range(3):  # a stream that who started us closed: else a file that is written would be it
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
     sys.stdout, sys.stderr = (_lasting(stream) for stream in (sys.stdout, sys.stderr))
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
