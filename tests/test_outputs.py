@@ -92,7 +92,7 @@ def test_a_folder_where_a_file_is_to_be(cli, here, command, option, force):
 
 @pytest.mark.parametrize("force", [[], ["--force"]], ids=["", "force"])
 def test_a_device_is_not_replaced(cli, here, force):
-    """`--report /dev/null --force` of root left every program of the machine a file there."""
+    """Else `--report /dev/null --force` of root leaves every program of the machine a file there."""
     os.mkfifo("pipe")
     Path("link.safetensors").symlink_to("pipe")
     for command, option in ANY:

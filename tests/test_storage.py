@@ -217,7 +217,7 @@ def test_what_a_toml_file_says_takes_no_more_than_it_is_long(tmp_path, part, lin
     """A key of 60,000 parts took 10 GB."""
     for parts, blank in ((32, ""), (32, " "), (60_000, "")):
         (tmp_path / "a.toml").write_text(line.format(f"{blank}.{blank}".join([part] * (parts + 1))))
-        with pytest.raises(UsageError, match="32 parts or more"):
+        with pytest.raises(UsageError, match="more than 32 parts"):
             read_toml(tmp_path / "a.toml")
     prose = "and so on. " * 9000 + "." * 9000
     (tmp_path / "a.toml").write_text(f"a = '''{prose}'''\nb = [{'1.5, ' * 9000}]")

@@ -16,7 +16,7 @@ C = TypeVar("C", bound=Config)
 LARGEST = 2**19
 """Bytes of a TOML file that is read: each two may cost 1 KiB and 20 microseconds."""
 DEEPEST = re.compile(r"""(?:(?<![\w-])(?:[\w-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){32}""", re.ASCII)
-"""A key of so many parts, which costs tomllib the square of them."""
+"""A key of more parts than so many, which costs tomllib the square of them."""
 PARTS = re.compile(r".*\.(safetensors|bin|model)|(.*[_.])?(config|index|tokenizer|vocab|unforget)\.json|merges\.txt")
 """Files of a folder that is read, of a model: other outputs may lie there, too."""
 
@@ -52,7 +52,7 @@ def read(file: Path | None) -> dict[str, Any]:
             content = opened.read(LARGEST + 1)
         text = content.decode("utf-8-sig").replace("\r\n", "\n")
         if len(content) > LARGEST or DEEPEST.search(text):
-            raise ValueError("too large" if len(content) > LARGEST else "a key has 32 parts or more")
+            raise ValueError("too large" if len(content) > LARGEST else "a key has more than 32 parts")
         return named(tomllib.loads(text))
     except (OSError, ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
