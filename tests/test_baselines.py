@@ -299,8 +299,9 @@ def test_the_mask_is_the_weights_that_the_targets_move_most():
     def predict(x_t, timestep, prompt_ids):  # the last one has no gradient at all, as A of a LoRA
         return (weights[0][0] * 1.0 + weights[0][1] * 0.01 + 0 * weights[1]).expand_as(x_t)
 
-    found = masks(predict, weights, [Instance(target, target, "t")], schedule, 0.5, seed=0, micro_batch=10)
-    assert [m.tolist() for m in found] == [[True, False], [True]]
+    for share in (0.5, 1e-300):  # one moves at least
+        found = masks(predict, weights, [Instance(target, target, "t")], schedule, share, seed=0, micro_batch=10)
+        assert [m.tolist() for m in found] == [[True, False], [True]]
     everything = masks(predict, weights, [Instance(target, target, "t")], schedule, 1.0, seed=0, micro_batch=None)
     assert [m.tolist() for m in everything] == [[True, True], [True]]
 

@@ -179,9 +179,10 @@ def test_no_field_of_an_entry_counts_but_by_its_signature(folder):
         assert made.times == number
 
 
-def test_machines_share_a_cache_by_a_key_and_not_without(folder, monkeypatch, tmp_path):
+@pytest.mark.parametrize("key", [b"ours", b"\xff\xfe any bytes"])
+def test_machines_share_a_cache_by_a_key_and_not_without(folder, monkeypatch, tmp_path, key):
     made = Made()
-    monkeypatch.setenv("UNFORGET_CACHE_KEY", "ours")
+    monkeypatch.setitem(os.environb, b"UNFORGET_CACHE_KEY", key)
     made.images()
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "elsewhere"))
     made.images()
@@ -297,10 +298,11 @@ def test_the_command_tells_and_clears(cli, folder):
         "folder": str(folder), "entries": 1, "bytes": entry(folder, "images").stat().st_size, "limit": 4 * 2**30
     }  # fmt: skip
     assert str(folder) in "".join(cli("cache").stdout.split())
+    (folder / f".{entry(folder, 'images').name}").mkdir()  # none of ours is a folder, whatever its name
     cleared = cli("cache", "--clear")
     assert cleared.exit_code == 0
     assert "1 removed" in cleared.stdout
-    assert not list(folder.iterdir())
+    assert [path.is_dir() for path in folder.iterdir()] == [True]
 
 
 def load(**changes):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import re
 import signal
@@ -9,14 +10,16 @@ import stat
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from test_reports import rich
 
+from unforget.cli.console import tame_libraries
 from unforget.cli.ending import LONGEST, line
-from unforget.errors import CannotRun, Interrupted, Terminated, UsageError, printable
+from unforget.errors import CannotRun, Interrupted, Terminated, UsageError, launched, printable
 from unforget.files.patch import HEADER, Patch
 from unforget.files.storage import checksummed, digest, write_tensors
 from unforget.reports.html import page
@@ -101,6 +104,22 @@ def test_messages_command_nothing(cli, tmp_path, text, tiny_folder, picture):
         result = cli(*args)
         assert result.exit_code == 2, result.output
         assert harmless(result.output), ascii(result.output)
+
+
+@pytest.mark.parametrize("text", EVIL, ids=ascii)
+def test_what_libraries_say_commands_nothing(text, monkeypatch, capsys):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    before = logging.getLogRecordFactory()
+    tame_libraries()
+    try:
+        sys.stderr.write(warnings.formatwarning(text, UserWarning, "x.py", 1, "line"))
+        logger = logging.Logger("a library's")
+        logger.addHandler(logging.StreamHandler(sys.stderr))
+        for words in ((text,), ("%s", text), ("%s\n%r", text, {text: text})):
+            logger.warning(*words)
+    finally:
+        logging.setLogRecordFactory(before)
+    assert harmless(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("text", EVIL, ids=ascii)
@@ -243,6 +262,35 @@ def test_signals_at_any_moment(tiny_folder, picture, tmp_path, number):
         errors = process.communicate(timeout=60)[1]
         assert process.returncode in (code, 2), (delay, errors)  # 2: the surrogate is the target
         assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("said", [("x", "2"), ("0", "x"), ("", "2"), ("0", ""), ("-1", "2"), ("1" * 5000, "2")])
+def test_what_no_launcher_says_is_no_number_of_processes(monkeypatch, said):
+    for name, value in zip(("RANK", "WORLD_SIZE"), said, strict=True):
+        monkeypatch.setenv(name, value)
+    assert launched() == (0, 1)
+
+
+def test_an_odd_environment_is_no_verdict():
+    done = subprocess.run(
+        [sys.executable, "-m", "unforget", "-V"], env={**os.environ, "WORLD_SIZE": "banana"}, capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("closed", [(0,), (1, 2), (0, 1, 2)])
+def test_no_file_takes_the_place_of_a_closed_stream(tmp_path, closed):
+    """Else what a library says on stderr stands in the weights."""
+    program = """import os
+from unforget.cli.ending import guarded
+guarded(lambda: print(os.open("b", os.O_CREAT), file=open("a", "w")))"""
+
+    def close():
+        for number in closed:
+            os.close(number)
+
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, preexec_fn=close)
+    assert int((tmp_path / "a").read_text()) > 2
 
 
 def test_a_signal_that_is_ignored_stays_so(tiny_folder):

@@ -1,5 +1,6 @@
 """Every format, through the loader that its users have, on tiny random weights."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -774,7 +776,7 @@ def test_a_full_disk_is_noticed_before(ddpm, tmp_path, monkeypatch):
     [
         ({"format": "nonsense"}, "format"),
         ({"dtype": "int8"}, "dtype"),
-        ({"max_shard_size": "much"}, "max_shard_size"),
+        *(({"max_shard_size": size}, "max_shard_size") for size in ("much", "1", "9" * 400 + "TB")),
         ({"format": "delta"}, "there are no deltas any more"),
         ({"take_off": True}, "take_off"),
         ({"format": "transformer"}, "ends in .safetensors"),
@@ -784,6 +786,16 @@ def test_a_full_disk_is_noticed_before(ddpm, tmp_path, monkeypatch):
 def test_what_does_not_go_together(given, sentence):
     with pytest.raises(UsageError, match=sentence):
         build(ExportConfig, {"model": "x", "patch": ("p",), "output": "o", **given})
+
+
+@pytest.mark.parametrize("lies", [os.mkfifo, Path.touch, lambda path: path.symlink_to("elsewhere")])
+def test_whatever_lies_where_an_export_is_written(tmp_path, lies):
+    (tmp_path / "elsewhere").mkdir()
+    lies(tmp_path / ".out.partial")
+    with placement.atomic_export(tmp_path / "out") as out:
+        out.write_text("whole")
+    assert (tmp_path / "out").read_text() == "whole"
+    assert not os.path.lexists(tmp_path / ".out.partial") and (tmp_path / "elsewhere").is_dir()
 
 
 # The command line.
@@ -802,6 +814,8 @@ def test_the_commands(base, ddpm, tmp_path, cli):
     done = cli("export", "-m", ddpm, "--patch", whole(ddpm, tmp_path / "b.patch"), "-o", "d", "--max_shard_size", "1MB")
     assert done.exit_code == 0, done.output
     assert cli("show", "d").exit_code == 0
+    with contextlib.chdir("d"):
+        assert cli("show", ".").stdout == cli("show", tmp_path / "d").stdout
     assert "float32" in cli("show", "d/unet/diffusion_pytorch_model.safetensors").stdout
     foreign = json.loads(cli("show", ddpm / "unet" / "diffusion_pytorch_model.safetensors", "--json").stdout)
     assert foreign["digest"] == digest(load_file(ddpm / "unet" / "diffusion_pytorch_model.safetensors"))

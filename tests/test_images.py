@@ -2,6 +2,7 @@
 
 import os
 import zlib
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -119,6 +120,16 @@ def test_what_is_no_picture_of_the_model_is_a_usage_error(tmp_path, name, senten
     with pytest.raises(UsageError, match=sentence) as caught:
         images.read_image(broken(tmp_path, name), SHAPE)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff", "webp", "avif"])
+def test_decoders_that_hold_several_copies_are_given_half_as_much(tmp_path, pixels, monkeypatch, kind):
+    monkeypatch.setattr(images, "MAX_PIXELS", 2 * pixels.shape[0] * pixels.shape[1] - 1)
+    if f".{kind}" not in Image.registered_extensions():
+        pytest.skip("this Pillow has no AVIF")
+    Image.fromarray(pixels).save(tmp_path / f"a.{kind}")
+    with pytest.raises(UsageError, match="more than 255 in all") if kind in ("webp", "avif") else nullcontext():
+        images.read_image(tmp_path / f"a.{kind}", SHAPE)
 
 
 def test_resize_on_request(tmp_path):

@@ -90,6 +90,28 @@ def test_a_folder_where_a_file_is_to_be(cli, here, command, option, force):
     refused(cli, here, [*command, option, name, *force], f"'{name}' is a folder")
 
 
+@pytest.mark.parametrize("force", [[], ["--force"]], ids=["", "force"])
+def test_a_device_is_not_replaced(cli, here, force):
+    """Else `--report /dev/null --force` of root leaves every program of the machine a file there."""
+    os.mkfifo("pipe")
+    Path("link.safetensors").symlink_to("pipe")
+    for command, option in ANY:
+        if option != "--summary":  # which is appended
+            refused(cli, here, [*command, option, "link.safetensors" if "single-file" in command else "pipe", *force])
+            assert Path("pipe").is_fifo() and Path("link.safetensors").is_symlink()
+
+
+@pytest.mark.parametrize("target", ["", ".", "/"])
+def test_a_target_without_a_name(cli, here, target):
+    refused(cli, here, ["edit-surrogate", "--model", "model", "-t", target], "there is no file")
+
+
+@pytest.mark.parametrize("path", ["", ".", "/"])
+def test_a_path_without_a_name_is_no_place(cli, here, path):
+    for command, option in ANY:
+        refused(cli, here, [*command, option, path, "--force"], "error: ")
+
+
 @pytest.mark.parametrize(("command", "option"), ANY, ids=lambda x: x if isinstance(x, str) else x[0])
 @pytest.mark.parametrize("path", ["no/x", "file/x", "x" * 250, "x" * 4000, "/proc/x"], ids=lambda p: p[:7])
 def test_a_place_that_cannot_be_written(cli, here, command, option, path):

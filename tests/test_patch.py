@@ -217,6 +217,16 @@ def test_nan_is_found_in_numbers_of_any_width(patch, kind):
         Patch({"x": torch.full((3,), torch.nan).to(kind)}, patch.provenance).check({"x": [3]})
 
 
+@pytest.mark.parametrize("scales", [(100.0,), (1.0, 1.0)])
+def test_what_patches_add_up_to_is_a_number(network, scales):
+    before = weights(network)
+    made = lora(network, 1).provenance.model_copy(update={"holds": "weights", "adapter": None, "patched_digest": ""})
+    stack = Stack((Patch({"1.weight": torch.full_like(network[1].weight, 3e38)}, made),) * len(scales), scales)
+    with pytest.raises(CannotRun, match=r"'1\.weight' holds NaN"):
+        stack.apply(network)
+    assert same(weights(network), before)
+
+
 @pytest.mark.parametrize("change", [
     {"9.lora_A.weight": torch.zeros(2, 3)}, {"1.lora_A.weight": torch.zeros(2, 7)},
     {"1.lora_B.weight": torch.zeros(2, 3)}, {"1.lora_B.weight": torch.full((2, 2), torch.nan)},

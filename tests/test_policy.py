@@ -62,6 +62,19 @@ def test_a_pyproject_that_says_nothing_is_no_policy(here):
     assert read_policy(None) == {}
 
 
+@pytest.mark.parametrize("said", ["tool = 5", 'tool = "unforget"', "[[tool]]\nunforget = 1"])
+def test_a_pyproject_without_a_table_of_tools_is_no_policy(here, said):
+    here(said, "pyproject.toml")
+    assert resolve(GIVEN).level == "standard"
+
+
+@pytest.mark.parametrize("said", ["tool.unforget = 5", "[[tool.unforget]]\nverify = 1"])
+def test_what_a_pyproject_has_for_us_is_a_table(here, said):
+    here(said, "pyproject.toml")
+    with pytest.raises(UsageError, match="no use for 'unforget'"):
+        resolve(GIVEN)
+
+
 def test_paths_are_relative_to_the_policy(here, tmp_path):
     path = here('[verify]\ntarget = ["a.png"]\nsurrogate = ["b.png"]\nretain_prompts = "p.txt"\n', "ci/unforget.toml")
     config = resolve(GIVEN, policy=path)
@@ -115,6 +128,8 @@ def test_an_allow_list_entry_has_an_id_a_reason_and_a_day(here):
         ("[verify]\nsimilarity = []\n", "at least 1"),
         ("[verfy]\n", "no use for 'verfy'"),
         ("verify = 3\n", "no use for 'verify'"),
+        ("[verify]\nmax-rate = 0.9\nmax_rate = 0.1\n", "given twice"),
+        ('[verify]\nmust_retain = ["a\\u0000"]\n', "holds a NUL"),
         ("[verify\n", "cannot read"),
         (ENTRY.format(id="zz", reason="x", expires="2027-01-31"), "allow.0.id"),
         (ENTRY.format(id="0" * 16, reason="", expires="2027-01-31"), "allow.0.reason"),

@@ -182,6 +182,16 @@ def test_a_damaged_file_is_an_error(config, monkeypatch, name, content):
         unlearn(config(resume=True))
 
 
+@pytest.mark.parametrize("name", ["prepared.safetensors", "checkpoint.safetensors"])
+def test_what_is_no_file_is_an_error_never_a_fresh_start(config, monkeypatch, name):
+    path = stopped(config, monkeypatch) / name
+    for target in ("pipe", "/dev/zero", "nowhere", "."):
+        path.unlink()
+        os.mkfifo(path) if target == "pipe" else path.symlink_to(target)
+        with pytest.raises(UsageError, match="damaged"):
+            unlearn(config(resume=True))
+
+
 @pytest.mark.parametrize("how", ["huge", "endless"])
 def test_of_a_log_no_more_is_read_than_was_written(config, monkeypatch, how):
     log = stopped(config, monkeypatch) / "metrics.jsonl"

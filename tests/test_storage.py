@@ -211,6 +211,19 @@ def test_whatever_is_read_as_text_has_a_bound(tmp_path, kind):
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18, "KiB"
 
 
+@pytest.mark.parametrize("part", ["a", "'a'", '"\\""'])
+@pytest.mark.parametrize("line", ["{} = 1", "[{}]", "a = [{{x.{} = 1}}]"])
+def test_what_a_toml_file_says_takes_no_more_than_it_is_long(tmp_path, part, line):
+    """A key of 60,000 parts took 10 GB."""
+    for parts, blank in ((32, ""), (32, " "), (60_000, "")):
+        (tmp_path / "a.toml").write_text(line.format(f"{blank}.{blank}".join([part] * (parts + 1))))
+        with pytest.raises(UsageError, match="more than 32 parts"):
+            read_toml(tmp_path / "a.toml")
+    prose = "and so on. " * 9000 + "." * 9000
+    (tmp_path / "a.toml").write_text(f"a = '''{prose}'''\nb = [{'1.5, ' * 9000}]")
+    assert set(read_toml(tmp_path / "a.toml")) == {"a", "b"}
+
+
 @pytest.mark.parametrize(("content", "size"), [(b"a\n", 2**40), (b"\xff\xfe", None), (b"\n\n", None)])
 def test_prompts_that_are_no_text_are_refused(tmp_path, content, size):
     (tmp_path / "a.txt").write_bytes(content)

@@ -75,6 +75,12 @@ def is_full(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(_FULL.search(str(error))))
 
 
+def launched() -> tuple[int, int]:
+    """Which of several processes this is, and how many there are, as a launcher says; 0 and 1 where none says it."""
+    rank, size = (os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE"))
+    return (int(rank), int(size)) if re.fullmatch(r"\d{1,9} [1-9]\d{0,8}", f"{rank} {size}", re.ASCII) else (0, 1)
+
+
 SECRETS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "UNFORGET_SALT", "UNFORGET_CACHE_KEY")
 """Variables of the environment that hold one."""
 HIDDEN = "***"

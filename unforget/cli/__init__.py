@@ -21,7 +21,9 @@ def _run() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     from unforget.cli.commands import app
+    from unforget.cli.console import tame_libraries
 
+    tame_libraries()
     app()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,20 @@ class _Console(Console):
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text), **options)
+
+
+class _Record(logging.LogRecord):
+    """What a library logs, as it may be printed: it quotes files."""
+
+    def getMessage(self) -> str:
+        return printable(super().getMessage())
+
+
+def tame_libraries() -> None:
+    """Let nothing that libraries log or warn of, which --verbose shows, command a terminal or a log."""
+    written = warnings.formatwarning
+    warnings.formatwarning = lambda *given, **more: printable(written(*given, **more))
+    logging.setLogRecordFactory(_Record)
 
 
 err = _Console(stderr=True, highlight=False, emoji=False, quiet=PROCESS > 0)

@@ -18,10 +18,10 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from unforget import __version__
-from unforget.errors import ExitCode, Interrupted, Terminated, UnforgetError, is_full, printable, redacted
+from unforget.errors import ExitCode, Interrupted, Terminated, UnforgetError, is_full, launched, printable, redacted
 
-PROCESS = int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
-"""Which of several processes this is, as a launcher says; the first one alone speaks, but for errors."""
+PROCESS = launched()[0] if launched()[1] > 1 else 0
+"""Which of several processes this is; the first one alone speaks, but for errors."""
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 LONGEST = 1000  # characters of a sentence
 LESS_MEMORY = "Give a smaller --micro-batch; a run of `unlearn` goes on with --resume."
@@ -32,6 +32,11 @@ _asked: list[int] = []
 
 def guarded(main: Callable[[], object]) -> NoReturn:
     """Run the program and end with its exit code, or with that of what stopped it."""
+    for number in range(3):  # a stream that who started us closed: else a file that is written would be it
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
     sys.stdout, sys.stderr = (_lasting(stream) for stream in (sys.stdout, sys.stderr))
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it

@@ -84,10 +84,10 @@ def current(name: str, spell: Callable[[str], str] = str) -> str:
 
 
 def named(values: Mapping[str, Any], fields: Collection[str] = ()) -> dict[str, Any]:
-    """Values by the names that fields have now; ValueError if one is gone, or given twice."""
-    found = {name if name in fields else current(name): value for name, value in values.items()}
+    """Values by the names that fields have now, dashes as in options; ValueError if one is gone, or given twice."""
+    found = {name if name in fields else current(name.replace("-", "_")): value for name, value in values.items()}
     if len(found) < len(values):
-        raise ValueError("an option is given by its old name and by its new one")
+        raise ValueError("an option is given twice, by two of its names")
     return found
 
 
@@ -130,6 +130,15 @@ class Config(BaseModel):
             return values
         given = named(values, cls.model_fields)
         return {n: _tupled(cls.model_fields[n], v) if n in cls.model_fields else v for n, v in given.items()}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _text(cls, value: Any) -> Any:
+        # No path holds a NUL, nor does anything else that a command line can say.
+        for one in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(one, (str, Path)) and "\0" in str(one):
+                raise ValueError("a text holds a NUL")
+        return value
 
     @model_validator(mode="after")
     def _belonging(self) -> Self:
@@ -176,7 +185,9 @@ class ModelConfig(Config):
         "File of a text encoder that a single file lacks (clip_l, clip_g, t5xxl); repeats.", (), "none", reads="file"
     )
     t5: bool = option("Load the third text encoder, where the model has one.", True)
-    resolution: int | None = option("Width and height of images of a text-to-image model.", None, "the model's", ge=8)
+    resolution: int | None = option(
+        "Width and height of images of a text-to-image model.", None, "the model's", ge=8, le=8192
+    )
     guidance: float | None = option(
         "Classifier-free guidance of every draw.", None, "the model's, or 7", names=("--guidance-scale",), ge=1, le=100
     )
@@ -189,7 +200,7 @@ class ModelConfig(Config):
         "Keep the network's weights in the host's memory, each layer's on the card while it computes.", None,
         "only if they do not fit the card", panel=MACHINE,
     )  # fmt: skip
-    threads: int | None = option("CPU threads.", None, "all cores", panel=MACHINE, ge=1)
+    threads: int | None = option("CPU threads.", None, "all cores", panel=MACHINE, ge=1, le=1024)
     allow_pickle: bool = option(
         "Also open pickled .bin weights; only from sources that you trust.", False, panel=DANGER
     )
@@ -266,7 +277,7 @@ def real(path: Path) -> Path:
 
 def run_folder(patch: Path) -> Path:
     """Where the run of a patch lies: face.patch has face.run; whatever else it is called, face-1.0 has face-1.0.run."""
-    return patch.with_suffix(".run") if patch.suffix == ".patch" else patch.with_name(f"{patch.name}.run")
+    return patch.with_suffix(".run") if patch.suffix == ".patch" else patch.parent / f"{patch.name}.run"
 
 
 def beside(field: str, suffix: str) -> Callable[[dict[str, Any]], Path]:
@@ -275,6 +286,6 @@ def beside(field: str, suffix: str) -> Callable[[dict[str, Any]], Path]:
     def path(data: dict[str, Any]) -> Path:
         given = data.get(field)  # absent if it is wrong, which pydantic before 2.11 asks about all the same
         first = given[0] if isinstance(given, tuple) else given
-        return Path(first.with_suffix(suffix).name) if first else Path()
+        return Path(first.stem + suffix) if first else Path()
 
     return path

@@ -49,7 +49,7 @@ class EditConfig(DrawConfig):
     editor_steps: int | None = option(
         "Sampler steps of the editor.", None, "20, 50 for repaint", of=DRAWN, ge=2, le=1000
     )
-    pick: int | None = option("Take this candidate of the contact sheet.", None, "the best", ge=1)
+    pick: int | None = option("Take this candidate of the contact sheet.", None, "the best", ge=1, le=100_000)
 
     html: Path | None = option(
         "HTML page to write: all candidates, why some are refused, and the command that takes each.", None, "none",
@@ -59,7 +59,7 @@ class EditConfig(DrawConfig):
     @property
     def sheet(self) -> Path:
         """The contact sheet of all candidates."""
-        return self.output.with_name(f"{self.output.name.removesuffix('.png')}.sheet.png")
+        return self.output.parent / f"{self.output.name.removesuffix('.png')}.sheet.png"
 
     def written_beside(self) -> dict[Path, str]:
         """The contact sheet."""

@@ -29,7 +29,7 @@ class ExportConfig(PatchedConfig):
         "Precision of the network's weights.", None, "that of the base's file"
     )
     max_shard_size: str = option(
-        "Largest file with weights, for the format diffusers.", "10GB", pattern=r"^[1-9]\d*([KMGT]B)?$"
+        "Largest file with weights, for the format diffusers.", "10GB", pattern=r"^[1-9]\d{0,8}[KMGT]B$"
     )
     report: Path | None = option(
         "Report of `unforget verify` to record.", None, "verify.json in the patch's .run folder", reads="file"

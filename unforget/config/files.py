@@ -13,7 +13,10 @@ from unforget.config.verify import Policy, VerifyConfig
 from unforget.errors import UsageError
 
 C = TypeVar("C", bound=Config)
-LARGEST = 64 << 20  # bytes from which on a TOML file is not read
+LARGEST = 2**19
+"""Bytes of a TOML file that is read: each two may cost 1 KiB and 20 microseconds."""
+DEEPEST = re.compile(r"""(?:(?<![\w-])(?:[\w-]++|"(?:[^"\\\n]|\\.)*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){32}""", re.ASCII)
+"""A key of more parts than so many, which costs tomllib the square of them."""
 PARTS = re.compile(r".*\.(safetensors|bin|model)|(.*[_.])?(config|index|tokenizer|vocab|unforget)\.json|merges\.txt")
 """Files of a folder that is read, of a model: other outputs may lie there, too."""
 
@@ -47,10 +50,10 @@ def read(file: Path | None) -> dict[str, Any]:
             raise ValueError("it is no file")
         with file.open("rb") as opened:
             content = opened.read(LARGEST + 1)
-        if len(content) > LARGEST:
-            raise ValueError("too large")
-        found = tomllib.loads(content.decode("utf-8-sig").replace("\r\n", "\n"))
-        return named({name.replace("-", "_"): value for name, value in found.items()})
+        text = content.decode("utf-8-sig").replace("\r\n", "\n")
+        if len(content) > LARGEST or DEEPEST.search(text):
+            raise ValueError("too large" if len(content) > LARGEST else "a key has more than 32 parts")
+        return named(tomllib.loads(text))
     except (OSError, ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else error
         raise UsageError(f"cannot read the configuration '{file}': {reason}", "Give a TOML file.") from None
@@ -65,14 +68,14 @@ def read_policy(found: Path | None) -> dict[str, Any]:
     """The keys that a policy sets, its paths made relative to its own folder."""
     if found is None:
         return {}
-    table = read(found)
-    table = table.get("tool", {}).get("unforget", {}) if found.name == "pyproject.toml" else table
+    said = _ours(found, {})
+    table = said if isinstance(said, dict) else {"unforget": said}
     keys = table.get("verify", {})
     unknown = [*(set(table) - {"verify"}), *([] if isinstance(keys, dict) else ["verify"])]
     if unknown:
         raise UsageError(f"the policy '{found}' has no use for '{unknown[0]}'", "Its one table is [verify].")
     try:
-        keys = named({name.replace("-", "_"): value for name, value in keys.items()})
+        keys = named(keys)
         Policy(**keys)
     except (ValueError, UsageError) as error:
         raise UsageError(f"the policy '{found}' is wrong: {error}", "See docs/verify.md.") from None
@@ -85,7 +88,16 @@ def read_policy(found: Path | None) -> dict[str, Any]:
 
 
 def _holds(path: Path) -> bool:
-    return path.is_file() and (path.name != "pyproject.toml" or "unforget" in read(path).get("tool", {}))
+    return path.is_file() and (path.name != "pyproject.toml" or _ours(path, None) is not None)
+
+
+def _ours(path: Path, otherwise: Any) -> Any:
+    """All of a policy, or what a `pyproject.toml` has for us; `otherwise` if that is nothing."""
+    table = read(path)
+    if path.name != "pyproject.toml":
+        return table
+    tools = table.get("tool")
+    return tools.get("unforget", otherwise) if isinstance(tools, dict) else otherwise
 
 
 def check_paths(config: Config, *read: Path | None) -> None:
@@ -156,9 +168,11 @@ def writable(path: Path, force: bool, kind: str = "file") -> None:
     """
     file = kind in ("file", "appended") or (kind == "either" and path.suffix == ".safetensors")
     if (file and path.is_dir()) or not path.name:
-        raise UsageError(f"'{path}' is a folder", "Give the name of a file.")
+        raise UsageError(f"'{path}' is a folder", f"Give the name of a {'file' if file else 'new folder'}.")
     if kind in ("folder", "run") and path.exists() and not path.is_dir():
         raise UsageError(f"'{path}' is a file, and is to be a folder", "Give another --output.")
+    if kind != "appended" and path.exists() and not (path.is_file() or path.is_dir()):
+        raise UsageError(f"'{path}' is no file, but a device or a pipe", "Give the name of a file.")
     if kind != "appended" and path.exists() and not force:
         raise UsageError(f"'{path}' exists", "Say --force to overwrite it, or give another --output.")
     home = path.parent

@@ -73,7 +73,7 @@ class RecipeOptions(Config):
     )
     rank: int | None = change("Rank of the LoRA.", of=LORA, ge=1, le=1024)
     lora_alpha: int | None = change(
-        "Alpha of the LoRA, whose change is scaled by alpha / rank; follows --rank.", of=LORA, ge=1
+        "Alpha of the LoRA, whose change is scaled by alpha / rank; follows --rank.", of=LORA, ge=1, le=2**20
     )
     learning_rate: float | None = change("Learning rate of Adam.", names=("--lr",), gt=0, le=1)
     update_share: float | None = change(
@@ -81,8 +81,8 @@ class RecipeOptions(Config):
         gt=0, le=1,
     )  # fmt: skip
     max_train_steps: int | None = change("Largest number of updates.", ge=1, le=100_000)
-    warmup_steps: int | None = change("Updates over which the learning rate rises.", ge=0)
-    cooldown_steps: int | None = change("Last updates, over which the learning rate falls.", ge=0)
+    warmup_steps: int | None = change("Updates over which the learning rate rises.", ge=0, le=100_000)
+    cooldown_steps: int | None = change("Last updates, over which the learning rate falls.", ge=0, le=100_000)
     sequential: bool | None = change("Forget several targets one after another, with equal shares of all updates.")
     train_batch_size: int | None = change("Noised targets in a batch.", ge=1, le=1024)
     retain_batch_size: int | None = change("Retain images in a batch.", ge=1, le=1024)
@@ -128,9 +128,16 @@ class UnlearnConfig(RecipeOptions, DrawConfig, PatchedConfig):
         "The same as --resume: latest, or the folder of this run.", None, "none"
     )
     checkpointing_steps: int | None = option(
-        "Updates between two checkpoints.", None, "what costs under 5 % of the time", panel=MACHINE, ge=1
+        "Updates between two checkpoints.",
+        None,
+        "what costs under 5 % of the time",
+        panel=MACHINE,
+        ge=1,
+        le=100_000,
     )
-    micro_batch: int | None = option("Images in one pass of the network.", None, "by their size", panel=MACHINE, ge=1)
+    micro_batch: int | None = option(
+        "Images in one pass of the network.", None, "by their size", panel=MACHINE, ge=1, le=100_000
+    )
     gradient_checkpointing: bool | None = option(
         "Recompute activations: less memory, more time.",
         None,

@@ -39,7 +39,7 @@ class Policy(PromptConfig):
 
     level: Literal["quick", "standard", "deep"] = option("Which probes run.", "standard")
     require: tuple[str, ...] = option("Probe to run and to decide by, whatever the level; repeats.", (), "none")
-    max_rate: float = option("Largest share of draws that may be near-copies.", **_at(0.005, quick=0.03), gt=0, lt=1)
+    max_rate: float = option("Largest share of draws that may be near-copies.", **_at(0.005, quick=0.03), ge=1e-6, lt=1)
     confidence: float = option("Confidence that what is over a limit does not pass.", 0.95, gt=0.5, lt=1)
     samples: int | None = option("Most draws that a test may take.", None, "as many as decide", ge=1, le=10_000_000)
     false_positive_rate: float = option(
@@ -163,7 +163,7 @@ class VerifyConfig(ReportConfig, Policy, PatchedConfig, ImageConfig):
     )  # fmt: skip
     batch_size: int | None = option(
         "Images in one pass of the network without gradients.", None, "by their size and the device", panel=MACHINE,
-        ge=1,
+        ge=1, le=100_000,
     )  # fmt: skip
     cache: bool = option("Read and keep what the base does, for the next run.", True, panel=MACHINE)
 

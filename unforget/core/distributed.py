@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed
 
 from unforget.core.devices import chosen
-from unforget.errors import UsageError
+from unforget.errors import UsageError, launched
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ def start(device: str) -> str:
             "Launch it data parallel: see examples/accelerate.",
         )
     device = chosen(device)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched()[1] > 1:
         from accelerate import PartialState
 
         state = PartialState(cpu=device == "cpu")

@@ -42,6 +42,8 @@ def atomic_export(output: Path) -> Iterator[Path]:
     Whatever stops the writer, what was there before stays; it goes only when the new one stands.
     """
     work = output.with_name(f".{output.name}.partial")
+    if work.is_symlink() or not work.is_dir():
+        work.unlink(missing_ok=True)  # of a pipe rmtree would wait for a writer
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir()
     try:

@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,6 +59,7 @@ def entries() -> list[Path]:
     """The files of the cache, those first that were not used for longest."""
     folder = cache_folder()
     files = [p for p in folder.iterdir() if ENTRY.fullmatch(p.name)] if folder and folder.is_dir() else []
+    files = [p for p in files if not stat.S_ISDIR(p.lstat().st_mode)]  # which none of ours is
     return [path for _, path in sorted((p.lstat().st_mtime_ns, p) for p in files)]
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ MAX_SIDE = 8192
 """Longest side of an image that is decoded at all, in pixels."""
 MAX_PIXELS = 2**25
 """Most pixels of an image that is decoded: its colours are converted in memory, in copies of four bytes each."""
+COPIED = ("WEBP", "AVIF")
+"""Of these half as many: their decoders hold several copies."""
 MAX_BYTES = 2**28
 """Largest file of an image, which some decoders read whole."""
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "TIFF", "BMP", "GIF")
@@ -61,7 +64,7 @@ def _read(path: Path, shape: tuple[int, int, int], resize: bool, note: Note) -> 
             eight = (np.arange(2**16) / 257).round().astype(np.uint8)
             image = Image.fromarray(eight[np.asarray(image).clip(0, 2**16 - 1)])
         elif image.has_transparency_data:
-            image = image.convert("RGBA")
+            image = image if image.mode == "RGBA" else image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("L" if channels == 1 else "RGB")
     if image.size != (width, height):
@@ -97,8 +100,9 @@ def _open(path: Path) -> Image.Image:
     Image.init()
     known = [kind for kind in FORMATS if kind in Image.OPEN]  # Pillow before 11.3 lacks AVIF
     image: Image.Image = Image.open(path, formats=known)
-    if max(image.size) > MAX_SIDE or image.width * image.height > MAX_PIXELS:
-        limit = f"{MAX_SIDE} on a side" if max(image.size) > MAX_SIDE else f"{MAX_PIXELS:,} in all"
+    most = MAX_PIXELS // 2 if image.format in COPIED else MAX_PIXELS
+    if max(image.size) > MAX_SIDE or image.width * image.height > most:
+        limit = f"{MAX_SIDE} on a side" if max(image.size) > MAX_SIDE else f"{most:,} in all"
         raise UsageError(f"{_sized(path, image)}, more than {limit}", "Scale it to the model's size first.")
     return image
 
@@ -136,7 +140,7 @@ def _upright(image: Image.Image, note: Note) -> Image.Image:
         note("the first picture is taken, what the camera put beside it is left out")
     if image.getexif().get(ORIENTATION, UPRIGHT) != UPRIGHT:
         note("turned upright, as its camera says")
-        image = ImageOps.exif_transpose(image)
+        ImageOps.exif_transpose(image, in_place=True)
     profile = image.info.get("icc_profile")
     if not profile or image.mode.startswith("I"):
         return image
@@ -147,14 +151,12 @@ def _upright(image: Image.Image, note: Note) -> Image.Image:
             return image
         if image.mode not in ("RGB", "L", "CMYK"):
             image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-        solid, alpha = (image.convert("RGB"), image.getchannel("A")) if image.mode == "RGBA" else (image, None)
-        shown = ImageCms.profileToProfile(solid, own, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        mode = "RGBA" if image.mode == "RGBA" else "RGB"  # transparency is copied
+        shown = ImageCms.profileToProfile(image, own, ImageCms.createProfile("sRGB"), outputMode=mode)
     except (ImageCms.PyCMSError, OSError, ValueError):
         note("its colour profile cannot be used, its colours are taken as they are")
         return image
     assert shown is not None  # it was not asked to change the image in place
-    if alpha is not None:
-        shown.putalpha(alpha)
     note(f"colours converted from '{name[:40]}' to sRGB")
     return shown
 
@@ -225,4 +227,4 @@ def from_bytes(images: Tensor) -> Tensor:
 
 def image_id(image: Tensor, salt: str = "") -> str:
     """First 16 hex digits of the salted SHA-256 of an image's 8-bit pixels: the same for every lossless file of it."""
-    return hashlib.sha256(salt.encode() + to_pil(image).tobytes()).hexdigest()[:16]
+    return hashlib.sha256(os.fsencode(salt) + to_pil(image).tobytes()).hexdigest()[:16]

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from unforget.errors import UsageError
+from unforget.errors import UsageError, launched
 
 try:
     import fcntl
@@ -18,7 +18,8 @@ def claimed(outputs: Sequence[Path]) -> Iterator[None]:
     """Hold outputs for as long as the work takes; UsageError if another process does. It is let go however this one
     ends; of several processes of one launch the first holds them for all.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and os.environ.get("RANK", "0") != "0":
+    rank, processes = launched()
+    if processes > 1 and rank:
         yield
         return
     with contextlib.ExitStack() as held:

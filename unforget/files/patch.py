@@ -230,11 +230,14 @@ class Stack:
         return sorted({n for p in self.patches for n in p.names()})
 
     def merged(self, name: str, weight: Tensor) -> Tensor:
-        """One of the base's tensors with all patches on, in its own precision."""
+        """One of the base's tensors with all patches on, in its own precision; CannotRun if that is no number."""
         parts = [(p, scale) for p, scale in self.pairs() if p.changes(name)]
         if [scale for _, scale in parts] == [1.0]:
             return parts[0][0].after(name, weight)
-        return self.added(name, weight, weight).to(weight.dtype)
+        found = self.added(name, weight, weight).to(weight.dtype)
+        if not bool(found.float().isfinite().all()):  # torch has no isfinite of 8 bits
+            raise CannotRun(f"with the patches on, '{name}' holds NaN or infinite numbers", "Give a smaller --scale.")
+        return found
 
     def added(self, name: str, weight: Tensor, onto: Tensor) -> Tensor:
         """What the patches add to one of the base's tensors, onto that tensor in another precision, in float32."""
@@ -278,6 +281,8 @@ class Stack:
             if made.holds == "weights":
                 raise CannotRun(f"{sentence} where it was made", "Get the patch again, or unlearn again.")
             note(f"{sentence} where it was made: sums of its factors are rounded otherwise here")
+        for changed in self.names() if self.scales or len(self.patches) > 1 else ():
+            self.merged(changed, state[changed])  # what they add up to may be no number
 
     def apply(
         self, network: nn.Module, *, name: str = "the model", note: Callable[[str], object] = lambda sentence: None

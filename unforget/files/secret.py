@@ -41,7 +41,7 @@ def secret() -> bytes | None:
     there is no place for one.
     """
     if given := os.environ.get("UNFORGET_CACHE_KEY"):
-        return hashlib.sha256(given.encode()).digest()
+        return hashlib.sha256(os.fsencode(given)).digest()
     state = user_folder("XDG_STATE_HOME", ".local/state")
     if state is None:
         return None

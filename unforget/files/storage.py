@@ -29,6 +29,8 @@ MAX_HEADER = 4 * 2**20
 """Largest header that is parsed, bytes; the largest models have a tenth of it."""
 MAX_JSON = 2**20
 """Largest JSON file of a model folder that is parsed, bytes."""
+MAX_DEPTH = 64
+"""Most tables and lists in one another in what we wrote."""
 MAX_PROMPTS = 2**24
 """Largest list of prompts that is read, bytes."""
 DTYPES = {
@@ -108,6 +110,8 @@ def undamaged(value: Any, *, always: bool = True) -> dict[str, Any]:
     """JSON of `checksummed` without its checksum; BadFile if that does not fit or, where it is needed, is not there."""
     if not isinstance(value, dict):
         raise BadFile("it is no table")
+    if _deep(value, MAX_DEPTH):
+        raise BadFile("it is nested too deeply")
     rest = {name: content for name, content in value.items() if name != "checksum"}
     if ("checksum" in value or always) and value.get("checksum") != _checksum(rest):
         raise BadFile("it is damaged: its checksum does not fit")
@@ -115,10 +119,13 @@ def undamaged(value: Any, *, always: bool = True) -> dict[str, Any]:
 
 
 def _checksum(value: Mapping[str, Any]) -> str:
-    try:
-        return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-    except RecursionError:
-        raise BadFile("it is nested too deeply") from None
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _deep(value: Any, most: int) -> bool:
+    """Whether more than so many tables and lists lie in one another: libraries give up in many ways."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return inner is not None and (most == 0 or any(_deep(one, most - 1) for one in inner))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ starts from; `checkpoint.safetensors` all that changes from update to update. Ea
 import contextlib
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -134,7 +135,7 @@ class RunDirectory:
 
     def prepared(self, base: Family, make: Callable[[], Prepared]) -> Prepared:
         """What training starts from, made unless the run came so far before; a damaged file is a `UsageError`."""
-        if not distributed.broadcast(self._prepared.is_file()):
+        if not distributed.broadcast(os.path.lexists(self._prepared)):
             values, tensors = _packed(make())
             self._store(self._prepared, {**values, "prompts": base.prompts}, tensors)
         distributed.barrier()
@@ -155,7 +156,7 @@ class RunDirectory:
 
     def saved(self) -> Saved | None:
         """Where the run was, if it made an update; a damaged file is a `UsageError`."""
-        if not distributed.broadcast(self._checkpoint.is_file()):
+        if not distributed.broadcast(os.path.lexists(self._checkpoint)):
             return None
         with _whole(self._checkpoint):
             values, tensors, log = self._open(self._checkpoint)
@@ -194,6 +195,8 @@ class RunDirectory:
 
     def _open(self, path: Path) -> tuple[dict[str, Any], dict[str, Tensor], str]:
         """Values and tensors of a file of this run, and the digest of its log, if it is whole and not another run's."""
+        if not path.is_file():  # of a pipe nothing may ever come
+            raise BadFile(f"'{path.name}' is no file")
         opened = open_tensors(path)
         tensors, header = opened.load(), undamaged(json.loads(opened.metadata[HEADER]))
         if header["digest"] != digest(tensors) or header["run"] != self._id:

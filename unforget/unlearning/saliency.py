@@ -35,5 +35,5 @@ def masks(
 
     sizes = [g.abs() for g in engine.gradient(usual, batch, weights, micro_batch)[1]]
     told = torch.cat([s.flatten() for s in sizes if s.any()] or [torch.zeros(1)])
-    least = told.kthvalue(max(1, len(told) - round(share * len(told)) + 1) if share < 1 else 1).values
+    least = told.kthvalue(len(told) + 1 - max(1, round(share * len(told))) if share < 1 else 1).values
     return [(s >= least) | ~s.any() for s in sizes]
