@@ -39,7 +39,9 @@ def test_every_public_name_is_there_and_costs_nothing_before_it_is_asked_for():
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (["unlearn", "--model", "faces"], "target: field required"),
+        (["unlearn", "--model", "faces"], "error: target is missing See"),
+        (["unlearn", "--model", "faces", "--target", "demo:9"], "demo:3 See"),
+        (["unlearn", "--model", "faces", "--target", "demo:0", "--max-train-steps", "few"], "integer, found 'few' See"),
         (["unlearn", "--model", "faces", "--target", "no.png"], "there is no file 'no.png'"),
         (["unlearn", "--model", "faces", "--target", "picture.png"], "is 16x16 pixels, the model's images are 32x32"),
         (["unlearn", "--model", "faces", "-t", PLANTED / "0.png", "--surrogate", PLANTED / "0.png"], "is its target"),
@@ -50,6 +52,8 @@ def test_every_public_name_is_there_and_costs_nothing_before_it_is_asked_for():
         (["unlearn", "--model", "faces", "--target", PLANTED / "0.png", "-o", "picture.png"], "exists"),
         (["verify", "--model", "faces"], "either --patch or --candidate"),
         (["verify", "--model", "faces", "--patch", "no.patch"], "there is no patch"),
+        (["verify", "--model", "faces", "--patch", "."], "'.' is a folder, and is to be a patch"),
+        (["verify", "--model", "faces", "--patch", "no.patch", "--timestep", "5000"], "1000, found '5000' See"),
         (["export", "--model", "faces", "--patch", "picture.png", "-o", "out"], "is not a patch"),
         (["edit-surrogate", "--model", "faces", "-t", PLANTED / "0.png", "--box", "9,9,99,9"], "leaves the 32x32"),
     ],

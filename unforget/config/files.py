@@ -126,11 +126,21 @@ def _inputs(config: Config) -> list[Path]:
         what, value = option_of(field).reads, getattr(config, name)
         for path in (value if isinstance(value, tuple) else filter(None, [value])) if what else ():
             if not (path.is_dir() if what == "folder" else path.is_file()):
-                raise UsageError(f"there is no {what} '{path}'", "Check the path.")
+                raise _absent(path, what)
             found.append(path)
     more = [getattr(config, name, None) for name in ("model", "candidate", "pipeline_config", "editor_model")]
     more += [text.partition("=")[2] for text in getattr(config, "similarity", ())]
     return found + [Path(ref) for ref in more if ref and Path(ref).exists()]
+
+
+def _absent(path: Path, what: str) -> UsageError:
+    """What is said of an input that is not there, or is something else."""
+    if not path.exists():
+        return UsageError(f"there is no {what} '{path}'", "Check the path.")
+    kind, hint = "file" if path.is_file() else "folder", "Check the path."
+    if what == "patch":
+        hint = "Give the file that `unforget unlearn` wrote; `verify --candidate` takes an export."
+    return UsageError(f"'{path}' is a {kind}, and is to be a {what}", hint)
 
 
 def _would_replace(output: Path, kind: str, given: Path) -> bool:
