@@ -7,11 +7,10 @@ from unforget.api.editing import read_canvas
 from unforget.api.exporting import plan_export
 from unforget.api.planning import plan_edit, plan_unlearn, plan_verify
 from unforget.api.unlearning import read_inputs
-from unforget.api.verifying import check_backends, read_instances
+from unforget.api.verifying import check_backends, check_candidate, read_instances
 from unforget.config import EditConfig, ExportConfig, RecipeOptions, UnlearnConfig, VerifyConfig
 from unforget.core import devices
 from unforget.core.types import Family, Progress
-from unforget.errors import UsageError
 from unforget.families.memory import blueprint
 from unforget.files.patch import Stack, provenance
 from unforget.unlearning.run_directory import check_start
@@ -42,8 +41,7 @@ def rehearse(config: EditConfig | UnlearnConfig | VerifyConfig | ExportConfig) -
             plan = plan_unlearn(config)
         else:
             made = [provenance(path) for path in config.patch]
-            if config.candidate is not None and not config.candidate.exists():
-                raise UsageError(f"there is no candidate '{config.candidate}'", "Check the path.")
+            check_candidate(config)
             check_backends(config)
             read_instances(config, _outline(config), "", made, Progress())
             plan = plan_verify(config)

@@ -143,7 +143,7 @@ def before_after(rows: list[dict[str, Any]]) -> Table:
 
 STOPPED = {
     "margin": "stopped early, for the margin to the surrogate was held (--stop-margin)",
-    "budget": "all that --max-train-steps gives, which is no failure: the rows above say what came of it",
+    "budget": "all that --max-train-steps gives; the rows above say what came of it",
 }
 """How a run ended, as people are told."""
 
@@ -265,7 +265,7 @@ def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, dict):
-        inner = ((k, f"({_text(v)})" if isinstance(v, dict) else _text(v)) for k, v in value.items())
+        inner = ((k, f"({_text(v)})" if isinstance(v, dict) else _text(v)) for k, v in value.items() if v is not None)
         return ", ".join(f"{k.replace('gib', 'GiB').replace('_', ' ')} {v}" for k, v in inner)
     if isinstance(value, list):
         return ("\n" if any(isinstance(v, (str, dict)) for v in value) else " ").join(_text(v) for v in value)

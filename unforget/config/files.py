@@ -168,9 +168,9 @@ def writable(path: Path, force: bool, kind: str = "file") -> None:
     if (file and path.is_dir()) or not path.name:
         raise UsageError(f"'{path}' is a folder", "Give the name of a file.")
     if kind in ("folder", "run") and path.exists() and not path.is_dir():
-        raise UsageError(f"'{path}' is a file, and is to be a folder", "Give another --output.")
+        raise UsageError(f"'{path}' is a file, and is to be a folder", "Give another name.")
     if kind != "appended" and path.exists() and not force:
-        raise UsageError(f"'{path}' exists", "Say --force to overwrite it, or give another --output.")
+        raise UsageError(f"'{path}' exists", "Say --force to overwrite it, or give another name.")
     home = path.parent
     if kind == "part" and not home.exists():  # it is made with the folder
         return
@@ -194,4 +194,4 @@ def _try_to_write(path: Path) -> None:
         return
     except OSError as error:
         reason = f"'{path.name}' cannot be written into '{path.parent}': {error.strerror}"
-        raise UsageError(reason, "Give another --output.") from None
+        raise UsageError(reason, "Give another name.") from None
