@@ -113,6 +113,7 @@ def test_flags_beat_the_file_which_takes_the_flags_names(tmp_path):
     [
         ("max_train_step = 5", "no option 'max_train_step', did you mean 'max_train_steps'"),
         ("nonsense = 5", "there is no option 'nonsense'"),
+        ("lr = 1e-4", "no option 'lr', did you mean 'learning_rate'"),
         ("preview = 5\nnum_validation_images = 4", "by its old name and by its new one"),
         ("take_off = true", "is gone"),
         ("recipe = { rank = 8 }", "write its options flat"),

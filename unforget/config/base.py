@@ -102,7 +102,8 @@ def _sentence(error: ValidationError, kind: type[BaseModel]) -> str:
         text = problem["msg"].removeprefix("Value error, ")
         parts.append(f"{where}: {text[0].lower()}{text[1:]}" if where else text)
         if problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(where, kind.model_fields, 1)
+            near = [name for name, field in kind.model_fields.items() if spelled(where) in option_of(field).names]
+            near = near or difflib.get_close_matches(where, kind.model_fields, 1)
             parts[-1] = f"there is no option '{where}'" + (f", did you mean '{near[0]}'?" if near else "")
         elif problem["type"] == "missing":
             parts[-1] = f"{where} is missing"
