@@ -7,7 +7,7 @@ from unforget.core.metrics import rms
 from unforget.errors import UsageError
 from unforget.files import images
 from unforget.surrogate.canvas import Canvas, box_mask, ellipse_mask
-from unforget.surrogate.editors import Blur, Donor, Pixelate, RePaint, SDEdit
+from unforget.surrogate.editors import Blur, Donor, Pixelate, RePaint, SDEdit, check
 from unforget.surrogate.ranking import Candidate, rank
 
 FAST = {"sdedit": SDEdit(seeds=2, steps=5), "repaint": RePaint(seeds=2, steps=6, jump_length=2, jump_n_sample=2)}
@@ -63,7 +63,7 @@ def test_sdedit_moves_farther_the_stronger_it_is(canvas):
 
 def test_a_donor_must_be_given(canvas):
     with pytest.raises(UsageError, match="needs a picture"):
-        Donor()(Canvas(canvas.family, canvas.target, canvas.mask))
+        check(Donor(), Canvas(canvas.family, canvas.target, canvas.mask))
 
 
 def test_ranking_puts_another_instance_first_and_the_target_last(canvas):

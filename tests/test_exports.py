@@ -821,6 +821,31 @@ def test_the_commands(base, ddpm, tmp_path, cli):
     assert foreign["digest"] == digest(load_file(ddpm / "unet" / "diffusion_pytorch_model.safetensors"))
 
 
+def test_a_dry_run_knows_what_the_export_writes_and_leaves_nothing(ddpm, tmp_path, cli, monkeypatch):
+    patch, foreign = whole(ddpm, tmp_path / "a.patch"), tmp_path / "b.patch"
+    made = Patch.load(patch)
+    dataclasses.replace(made, provenance=made.provenance.model_copy(update={"base_digest": "0" * 64})).save(foreign)
+    before = sorted(tmp_path.iterdir())
+
+    def export(*more, model=ddpm, patch=patch):
+        return cli("export", "--model", model, "--patch", patch, "-o", "out", "--dtype", "bf16", *more)
+
+    found = json.loads(export("--dry-run", "--json").stdout)
+    assert "It would run" in export("--dry-run").stdout
+    for more, sentence in (({"patch": foreign}, "the patch was made for"), ({"model": "sd3"}, "are not here")):
+        said = export("--dry-run", **more)
+        assert said.exit_code == 3 and sentence in said.stderr, said.output
+    assert "whole weights" in export("--dry-run", "--format", "lora").stderr
+    with monkeypatch.context() as full:
+        full.setattr(placement.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9, 9, 9))
+        assert export("--dry-run").exit_code == 3
+    assert sorted(tmp_path.iterdir()) == before
+    done = json.loads(export("--json").stdout)
+    same = ("format", "dtype", "base_digest", "patched_digest", "rounding", "verified")
+    assert [found[name] for name in same] == [done[name] for name in same]
+    assert 0 < found["bytes"] < sum(map(len, contents(tmp_path / "out").values()))
+
+
 @pytest.mark.parametrize("form", ["diffusers", "lora", "peft", "transformer", "single-file", "kohya"])
 def test_a_flipped_bit_of_an_export_is_noticed(request, tmp_path, form):
     """Of any file but the card, which is there to be edited; and a file that is not there."""

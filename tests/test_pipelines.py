@@ -39,7 +39,7 @@ from unforget.families import shipped
 from unforget.families.memory import blueprint, reckon
 from unforget.files import images
 from unforget.files.patch import Patch
-from unforget.surrogate.editors import Canvas, Inpaint, RePaint, SDEdit
+from unforget.surrogate.editors import Canvas, Inpaint, RePaint, SDEdit, check
 
 RED, BLUE, _ = CAPTIONS
 MADE = {
@@ -211,7 +211,7 @@ def test_what_it_has_not(model):
         model.trainable("bottleneck")
     canvas = Canvas(model, torch.zeros(model.image_shape), torch.ones(1, *model.image_shape[1:]))
     with pytest.raises(UsageError, match="models that draw pixels"):
-        RePaint()(canvas)
+        check(RePaint(), canvas)
 
 
 @pytest.mark.parametrize("editor", [

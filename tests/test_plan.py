@@ -85,10 +85,12 @@ def test_it_is_part_of_a_dry_run(tiny_folder, picture, cli):
     assert plan["peak"] == pytest.approx(sum(v for k, v in plan.items() if k not in ("peak", "embedding")), abs=0.01)
 
 
-@pytest.mark.parametrize("command", ["unlearn", "verify"])
+@pytest.mark.parametrize("command", ["edit-surrogate", "unlearn", "verify"])
 def test_a_dry_run_checks_what_the_run_checks_and_leaves_nothing(tiny_folder, picture, cli, monkeypatch, command):
     before = sorted(picture.parent.iterdir())
-    own = {"unlearn": [], "verify": ["--candidate", tiny_folder, "--level", "quick"]}[command]
+    own = ["--candidate", tiny_folder, "--level", "quick"] if command == "verify" else []
+    second = "--donor" if command == "edit-surrogate" else "--surrogate"
+    fails = {"unlearn": ["--use-8bit-adam"], "verify": ["--similarity", "face=no"]}
     args = [command, "--model", tiny_folder, *own, "--dry-run", "--target"]
     shown = cli(*args, picture)
     assert shown.exit_code == 0, shown.output
@@ -96,9 +98,9 @@ def test_a_dry_run_checks_what_the_run_checks_and_leaves_nothing(tiny_folder, pi
     for given, code, sentence in (
         ([PLANTED / "0.png"], 2, "the model's images are 16x16"),
         ([tiny_folder / "model_index.json"], 2, "not an image"),
-        ([picture, "--surrogate", PLANTED / "0.png"], 2, "the model's images are 16x16"),
+        ([picture, second, PLANTED / "0.png"], 2, "the model's images are 16x16"),
         ([picture, "--prompt", "a face"], 2, "takes no prompts"),
-        ([picture, *(["--use-8bit-adam"] if command == "unlearn" else ["--similarity", "face=no"])], 3, ""),
+        *([([picture, *fails[command]], 3, "")] if command in fails else []),
     ):  # fmt: skip
         said = cli(*args, *given)
         assert said.exit_code == code and sentence in said.stderr, said.output

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from unforget.config import Policy, VerifyConfig, read_policy, resolve
+from unforget.config import VerifyConfig, read_policy, resolve
 from unforget.errors import UsageError
 from unforget.verification.probes import suite
 
@@ -157,11 +157,11 @@ def test_what_a_policy_requires_must_be_given(here):
     assert resolve({**GIVEN, "replay_seed": 3}).require == ("replay",)
 
 
-def test_the_example_policy_is_one():
-    from pathlib import Path
-
-    example = Path(__file__).parents[1] / "examples" / "ci" / "unforget.toml"
-    assert Policy.model_validate(read_policy(example)).level == "standard"
+def test_the_example_policy_is_one_with_the_figures_that_are_the_default():
+    given = {"model": "faces", "patch": ("x.patch",)}
+    example = resolve(given, None, Path(__file__).parents[1] / "examples" / "ci" / "unforget.toml")
+    figures = {"level", "max_rate", "confidence", "false_positive_rate", "timestep", "max_drift", "min_kept"}
+    assert example.model_dump(include=figures) == VerifyConfig(**given).model_dump(include=figures)
 
 
 @pytest.mark.parametrize("lies", [os.mkfifo, Path.mkdir])

@@ -12,7 +12,7 @@ from pipelines import tiny_dit
 from unforget import ExportConfig, UnlearnConfig, VerifyConfig, export, families, unlearn, verify
 from unforget.errors import UsageError
 from unforget.files import images
-from unforget.surrogate.editors import Canvas, Inpaint, RePaint
+from unforget.surrogate.editors import Canvas, Inpaint, RePaint, check
 
 GREY = {"in_channels": 1, "out_channels": 1}
 
@@ -142,5 +142,5 @@ def test_a_latent_model_without_prompts_fills_a_mask(latent_folder):
     (found,) = Inpaint(strengths=(0.8,), seeds=1, steps=3)(canvas)
     assert found.image[:, :8].any() and not found.image[:, 8:].any()
     with pytest.raises(UsageError, match="models that draw pixels") as refused:
-        RePaint()(canvas)
+        check(RePaint(), canvas)
     assert "inpaint" in refused.value.hint

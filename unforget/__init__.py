@@ -16,17 +16,19 @@ if TYPE_CHECKING:
     from unforget.config import EditConfig, ExportConfig, UnlearnConfig, VerifyConfig
     from unforget.core.objectives import BaseObjective
     from unforget.core.recipe import Recipe
-    from unforget.errors import UnforgetError
+    from unforget.errors import CannotRun, UnforgetError, UsageError
 
 __version__ = "0.1.0"
 __all__ = [
     "BaseObjective",
+    "CannotRun",
     "ConsoleProgress",
     "EditConfig",
     "ExportConfig",
     "Recipe",
     "UnforgetError",
     "UnlearnConfig",
+    "UsageError",
     "VerifyConfig",
     "edit_surrogate",
     "export",
@@ -48,7 +50,7 @@ _HOME = {
     "BaseObjective": "core.objectives",
     "ConsoleProgress": "cli.progress",
     "Recipe": "core.recipe",
-    "UnforgetError": "errors",
+    **dict.fromkeys(("UnforgetError", "UsageError", "CannotRun"), "errors"),
 }
 
 

@@ -151,7 +151,7 @@ def resolve_recipe(recipes: Mapping[str, Recipe], config: RecipeOptions) -> Reci
     A strategy that is the recipe's own keeps the recipe's options; another one begins with its defaults.
     """
     if config.recipe not in recipes:
-        raise UsageError(f"there is no recipe '{config.recipe}'", f"Known: {', '.join(recipes)}.")
+        raise UsageError(f"there is no recipe '{config.recipe}' for this model", f"Known: {', '.join(recipes)}.")
     given = {n: v for n in RecipeOptions.model_fields if n != "recipe" and (v := getattr(config, n)) is not None}
     values = recipes[config.recipe].model_dump()
     _choose(values, "objective", given)

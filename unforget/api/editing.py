@@ -1,6 +1,6 @@
 """`edit_surrogate`: a picture near the target that is another instance."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from unforget.files.storage import write_bytes
 from unforget.reports.contact_sheet import candidate_sheet
 from unforget.reports.html import picker
 from unforget.surrogate.canvas import Canvas, box_mask, ellipse_mask
-from unforget.surrogate.editors import candidates
+from unforget.surrogate.editors import Editor, candidates, check
 from unforget.surrogate.ranking import Candidate
 from unforget.unlearning.prepare import Drawer, prompt_ids, retain_set
 
@@ -50,14 +50,12 @@ def edit_surrogate(config: EditConfig, progress: Progress | None = None) -> Edit
 
 def _edited(config: EditConfig, progress: Progress) -> Edited:
     family, editor = load(config, progress), editor_of(config)
-    target = read(config.target, family, config, progress)
-    donor = read(config.donor, family, config, progress) if config.donor else None
-    mask = _mask(config, family, soft=editor.kind == "donor")
+    canvas = read_canvas(config, family, editor, progress)
     listed = storage.read_lines(config.retain_prompts) if config.retain_prompts else ()
     draw = Drawer(family, config.seed, config.sampler_steps, progress)
     drawn = retain_set(draw, config.prompt, listed, config.retain_count).x_0
     id = prompt_ids(family, config.prompt)[-1]
-    canvas = Canvas(family, target, mask, donor, config.seed, drawn, id, progress.note)
+    canvas = replace(canvas, drawn=drawn, prompt_id=id)
     ranked = candidates(canvas, editor, distance=config.min_distance, near_copy=config.near_copy, progress=progress)
     number = config.pick or 1
     if number > len(ranked):
@@ -67,13 +65,23 @@ def _edited(config: EditConfig, progress: Progress) -> Edited:
         sentence = f"candidate {number} is a near-copy of the target, or of what the base draws: RMS {near:.3f}"
         raise UsageError(sentence, "Give another --pick, --strength or --method, or say --allow-near-copy.")
     images.write_image(picked.image, config.output)
-    images.write_image(candidate_sheet(target, ranked, number), config.sheet)
+    images.write_image(candidate_sheet(canvas.target, ranked, number), config.sheet)
     if config.html is not None:
-        write_bytes(picker(target, ranked, number, partial(_taking, config)).encode(), config.html)
+        write_bytes(picker(canvas.target, ranked, number, partial(_taking, config)).encode(), config.html)
     if not picked.accepted:
         progress.note("the candidate is too near the target or of another quality; look at the sheet before using it")
     rows = [{"pick": i, **{k: v for k, v in asdict(c).items() if k != "image"}} for i, c in enumerate(ranked, 1)]
     return Edited(config.output, config.sheet, number, rows)
+
+
+def read_canvas(config: EditConfig, family: Family, editor: Editor, progress: Progress) -> Canvas:
+    """The pictures that were given, read and checked, before anything is drawn; UsageError if one does not fit."""
+    target = read(config.target, family, config, progress)
+    donor = read(config.donor, family, config, progress) if config.donor else None
+    mask = _mask(config, family, soft=editor.kind == "donor")
+    canvas = Canvas(family, target, mask, donor, config.seed, note=progress.note)
+    check(editor, canvas)
+    return canvas
 
 
 def _taking(config: EditConfig, number: int, candidate: Candidate) -> str:

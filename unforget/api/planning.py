@@ -1,4 +1,4 @@
-"""`--dry-run`: what `unlearn` and `verify` will cost, from a model's configuration alone, and how long here."""
+"""`--dry-run`: what a command will cost, from a model's configuration alone, and how long here."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,18 +7,19 @@ from typing import Any, cast
 import torch
 
 from unforget import families
-from unforget.api.common import options, recipe_of
+from unforget.api.common import editor_of, options, recipe_of
 from unforget.api.computing import compute_of, memory_plan
 from unforget.api.unlearning import shown_count, shown_passes
 from unforget.api.verifying import retain_prompt_ids
-from unforget.config import ModelConfig, UnlearnConfig, VerifyConfig
-from unforget.core import devices
+from unforget.config import EditConfig, ModelConfig, UnlearnConfig, VerifyConfig
+from unforget.core import devices, passes
 from unforget.core.passes import Count
 from unforget.core.sampling import seconds_a_pass
 from unforget.core.types import Family, Instance
 from unforget.families.memory import RUNTIME, Blueprint, blueprint, weights_of
 from unforget.files import storage
 from unforget.files.patch import provenance
+from unforget.surrogate.editors import EDITS, counted
 from unforget.unlearning.passes import Work, run_passes
 from unforget.unlearning.prepare import prompt_ids, retain_turns
 from unforget.verification import passes as verification
@@ -51,6 +52,20 @@ def unlearn_passes(config: UnlearnConfig, model: Model) -> dict[str, Count]:
     return {**stages, "before and after": shown_passes(context, shown_count(config.num_validation_images, model))}
 
 
+def plan_edit(config: EditConfig) -> dict[str, Any]:
+    """Memory, network passes by stage, and time of making candidates; of some editors nobody counts the passes."""
+    found, editor = blueprint(config.model, options(config)), editor_of(config)
+    model = cast(Family, found)
+    listed = storage.read_lines(config.retain_prompts) if config.retain_prompts else ()
+    ids = model.prompt_ids(retain_turns(model, config.prompt, listed, config.retain_count)).tolist()
+    drawn = passes.drawn(model, ids, passes.calls(model, config.sampler_steps))
+    edits = counted(editor, model, prompt_ids(model, config.prompt)[-1])
+    stages = {"retain set": Count.of(drawn), **({EDITS: Count.of(edits)} if edits else {})}
+    memory = {"runtime": RUNTIME, "weights": found.held(parts=True) + found.beside}
+    costs = _costs(config, found, stages)
+    return {"memory_gib": _gib(memory, found), "not_counted": [] if edits else [EDITS], **costs}
+
+
 def plan_verify(config: VerifyConfig) -> dict[str, Any]:
     """Memory, network passes by probe, and time of a judgement."""
     found = blueprint(config.model, options(config))
@@ -60,9 +75,13 @@ def plan_verify(config: VerifyConfig) -> dict[str, Any]:
         "runtime": RUNTIME, "weights": copies * found.held(parts=True) + found.beside,
         "draws": verification.kept_bytes(suite, context),
     }  # fmt: skip
+    return {"memory_gib": _gib(memory, found), **_costs(config, found, verification.passes(suite, context))}
+
+
+def _gib(memory: Mapping[str, float], found: Blueprint) -> dict[str, float]:
+    """GiB by what they are for, and the peak: all together, or what embedding the prompts takes if that is more."""
     peak = max(sum(memory.values()), RUNTIME + found.embedding())
-    gib = {name: round(value / 2**30, 3) for name, value in {**memory, "peak": peak}.items()}
-    return {"memory_gib": gib, **_costs(config, found, verification.passes(suite, context))}
+    return {name: round(value / 2**30, 3) for name, value in {**memory, "peak": peak}.items()}
 
 
 def verify_passes(config: VerifyConfig, model: Model) -> dict[str, Count]:

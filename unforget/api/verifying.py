@@ -51,6 +51,7 @@ def verify(
     """
     progress = progress or Progress()
     with holding_outputs(config):
+        check_candidate(config)
         base = load(config, progress)
         result, rows = compare(config, base, _candidate(config, base, progress), progress)
         told(result)
@@ -84,6 +85,12 @@ def compare(
         date=datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )  # fmt: skip
     return result, evidence_rows(instances, findings, result.checks)
+
+
+def check_candidate(config: VerifyConfig) -> None:
+    """UsageError for one that is not there."""
+    if config.candidate is not None:
+        shipped.check_there(config.candidate)
 
 
 def check_backends(config: VerifyConfig) -> None:

@@ -47,7 +47,7 @@ def _root(
 
 
 @command(app, "edit-surrogate", "EditConfig")
-def edit_surrogate(config: Any, *, as_json: AsJson = False) -> None:
+def edit_surrogate(config: Any, *, as_json: AsJson = False, dry_run: DryRun = False) -> None:
     """Make a surrogate: another image near the target.
 
     \b
@@ -59,6 +59,8 @@ def edit_surrogate(config: Any, *, as_json: AsJson = False) -> None:
     """
     from unforget import api
 
+    if dry_run:
+        _rehearsed(config, as_json)
     with console.progress() as progress:
         result = api.edit_surrogate(config, progress)
     if as_json:
@@ -102,7 +104,7 @@ def _rehearsed(config: Any, as_json: bool) -> NoReturn:
     if as_json:
         console.print_json(found)
     else:
-        console.out.print(console.costs_table(found))
+        console.out.print(console.plan_table(found))
     console.leave(ExitCode.OK if found["would_run"] else ExitCode.CANNOT_RUN)
 
 
@@ -172,7 +174,7 @@ def _judged(result: Report, as_json: bool) -> None:
 
 
 @command(app, "export", "ExportConfig")
-def export(config: Any, *, as_json: AsJson = False) -> None:
+def export(config: Any, *, as_json: AsJson = False, dry_run: DryRun = False) -> None:
     """Write base and patches in a form that stock loaders open.
 
     \b
@@ -184,6 +186,8 @@ def export(config: Any, *, as_json: AsJson = False) -> None:
     """
     from unforget import api
 
+    if dry_run:
+        _rehearsed(config, as_json)
     with console.progress() as progress:
         done = api.export(config, progress)
     if as_json:

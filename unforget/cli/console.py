@@ -158,7 +158,7 @@ def before_after(rows: list[dict[str, Any]]) -> Table:
 
 STOPPED = {
     "margin": "stopped early, for the margin to the surrogate was held (--stop-margin)",
-    "budget": "all that --max-train-steps gives, which is no failure: the rows above say what came of it",
+    "budget": "all that --max-train-steps gives; the rows above say what came of it",
 }
 """How a run ended, as people are told."""
 
@@ -172,6 +172,11 @@ def verify_command(config: UnlearnConfig) -> str:
     return command_line(config, fields, "verify", patch=config.output, html=config.output.with_suffix(".html"))
 
 
+def plan_table(plan: dict[str, Any]) -> Table:
+    """What `--dry-run` says of a command."""
+    return costs_table(plan) if "passes" in plan else room_table(plan)
+
+
 def costs_table(plan: dict[str, Any]) -> Table:
     """Whether a command would run, and what it would take: network passes by stage, and time if a pass was timed."""
     free = "" if plan["free_gib"] is None else f" of {plan['free_gib']:.1f} that are free"
@@ -183,8 +188,23 @@ def costs_table(plan: dict[str, Any]) -> Table:
     for name, counts in plan["passes"].items():
         times = [duration(pass_takes * n) if pass_takes else "" for n in counts]
         table.add_row(name, *(f"{n:,}" for n in counts), *times, style="bold" if name == "in all" else "")
+    for name in plan.get("not_counted", ()):
+        table.add_row(name, "not counted")
     if pass_takes:
         table.caption = f"{pass_takes:.3g} s a pass (the median of three, timed here), less what the cache holds"
+    return table
+
+
+def room_table(plan: dict[str, Any]) -> Table:
+    """What an export would write: the patches fit the base, or it would have ended with an error."""
+    size, free = (f"{plan[name] / 1e6:,.1f} MB" for name in ("bytes", "free_bytes"))
+    table = Table(Column(style="bold"), Column(overflow="fold"), show_header=False, box=None, pad_edge=False)
+    table.title, table.title_justify = f"It would run; {size} of {free} that are free on the disk", "left"
+    table.add_row("export", escape(f"{plan['format']}, {plan['dtype']}, to {plan['output']}"))
+    digests = (plan[name][:12] for name in ("base_digest", "patched_digest"))
+    table.add_row("patches", "made for this base, {}; with them it is {}".format(*digests))
+    table.add_row("verdict", escape(plan["verified"]["summary"] if plan["verified"] else "none of these weights"))
+    _rows(table, {name: plan[name] for name in ("rounding", "notes")})
     return table
 
 
@@ -260,7 +280,7 @@ def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, dict):
-        inner = ((k, f"({_text(v)})" if isinstance(v, dict) else _text(v)) for k, v in value.items())
+        inner = ((k, f"({_text(v)})" if isinstance(v, dict) else _text(v)) for k, v in value.items() if v is not None)
         return ", ".join(f"{k.replace('gib', 'GiB').replace('_', ' ')} {v}" for k, v in inner)
     if isinstance(value, list):
         return ("\n" if any(isinstance(v, (str, dict)) for v in value) else " ").join(_text(v) for v in value)

@@ -27,7 +27,7 @@ SETTINGS = {
     "max_content_width": 100,
 }  # fmt: skip
 """An option may be written with underscores, as in diffusers' scripts."""
-TYPES = (bool, int, float, Path)  # what Typer parses; the rest is text until the configuration is checked
+TYPES = (bool, Path)  # what Typer parses; the rest is text until the configuration is checked
 ConfigFile = Annotated[Path | None, typer.Option(help="TOML file, its keys the names of these options, which beat it.")]
 NEARBY = "unforget.toml or pyproject.toml in this folder"
 PolicyFile = Annotated[Path | None, typer.Option(help="What your team agreed on.", show_default=NEARBY)]

@@ -93,19 +93,30 @@ def named(values: Mapping[str, Any], fields: Collection[str] = ()) -> dict[str, 
 
 def _sentence(error: ValidationError, kind: type[BaseModel]) -> str:
     """One clause for every field that is wrong, and for an unknown one the nearest name."""
-    parts = []
-    for problem in error.errors():
-        where = ".".join(str(p) for p in problem["loc"])
+    parts, problems = [], error.errors()
+    wrong = {problem["loc"] for problem in problems}
+    for problem in problems:
+        loc, where = problem["loc"], ".".join(str(p) for p in problem["loc"])
+        if problem["type"] == "default_factory_not_called" or any(o[: len(loc)] == loc != o for o in wrong if loc):
+            continue  # of an output whose target is wrong, or of all values where one of them is: said already
         text = problem["msg"].removeprefix("Value error, ")
         parts.append(f"{where}: {text[0].lower()}{text[1:]}" if where else text)
-        if problem["type"] == "default_factory_not_called":  # of an output, whose target is wrong: said already
-            parts.pop()
-        elif problem["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(where, kind.model_fields, 1)
+        if problem["type"] == "extra_forbidden":
+            near = [name for name, field in kind.model_fields.items() if spelled(where) in option_of(field).names]
+            near = near or difflib.get_close_matches(where, kind.model_fields, 1)
             parts[-1] = f"there is no option '{where}'" + (f", did you mean '{near[0]}'?" if near else "")
-        elif where and problem["type"] != "missing":
-            parts[-1] += f", found {problem['input']!r}"
+        elif problem["type"] == "missing":
+            parts[-1] = f"{where} is missing"
+        elif where and (problem["type"] != "value_error" or str(_plain(problem["input"])) not in text):
+            parts[-1] += f", found {_plain(problem['input'])!r}"
     return "; ".join(parts)
+
+
+def _plain(value: Any) -> Any:
+    """A value as it was given: a path is its name."""
+    if isinstance(value, (list, tuple)):
+        return _plain(value[0]) if len(value) == 1 else [_plain(v) for v in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 class Config(BaseModel):

@@ -138,11 +138,21 @@ def _inputs(config: Config) -> list[Path]:
         what, value = option_of(field).reads, getattr(config, name)
         for path in (value if isinstance(value, tuple) else filter(None, [value])) if what else ():
             if not (path.is_dir() if what == "folder" else path.is_file()):
-                raise UsageError(f"there is no {what} '{path}'", "Check the path.")
+                raise _absent(path, what)
             found.append(path)
     more = [getattr(config, name, None) for name in ("model", "candidate", "pipeline_config", "editor_model")]
     more += [text.partition("=")[2] for text in getattr(config, "similarity", ())]
     return found + [Path(ref) for ref in more if ref and Path(ref).exists()]
+
+
+def _absent(path: Path, what: str) -> UsageError:
+    """What is said of an input that is not there, or is something else."""
+    if not path.exists():
+        return UsageError(f"there is no {what} '{path}'", "Check the path.")
+    kind, hint = "file" if path.is_file() else "folder", "Check the path."
+    if what == "patch":
+        hint = "Give the file that `unforget unlearn` wrote; `verify --candidate` takes an export."
+    return UsageError(f"'{path}' is a {kind}, and is to be a {what}", hint)
 
 
 def _would_replace(output: Path, kind: str, given: Path) -> bool:
@@ -170,11 +180,11 @@ def writable(path: Path, force: bool, kind: str = "file") -> None:
     if (file and path.is_dir()) or not path.name:
         raise UsageError(f"'{path}' is a folder", f"Give the name of a {'file' if file else 'new folder'}.")
     if kind in ("folder", "run") and path.exists() and not path.is_dir():
-        raise UsageError(f"'{path}' is a file, and is to be a folder", "Give another --output.")
+        raise UsageError(f"'{path}' is a file, and is to be a folder", "Give another name.")
     if kind != "appended" and path.exists() and not (path.is_file() or path.is_dir()):
         raise UsageError(f"'{path}' is no file, but a device or a pipe", "Give the name of a file.")
     if kind != "appended" and path.exists() and not force:
-        raise UsageError(f"'{path}' exists", "Say --force to overwrite it, or give another --output.")
+        raise UsageError(f"'{path}' exists", "Say --force to overwrite it, or give another name.")
     home = path.parent
     if kind == "part" and not home.exists():  # it is made with the folder
         return
@@ -198,4 +208,4 @@ def _try_to_write(path: Path) -> None:
         return
     except OSError as error:
         reason = f"'{path.name}' cannot be written into '{path.parent}': {error.strerror}"
-        raise UsageError(reason, "Give another --output.") from None
+        raise UsageError(reason, "Give another name.") from None

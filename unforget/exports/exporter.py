@@ -45,25 +45,48 @@ class ExportRequest:
     """For the record."""
 
 
-def write_export(request: ExportRequest, out: Path, progress: Progress) -> tuple[ExportManifest, FamilySpec]:
-    """Write base plus patches to `out`, which is not there yet; returns what it says of itself, and the family's row.
+@dataclass(frozen=True)
+class Ready:
+    """An export of which everything is known and nothing written."""
+
+    form: Format
+    job: Job
+    family: Family
+    """With the patches on."""
+    manifest: ExportManifest
+    bytes: int
+    """That it takes on the disk, about."""
+
+
+def ready(request: ExportRequest, out: Path, progress: Progress) -> Ready:
+    """Open the base, put the patches on, and judge the rounding; `out` is not there yet.
 
     UsageError if the family has no such format, or the verdict is about other weights; CannotRun if the base is another
-    one, rounding loses the change, or the export does not read back.
+    one, the disk has no room, or rounding loses the change.
     """
     form = FORMATS[request.format](request.stack, DTYPES.get(request.dtype or ""))
     with weights.quiet():  # T5 stays where it is: the images that are compared need none
         family = weights.load(request.model, replace(request.options, t5=False))
     job = _job(request, family, form, out, progress)
-    check_room(out.parent, form.size(job))
-    prompt = family.retain_prompts[:1]
-    family.prompt_ids(prompt)
+    size = form.size(job)
+    check_room(out.parent, size)
+    family.prompt_ids(family.retain_prompts[:1])
     family.unload_text_encoders()
     progress.stage("merge", len(job.merge.base))
     stats = job.merge.apply(family.network)
     families.trim_memory(job.numbers)
-    manifest = _manifest(request, form, job, stats, progress)
-    noise = _noise(family, request.seed)
+    return Ready(form, job, family, _manifest(request, form, job, stats, progress), size)
+
+
+def write_export(request: ExportRequest, out: Path, progress: Progress) -> tuple[ExportManifest, FamilySpec]:
+    """Write base plus patches to `out`, which is not there yet; returns what it says of itself, and the family's row.
+
+    Errors as of `ready`, and CannotRun if the export does not read back.
+    """
+    made = ready(request, out, progress)
+    form, job, family, manifest = made.form, made.job, made.family, made.manifest
+    del made
+    noise, prompt = _noise(family, request.seed), family.retain_prompts[:1]
     meant = sampling.draw(family, noise, steps=4, prompt_ids=family.prompt_ids(prompt))
     family.set_network(None)
     del family

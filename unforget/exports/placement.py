@@ -36,11 +36,8 @@ def check_room(output: Path, needed: int) -> None:
 
 
 @contextmanager
-def atomic_export(output: Path) -> Iterator[Path]:
-    """A path for a file or folder, in a working folder on the same disk, that takes the output's place at the end.
-
-    Whatever stops the writer, what was there before stays; it goes only when the new one stands.
-    """
+def scratch(output: Path) -> Iterator[Path]:
+    """A path for a file or folder, in a working folder on the output's disk, of which nothing stays."""
     work = output.with_name(f".{output.name}.partial")
     if work.is_symlink() or not work.is_dir():
         work.unlink(missing_ok=True)  # of a pipe rmtree would wait for a writer
@@ -48,9 +45,19 @@ def atomic_export(output: Path) -> Iterator[Path]:
     work.mkdir()
     try:
         yield work / output.name
-        _place(work / output.name, output, work / ".before")
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def atomic_export(output: Path) -> Iterator[Path]:
+    """A path as `scratch` gives, that takes the output's place at the end.
+
+    Whatever stops the writer, what was there before stays; it goes only when the new one stands.
+    """
+    with scratch(output) as made:
+        yield made
+        _place(made, output, made.with_name(".before"))
 
 
 def _place(made: Path, output: Path, before: Path) -> None:

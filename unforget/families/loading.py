@@ -109,7 +109,7 @@ def _opened(ref: str, source: str, spec: FamilySpec, options: Options) -> Family
 
 def examined(ref: str, options: Options) -> tuple[str, FamilySpec]:
     """Folder, file or hub id that `ref` names, and its row; what lies here was looked at before a library opens it."""
-    source = _source(ref)
+    source = source_of(ref)
     spec = _spec(source, ref)
     if options.text_encoder and not Path(source).is_file():
         raise UsageError(f"'{ref}' is no single file, and has its text encoders", "Leave out --text-encoder.")
@@ -138,12 +138,12 @@ def planned(ref: str, options: Options) -> tuple[str, FamilySpec, Path]:
 
 def spec_of(ref: str) -> FamilySpec:
     """The row of the family that `ref` names, without loading any weights."""
-    return _spec(_source(ref), ref)
+    return _spec(source_of(ref), ref)
 
 
 def home(ref: str) -> Path | None:
     """The folder of a model that was loaded: its own, or the snapshot in the hub's cache; None for a single file."""
-    source = _source(ref)
+    source = source_of(ref)
     if Path(source).exists():
         return Path(source) if Path(source).is_dir() else None
     from huggingface_hub import hf_hub_download
@@ -198,7 +198,7 @@ def _licence(ref: str) -> str:
     return (named if isinstance(named, str) else ", ".join(named))[:100]
 
 
-def _source(ref: str) -> str:
+def source_of(ref: str) -> str:
     """A folder or file that exists, or a hub id."""
     aliases = families.HUB_ALIASES
     source = str(files("unforget.families") / "models" / ref) if ref in families.EMBEDDED else aliases.get(ref, ref)

@@ -13,7 +13,7 @@ from unforget.core.types import Family
 from unforget.errors import CannotRun, UsageError
 from unforget.families import weights
 from unforget.families.encoders import lacking
-from unforget.families.loading import Options, opening
+from unforget.families.loading import Options, opening, source_of
 from unforget.families.parts import INDEX, LORA, PEFT, PEFT_CONFIG, classes, listed
 from unforget.files.storage import BadFile, open_tensors, read_json
 
@@ -26,6 +26,14 @@ SAID = (
 RANK = 2**14  # largest rank
 WEIGHTS = (".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".h5", ".onnx", ".gguf", ".sft", ".pkl")
 """How files of weights end, of any library."""
+
+
+def check_there(path: Path) -> None:
+    """UsageError for what neither lies here nor is the name of a model."""
+    try:
+        path.exists() or source_of(str(path))
+    except UsageError:
+        raise UsageError(f"there is no candidate '{path}'", "Check the path.") from None
 
 
 def load(path: Path, ref: str, options: Options) -> Family:

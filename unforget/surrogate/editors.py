@@ -72,8 +72,6 @@ class RePaint(Strategy):
     jump_n_sample: int = Field(3, ge=1, description="how often to go back and repaint")
 
     def __call__(self, canvas: Canvas) -> list[Candidate]:
-        if canvas.family.spec.autoencoder:
-            raise UsageError("repaint is for models that draw pixels", "Give --method inpaint.")
         scheduler = RePaintScheduler.from_config(canvas.family.scheduler_config)
         scheduler.set_timesteps(self.steps, self.jump_length, self.jump_n_sample)
         generator = torch.Generator().manual_seed(canvas.seed)
@@ -140,8 +138,7 @@ class Donor(Strategy):
     kind: Literal["donor"] = "donor"
 
     def __call__(self, canvas: Canvas) -> list[Candidate]:
-        if canvas.donor is None:
-            raise UsageError("the donor editor needs a picture to take the face from", "Give one with --donor FILE.")
+        assert canvas.donor is not None, "`check` was called"
         return [Candidate(_within(canvas, canvas.donor), "donor")]
 
 
@@ -182,17 +179,31 @@ def _edits(canvas: Canvas, images: Tensor, label: str) -> list[Candidate]:
     return [Candidate(image, f"{label} #{i}") for i, image in enumerate(_within(canvas, images))]
 
 
+def counted(editor: Editor, model: Any, prompt_id: int) -> int:
+    """Network passes of an editor and the ranking; 0 where they are not counted. `model` is a family, loaded or not."""
+    return editor.passes(model, prompt_id) if isinstance(editor, Redraw) else 0
+
+
+def check(editor: Editor, canvas: Canvas) -> None:
+    """UsageError for an editor that cannot work on this canvas."""
+    if isinstance(editor, RePaint) and canvas.family.spec.autoencoder:
+        raise UsageError("repaint is for models that draw pixels", "Give --method inpaint.")
+    if isinstance(editor, Donor) and canvas.donor is None:
+        raise UsageError("the donor editor needs a picture to take the face from", "Give one with --donor FILE.")
+
+
 def candidates(
     canvas: Canvas, *editors: Editor, distance: float, near_copy: float, progress: Progress
 ) -> list[Candidate]:
     """What editors make of the target, ranked as by `rank`; the later ones are asked if no edit before is accepted."""
     ranked: list[Candidate] = []
     for editor in editors:
-        counted = editor.passes(canvas.family, canvas.prompt_id) if isinstance(editor, Redraw) else 0
-        progress.stage(EDITS, counted or 1)
-        canvas = replace(canvas, advance=progress.advance) if counted else canvas
+        check(editor, canvas)
+        passes = counted(editor, canvas.family, canvas.prompt_id)
+        progress.stage(EDITS, passes or 1)
+        canvas = replace(canvas, advance=progress.advance) if passes else canvas
         ranked = rank(editor(canvas), canvas, distance=distance, near_copy=near_copy) + ranked
-        if not counted:
+        if not passes:
             progress.advance()
         if ranked[0].accepted:
             break
