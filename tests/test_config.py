@@ -123,8 +123,7 @@ def test_flags_beat_the_file_which_takes_the_flags_names(tmp_path):
         ("max_train_step = 5", "no option 'max_train_step', did you mean 'max_train_steps'"),
         ("nonsense = 5", "there is no option 'nonsense'"),
         ("lr = 1e-4", "no option 'lr', did you mean 'learning_rate'"),
-        ("preview = 5
-num_validation_images = 4", "given twice, by two of its names"),
+        ("preview = 5\nnum_validation_images = 4", "given twice, by two of its names"),
         ("take_off = true", "is gone"),
         ("recipe = { rank = 8 }", "write its options flat"),
         ("forget_range = [650, 50]", "0 < low < high"),
