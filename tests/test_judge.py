@@ -45,7 +45,7 @@ def retain(median=0.02, sharpness=1.0, kid=0.0):
 
 
 def neighbours(kept=0.9, usual=0.95):
-    return Finding("neighbours", T, {"to_target": 0.3, "kept": usual}, {"median": 0.1, "kept": kept})
+    return Finding("neighbours", T, {"to_target": 0.3, "kept": usual}, {"median": 0.1, "kept": kept}, draws=40)
 
 
 def near(probe, base=1.0, candidate=0.0, **place):

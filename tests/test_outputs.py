@@ -103,7 +103,7 @@ def test_a_device_is_not_replaced(cli, here, force):
 
 @pytest.mark.parametrize("target", ["", ".", "/"])
 def test_a_target_without_a_name(cli, here, target):
-    refused(cli, here, ["edit-surrogate", "--model", "model", "-t", target], "there is no file")
+    refused(cli, here, ["edit-surrogate", "--model", "model", "-t", target], "is a folder")
 
 
 @pytest.mark.parametrize("path", ["", ".", "/"])

@@ -10,7 +10,7 @@ from test_config import command
 from unforget import UnlearnConfig
 from unforget.api.unlearning import Unlearned, judged
 from unforget.cli import console
-from unforget.config import ModelConfig
+from unforget.config import ModelConfig, VerifyConfig
 from unforget.errors import ExitCode
 from unforget.verification.context import Finding
 
@@ -76,4 +76,5 @@ def test_the_next_command_opens_the_model_in_the_same_way(given):
     for field in ModelConfig.model_fields.keys() - {"seed", "force"}:
         wanted = getattr(config, field) if field in config.model_fields_set else None
         if wanted is not None:
-            assert parsed[field] == (list(wanted) if isinstance(wanted, tuple) else wanted), field
+            again = VerifyConfig(**{"model": "x", "patch": "y", field: parsed[field]})
+            assert getattr(again, field) == wanted, field
