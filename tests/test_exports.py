@@ -788,6 +788,17 @@ def test_what_does_not_go_together(given, sentence):
         build(ExportConfig, {"model": "x", "patch": ("p",), "output": "o", **given})
 
 
+@pytest.mark.parametrize(
+    ("repo", "error"),
+    [("../n", UsageError), ("o--p/n", UsageError), ("o/n", CannotRun)],
+    ids=["up", "dashes", "offline"],
+)
+def test_what_cannot_be_pushed_is_told_before_anything_is_written(ddpm, tmp_path, repo, error):
+    with pytest.raises(error, match=r"no name of a repository|HF_HUB_OFFLINE is set"):
+        run(ddpm, whole(ddpm, tmp_path / "a.patch"), tmp_path / "out", push_to_hub=repo)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("lies", [os.mkfifo, Path.touch, lambda path: path.symlink_to("elsewhere")])
 def test_whatever_lies_where_an_export_is_written(tmp_path, lies):
     (tmp_path / "elsewhere").mkdir()

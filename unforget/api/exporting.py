@@ -47,6 +47,8 @@ def _request(config: ExportConfig, progress: Progress) -> ExportRequest:
     """What is to be exported, its inputs read; UsageError for a place whose content would be lost."""
     inputs = [Path(config.model), *config.patch, *filter(None, [config.report])]
     placement.check_replaceable(config.output, inputs)
+    if config.push_to_hub is not None:
+        hub.check(config.push_to_hub)
     if config.card_images is not None:
         card.pictures(config.card_images)
     if config.threads:

@@ -15,22 +15,27 @@ from unforget.errors import CannotRun, UsageError, redacted
 from unforget.reports.words import one_line
 
 
-def push(path: Path, repo: str, *, private: bool = True, message: str) -> str:
-    """Upload a folder, or one file, to a model repository, which is made if there is none; returns the commit's URL.
-
-    Endpoint and token are huggingface_hub's: HF_ENDPOINT, HF_TOKEN or the stored login. `private` refuses a repository
-    that is there and public. CannotRun, if the hub refuses, has its own words; no message holds a token.
-    """
+def check(repo: str) -> None:
+    """What is known before there is anything to upload: UsageError for no name of a repository, CannotRun offline."""
     try:
         validate_repo_id(repo)
         if not repo.isascii():  # which older versions let through
             raise HFValidationError("Names have ASCII letters, digits, '-', '_' and '.'.")
     except HFValidationError as error:
         raise UsageError(f"'{redacted(repo)}' is no name of a repository", redacted(str(error))) from None
-    if not path.exists() or (path.is_dir() and not any(p.is_file() for p in path.rglob("*"))):
-        raise UsageError(f"there is nothing to upload at '{path}'", "Give what `unforget export` wrote.")
     if constants.HF_HUB_OFFLINE:
         raise CannotRun(f"'{repo}' is not pushed: HF_HUB_OFFLINE is set", "Unset HF_HUB_OFFLINE to reach the hub.")
+
+
+def push(path: Path, repo: str, *, private: bool = True, message: str) -> str:
+    """Upload a folder, or one file, to a model repository, which is made if there is none; returns the commit's URL.
+
+    Endpoint and token are huggingface_hub's: HF_ENDPOINT, HF_TOKEN or the stored login. `private` refuses a repository
+    that is there and public. CannotRun, if the hub refuses, has its own words; no message holds a token.
+    """
+    if not path.exists() or (path.is_dir() and not any(p.is_file() for p in path.rglob("*"))):
+        raise UsageError(f"there is nothing to upload at '{path}'", "Give what `unforget export` wrote.")
+    check(repo)
     token, bars = get_token(), not are_progress_bars_disabled()
     disable_progress_bars()
     try:

@@ -31,7 +31,7 @@ MAX_JSON = 2**20
 """Largest JSON file of a model folder that is parsed, bytes."""
 MAX_DEPTH = 64
 """Most tables and lists in one another in what we wrote."""
-MAX_PROMPTS = 2**24
+MAX_PROMPTS = 2**22
 """Largest list of prompts that is read, bytes."""
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
