@@ -5,6 +5,7 @@ a batch of training is split by rows, and what each found is added up before any
 writes and speaks. Without a launcher there is one process, nothing here does anything, and accelerate is not imported.
 """
 
+import atexit
 import os
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -48,8 +49,17 @@ def start(device: str) -> str:
         from accelerate import PartialState
 
         state = PartialState(cpu=device == "cpu")
+        if device == "cpu":  # threads of a group that is left as it is may end the process with an abort
+            atexit.unregister(_part)
+            atexit.register(_part)
         return f"cuda:{state.local_process_index}" if device == "cuda" else device
     return device
+
+
+def _part() -> None:
+    """Leave the other processes."""
+    if world_size() > 1:
+        distributed.destroy_process_group()
 
 
 def _sharded() -> bool:
