@@ -33,6 +33,13 @@ DATA = Path(__file__).parent / "data"
 PLANTED = Path(__file__).parents[1] / "examples" / "faces" / "planted"
 
 
+def pytest_collection_modifyitems(items):
+    """With --dist loadgroup a file has one process, for its tests share what takes a minute; the longest has two."""
+    for k, item in enumerate(items):
+        half = k % 2 if item.path.stem == "test_cheats" else ""
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}{half}"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _no_secret_of_the_users(tmp_path_factory):
     """Entries of a test's cache are signed by the tests' own secret."""

@@ -202,7 +202,7 @@ def test_whatever_is_read_as_text_has_a_bound(tmp_path, kind):
         with path.open("wb") as file:
             file.truncate(2**31)
     for read, error, said in (
-        (read_lines, UsageError, "more than 16777216 bytes"), (read_json, BadFile, "more than 1048576 bytes"),
+        (read_lines, UsageError, "more than 4194304 bytes"), (read_json, BadFile, "more than 1048576 bytes"),
         (Verified.of, UsageError, "more than 16777216 bytes"), (read_toml, UsageError, "too large|no file"),
     ):  # fmt: skip
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
