@@ -49,8 +49,6 @@ def _request(config: ExportConfig, progress: Progress) -> ExportRequest:
     placement.check_replaceable(config.output, inputs)
     if config.push_to_hub is not None:
         hub.check(config.push_to_hub)
-    if config.card_images is not None:
-        card.pictures(config.card_images)
     if config.threads:
         torch.set_num_threads(config.threads)
     return ExportRequest(
@@ -59,6 +57,11 @@ def _request(config: ExportConfig, progress: Progress) -> ExportRequest:
         Verified.of(config.report) if config.report else None, run_folder(config.patch[-1]) / "verify.json",
         versions(),
     )  # fmt: skip
+
+
+def _images(config: ExportConfig) -> list[Path]:
+    """The pictures of the card; UsageError if one cannot be shown."""
+    return [] if config.card_images is None else card.pictures(config.card_images)
 
 
 @contextmanager
@@ -77,8 +80,9 @@ def plan_export(config: ExportConfig, progress: Progress) -> dict[str, Any]:
     if not _lies_here(config.model):
         hint = "`unforget export` gets them, and says the same before it writes."
         raise CannotRun(f"the weights of '{config.model}' are not here to be compared with the patches", hint)
+    request, _ = _request(config, progress), _images(config)
     with _reading(config), placement.scratch(config.output) as out:
-        made = ready(_request(config, progress), out, progress)
+        made = ready(request, out, progress)
         told = made.manifest.model_dump(mode="json", include={"rounding", "verified", "base_digest", "patched_digest"})
         free = shutil.disk_usage(out.parent).free
         return {**told, "dtype": made.manifest.dtype, "bytes": made.bytes, "free_bytes": free}
@@ -94,8 +98,7 @@ def _lies_here(model: str) -> bool:
 
 
 def _exported(config: ExportConfig, progress: Progress) -> Exported:
-    request = _request(config, progress)
-    images = [] if config.card_images is None else card.pictures(config.card_images)
+    request, images = _request(config, progress), _images(config)
     with _reading(config), placement.atomic_export(config.output) as out:
         manifest, row = write_export(request, out, progress)
         if config.card and FORMATS[config.format].is_folder:

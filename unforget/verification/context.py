@@ -316,7 +316,7 @@ class VerifyContext:
             return vars(calibrate(drawn.images[self.detector.unrepeated & ~self.is_any_target(drawn)], rate, target))
 
         rate = self.policy.false_positive_rate
-        key = ["variants by three searches", images.image_id(target), self._targets]
+        key = ["variants", *Searched.__annotations__, images.image_id(target), self._targets]
         return Searched(**self.control(UNCONDITIONAL, key, make))  # type: ignore[arg-type]
 
     @property

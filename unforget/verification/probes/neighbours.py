@@ -52,17 +52,8 @@ class Neighbours(Probe):
             return []
         figures = {**spread(rms(base, candidate) / typical), "seen": float(len(base))}
         images = dict(zip(ROLES, (base[:4].clone(), candidate[:4].clone()), strict=True))
-        return [
-            Finding(
-                self.kind,
-                instance.id,
-                {"kept": kept},
-                figures,
-                context.start(self.timestep),
-                draws=len(base),
-                images=images,
-            )
-        ]
+        start, seen = context.start(self.timestep), len(base)
+        return [Finding(self.kind, instance.id, {"kept": kept}, figures, start, draws=seen, images=images)]
 
     def judge(self, found: Finding, policy: Policy, known: bool) -> list[Check]:
         check = checked(found, "kept", "at least", policy.min_kept * found.base["kept"], policy)
