@@ -36,6 +36,8 @@ from unforget.verification.probes.retention import Retention
 from unforget.verification.probes.sample import Sample
 from unforget.verification.probes.transforms import Transforms, variants
 from unforget.verification.similarity import SSCD, Pixels, Structure
+from unforget.verification.variants import calibrate as calibrate_variants
+from unforget.verification.variants import is_variant
 
 
 def pictures(count, seed=0, size=16):
@@ -47,7 +49,7 @@ SMALL = {"similarity": ("pixels",), "max_rate": 0.2, "paired": 16, "controls": 8
 
 @pytest.fixture
 def context(tiny):
-    target, surrogate = pictures(2, 5)
+    target, surrogate = pictures(2, 5).sign()  # far from what a network draws that has learnt nothing
     instances = (Instance(target, surrogate, "t"),)
     return VerifyContext(tiny, tiny.copy(), instances, Policy(**SMALL), candidate_digest="candidate")
 
@@ -223,11 +225,11 @@ def test_the_candidates_own_draws_take_ways_that_nobody_knew(context):
     context.candidate.denoise = lambda x_t, **how: taken.append((len(x_t), how["steps"])) or denoise(x_t, **how)
     context.draws("candidate", (0,), 100)
     usual, *own = taken
-    assert usual == (16, 4)
+    assert usual == (16, context.usual)
     assert [count for count, _ in own] == [16, 32, 32, 4]
     assert [way.seeds is not None for _, way in own] == [False, True, False, True]
     assert len({tuple(way.timesteps.tolist()) for _, way in own}) == 4
-    calls = sum(count * (4 if way == 4 else len(way.timesteps)) for count, way in taken)
+    calls = sum(count * len(way.timesteps) for count, way in taken)
     assert context.drawn_passes(("candidate", (0,)), 0, 100) == calls
     before = [way.timesteps for _, way in own]
     context.nonce, context._draws = "another", {}
@@ -394,6 +396,19 @@ def test_revival_trains_a_copy(context):
     assert all(torch.equal(w, before[n]) for n, w in whole.network.state_dict().items())
 
 
+def test_revival_needs_something_else_to_train_on(context, monkeypatch):
+    monkeypatch.setattr(VerifyContext, "is_any_target", lambda self, shown: torch.ones(len(shown), dtype=torch.bool))
+    with pytest.raises(UsageError, match="nothing but the targets"):
+        Relearning(stops=(2,), batch=4, draws=2)(context)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_of_a_model_that_repeats_all_it_draws_no_variant_is_known(count):
+    limits = calibrate_variants(pictures(count), 1e-3, pictures(1)[0])
+    assert limits.pairs == 0
+    assert not is_variant(pictures(2), limits, pictures(1)[0]).any()
+
+
 def test_other_words_are_asked_where_there_is_a_prompt(sd3):
     row = int(sd3.prompt_ids(["a red square"])[0])
     target, surrogate = pictures(2, 5)
@@ -414,7 +429,10 @@ def test_what_both_make_of_a_target_is_compared_and_decides_nothing(context):
     (found,) = Resemblance(draws=4)(context)
     noise, start = context.noise("resemblance", 4), context.start(500)
     x_t = sampling.add_noise(context.base, context.instances[0].target[None], noise, start)
-    made = [sampling.draw(m, x_t, steps=4, start=start, prompt_ids=torch.tensor([0])) for m in context.models.values()]
+    made = [
+        sampling.draw(m, x_t, steps=context.usual, start=start, prompt_ids=torch.tensor([0]))
+        for m in context.models.values()
+    ]
     assert found.candidate["unlike"] == pytest.approx(float(rms(*made).mean()), rel=0.02)
     assert {c.outcome for c in Resemblance().judge(found, context.policy, known=True)} == {"informational"}
 

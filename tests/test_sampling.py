@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 
 from unforget.core import passes, sampling
 from unforget.core.recipe import Recipe
 from unforget.core.schedule import Schedule
 from unforget.core.types import Instance, Pool, Trajectory
+from unforget.families import samplers
 from unforget.unlearning.batches import batches
 
 SHAPE = (3, 16, 16)
@@ -50,11 +51,48 @@ def test_irregular_timesteps(tiny, start):
     assert ways[3] == sampling.irregular(tiny, "3", steps=20, start=start).tolist()
 
 
-def test_a_trajectory_of_the_usual_timesteps_is_what_the_family_draws(tiny):
-    noise = sampling.random_noise(2, tiny.latent_shape, 0, "test")
-    timesteps = torch.tensor(tiny.sampling_timesteps(20), dtype=torch.float64)
-    along = sampling.draw(tiny, noise, steps=Trajectory(timesteps))
-    torch.testing.assert_close(along, sampling.draw(tiny, noise, steps=20), rtol=1e-3, atol=1e-3)
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample", "flow_prediction"])
+@pytest.mark.parametrize("ancestral", [False, True])
+def test_a_trajectory_is_that_of_a_second_order_solver(kind, ancestral, monkeypatch):
+    """Diffusers' own, whose noise it is given, with a network that says something else everywhere."""
+    monkeypatch.setattr(samplers, "STEEPEST", 99)
+    solver = DPMSolverMultistepScheduler(
+        prediction_type=kind, algorithm_type="sde-dpmsolver++" if ancestral else "dpmsolver++", solver_order=2,
+        solver_type="midpoint", final_sigmas_type="zero", use_flow_sigmas=kind == "flow_prediction",
+    )  # fmt: skip
+    solver.set_timesteps(8)
+    schedule, seeds = Schedule.from_diffusers(solver), torch.tensor([4, 5]) if ancestral else None
+    along = samplers.Along(schedule, Trajectory(solver.timesteps.double(), seeds), clipped=False)
+    fresh = [torch.Generator().manual_seed(seed) for seed in (4, 5)]
+    x_t = sampling.random_noise(2, SHAPE, 0, "test")
+    theirs = x_t.clone()
+    for t in solver.timesteps:
+        noise = torch.stack([torch.randn(SHAPE, generator=g) for g in fresh])
+        theirs = solver.step((3 * theirs).sin(), t, theirs, variance_noise=noise).prev_sample
+        x_t = along.step((3 * x_t).sin(), t.double(), x_t).prev_sample
+        near = 1e-2 if kind == "flow_prediction" else 2e-3  # of a flow, theirs rounds the timesteps and not the sigmas
+        torch.testing.assert_close(x_t, theirs, rtol=near, atol=near)
+        x_t = theirs  # what such a network says would grow their rounding
+
+
+def test_a_long_step_after_a_short_one_is_not_led_far(tiny):
+    """Two timesteps side by side and then a long step: the solver's own weight would be in the hundreds."""
+    way = Trajectory(torch.tensor([900, 501, 500, 20], dtype=torch.float64))
+    drawn = tiny.denoise(sampling.random_noise(4, tiny.latent_shape, 0, "test"), steps=way)
+    usual = tiny.denoise(sampling.random_noise(4, tiny.latent_shape, 0, "test"), steps=4)
+    assert float(drawn.std()) < 2 * float(usual.std())
+
+
+def test_the_usual_timesteps_are_rows_of_the_schedule(tiny):
+    assert sampling.regular(tiny, steps=20).tolist() == tiny.sampling_timesteps(20)
+    most = sampling.regular(tiny, steps=1000)
+    assert len(most) == len(most.unique())
+
+
+def test_a_part_of_a_trajectory():
+    way = Trajectory(torch.tensor([900.0, 500.0, 100.0]), torch.tensor([1]))
+    assert way.between(500).timesteps.tolist() == [500, 100]
+    assert way.between(None, 100).timesteps.tolist() == [900, 500]
 
 
 def test_ancestral_draws_depend_on_their_own_seeds_alone(tiny):

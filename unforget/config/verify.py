@@ -55,7 +55,7 @@ class Policy(PromptConfig):
     )
     paired: int = option("Number of pairs of draws with the same seed.", **_at(256, quick=48), ge=16, le=100_000)
     controls: int = option("Number of images that show what any model returns.", **_at(48, quick=24), ge=8, le=4096)
-    sampler_steps: int = option("Sampler steps of the draws.", **_at(20, quick=15), ge=2, le=1000)
+    sampler_steps: int = option("Sampler steps of the draws.", **_at(12, quick=10), ge=2, le=1000)
     nearer: float = option(
         "Share of reconstructions nearer to the surrogate than to the target: it must be over this.",
         0.65,

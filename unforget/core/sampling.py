@@ -35,6 +35,13 @@ def visited(family: Family, timestep: float, *, steps: int) -> float:
     return min(family.sampling_timesteps(steps), key=lambda t: abs(t - timestep))
 
 
+def regular(family: Family, *, steps: int) -> Tensor:
+    """The timesteps that sampling in `steps` visits, from noisy to clean, each at the nearest row of the schedule."""
+    visited = torch.tensor(family.sampling_timesteps(steps), dtype=torch.float64)
+    rows: Tensor = torch.unique_consecutive(family.schedule.nearest(visited))
+    return rows
+
+
 def irregular(family: Family, key: str, *, steps: int, start: float | None = None) -> Tensor:
     """Timesteps that nobody foresees who does not know `key`, from noisy to clean: `steps`, a quarter more or fewer.
 
@@ -80,7 +87,7 @@ def draw(
     """
     prompt_ids = torch.tensor([UNCONDITIONAL]) if prompt_ids is None else prompt_ids
     size = passes.drawn_in_one_pass(family)
-    calls = passes.calls(family, steps, start) if isinstance(steps, int) else len(steps.timesteps)
+    calls = passes.calls(family, steps, start) if isinstance(steps, int) else len(steps.between(start).timesteps)
     prompt_ids, parts = prompt_ids.expand(len(noise)), torch.split(torch.arange(len(noise)), size)
 
     def make(rows: Tensor) -> Tensor:

@@ -45,6 +45,16 @@ class Schedule:
         nearer = self.timesteps[above] - asked < asked - self.timesteps[above - 1]
         return torch.where(nearer, above, above - 1)
 
+    def nearest(self, timestep: Tensor) -> Tensor:
+        """The timesteps of the table that are nearest, (B,)."""
+        found: Tensor = self.timesteps[self._rows(timestep)]
+        return found
+
+    def half_log_snr(self, timestep: Tensor) -> Tensor:
+        r"""Half the logarithm of the signal-to-noise ratio, :math:`\lambda_t = \log(\alpha_t / \sigma_t)`, (B,)."""
+        rows = self._rows(timestep)
+        return (self.alphas[rows] / self.sigmas[rows]).log()
+
     def between(self, low: float, high: float) -> Tensor:
         """The timesteps from `low` to under `high`; the last one too, if `high` is no less than it."""
         rows = torch.searchsorted(self.timesteps, torch.tensor([low, high], dtype=torch.float64)).tolist()
@@ -78,8 +88,8 @@ class Schedule:
         det = a * q - s * p
         return (q * x_t - s * prediction) / det, (a * prediction - p * x_t) / det
 
-    def step(self, x_0: Tensor, noise: Tensor, timestep: Tensor, then: Tensor, fresh: Tensor | None = None) -> Tensor:
-        r"""x at the cleaner timestep `then`, of what a prediction at `timestep` was split into.
+    def step(self, x_0: Tensor, x_t: Tensor, timestep: Tensor, then: Tensor, fresh: Tensor | None = None) -> Tensor:
+        r"""x at the cleaner timestep `then`, of x_t and the image that it is led to.
 
         Deterministic, as DDIM and Euler; with `fresh` noise ancestral, as DDPM: DDIM's eta is 1 (arXiv:2010.02502,
         equations 12 and 16), its variance what the forward process leaves open, on any affine path. The timesteps are
@@ -87,6 +97,7 @@ class Schedule:
         """
         a, s = (self.column(name, timestep, x_0) for name in ("alphas", "sigmas"))
         alpha, sigma = (self.column(name, then, x_0) for name in ("alphas", "sigmas"))
+        noise = (x_t - a * x_0) / s
         if fresh is None:
             return alpha * x_0 + sigma * noise
         share = (1 - (a * sigma / (alpha * s)) ** 2).clamp(0, 1)

@@ -8,6 +8,7 @@ a model without prompts).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -81,6 +82,11 @@ class Trajectory(NamedTuple):
     timesteps: Tensor  # that are visited, (K,), from noisy to clean
     seeds: Tensor | None = None  # (B,) of the noise that each image gets at every step: ancestral sampling
     guidance: float | None = None  # instead of the model's own, where it has one
+
+    def between(self, start: float | None, stop: float = -1) -> Trajectory:
+        """The part of it from timestep `start` on, or the whole, above `stop`."""
+        inside = (self.timesteps > stop) & (self.timesteps <= (math.inf if start is None else start))
+        return self._replace(timesteps=self.timesteps[inside])
 
     def of(self, rows: Tensor) -> Trajectory:
         """That of some of the images."""

@@ -245,7 +245,7 @@ class DiffusionModel:
         self, x_t: Tensor, *, steps: int | Trajectory, start: float | None = None, stop: float = -1,
         prompt_ids: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """DDIM (arXiv:2010.02502, eta 0), Euler, or a trajectory, with classifier-free guidance; returns x_0.
+        """DDIM (arXiv:2010.02502, eta 0), Euler, or along a trajectory, with classifier-free guidance; returns x_0.
 
         From pure noise, or from the visited timesteps at `start` and below; only those above `stop`.
         """

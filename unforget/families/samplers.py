@@ -10,6 +10,9 @@ from unforget.core.types import Trajectory
 from unforget.errors import UsageError
 from unforget.families.spec import FamilySpec
 
+STEEPEST = 1.0
+"""How far a step is led on by the last two predictions, in their difference: steps of one length take a half."""
+
 
 class Step(NamedTuple):
     """What a step makes, as diffusers' schedulers name it."""
@@ -18,25 +21,37 @@ class Step(NamedTuple):
 
 
 class Along:
-    """Steps of the schedule along a trajectory, deterministic or ancestral; pixels are clipped, as stock samplers do.
+    """Second-order steps along a trajectory: DPM-Solver++(2M), or SDE-DPM-Solver++(2M) (arXiv:2211.01095), each written
+    as a step of the schedule, DDIM's or an ancestral one, to the image that the last two predictions lead to.
 
-    Each image of a batch has a generator of its own, so that it does not depend on the others.
+    Pixels are clipped, as stock samplers do. Each image of a batch has a generator of its own, so that it does not
+    depend on the others.
     """
 
     def __init__(self, schedule: Schedule, trajectory: Trajectory, clipped: bool) -> None:
         self.schedule, self.timesteps, self.clipped = schedule, trajectory.timesteps, clipped
+        self.levels: list[float] = schedule.half_log_snr(trajectory.timesteps).tolist()
+        self.before: Tensor | None = None
         seeds = [] if trajectory.seeds is None else trajectory.seeds.tolist()
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def step(self, answer: Tensor, t: Tensor, x_t: Tensor) -> Step:
         """From timestep `t` to the following one, or to x_0 from the last."""
-        timestep, *then = (level.expand(len(x_t)) for level in self.timesteps[self.timesteps <= t][:2])
-        x_0, noise = self.schedule.split(x_t, answer, timestep)
+        at = int((self.timesteps > t).sum())
+        timestep, *then = (level.expand(len(x_t)) for level in self.timesteps[at : at + 2])
+        x_0, _ = self.schedule.split(x_t, answer, timestep)
         x_0 = x_0.clamp(-1, 1) if self.clipped else x_0
         if not then:
             return Step(x_0)
+        ahead = x_0 if self.before is None else x_0 + self._slope(at) * (x_0 - self.before)
         drawn = [torch.randn(x_t.shape[1:], generator=generator) for generator in self.generators]
-        return Step(self.schedule.step(x_0, noise, timestep, then[0], torch.stack(drawn).to(x_t) if drawn else None))
+        self.before = x_0
+        return Step(self.schedule.step(ahead, x_t, timestep, then[0], torch.stack(drawn).to(x_t) if drawn else None))
+
+    def _slope(self, at: int) -> float:
+        """Half of this step over the last one, in the logarithm of the signal; bounded, where a long one follows."""
+        last, here, then = self.levels[at - 1 : at + 2]
+        return min(STEEPEST, (then - here) / (here - last) / 2)
 
 
 def sampler(

@@ -33,17 +33,15 @@ class PartialDenoise(NearCopies):
 
     def _begun(self, context: VerifyContext, first: float | None) -> int:
         """Passes of the base from a timestep, or from noise, to where it hands over."""
-        visited = passes.calls(context.base, context.policy.sampler_steps, first, context.start(self.handover))
+        visited = len(context.usual.between(first, context.start(self.handover)).timesteps)
         return sum(passes.drawn(context.base, [id] * self.draws, visited) for _, id in self.cases(context))
 
     def examine(self, context: VerifyContext, instance: Instance, prompt_id: int) -> Iterator[Finding]:
         x_t, first = self._beginnings(context, instance, prompt_id)
         start, ids = context.start(self.handover), torch.full((len(x_t),), prompt_id)
         with torch.no_grad():
-            handed = context.base.denoise(
-                x_t, steps=context.policy.sampler_steps, start=first, stop=start, prompt_ids=ids
-            )
-        visited = passes.calls(context.base, context.policy.sampler_steps, first, start)
+            handed = context.base.denoise(x_t, steps=context.usual, start=first, stop=start, prompt_ids=ids)
+        visited = len(context.usual.between(first, start).timesteps)
         context.advance(passes.drawn(context.base, ids.tolist(), visited))
         images = {role: context.run(family, handed, prompt_id, start=start) for role, family in context.models.items()}
         near = (context.is_target(made, instance).float().mean() for made in images.values())

@@ -8,6 +8,7 @@ from torch import nn
 from unforget.core import passes, sampling
 from unforget.core.passes import WITH_GRADIENTS, Count
 from unforget.core.types import LARGE, Family, Instance
+from unforget.errors import UsageError
 from unforget.verification.context import Finding, VerifyContext
 from unforget.verification.probes.base import HALF
 from unforget.verification.probes.reconstruct import Reconstruction, reconstruction_figures
@@ -54,6 +55,11 @@ class Relearning(Reconstruction):
         optimizer, schedule = torch.optim.AdamW(parameters, self.learning_rate), context.base.schedule
         drawn = context.retained("base")
         others = ~context.is_any_target(drawn)
+        if not others.any():
+            raise UsageError(
+                "the base draws nothing but the targets, so that a copy has nothing else to be trained on",
+                "Give other --retain-prompts, or leave the probe out.",
+            )
         parts = torch.split(others.nonzero()[:, 0], 32)
         x_0 = torch.cat([context.base.encode(context.pictures("base", rows)) for rows in parts])
         prompt_ids = context.retain_turns(len(drawn))[others]
