@@ -85,6 +85,8 @@ def test_a_long_step_after_a_short_one_is_not_led_far(tiny):
 
 def test_the_usual_timesteps_are_rows_of_the_schedule(tiny):
     assert sampling.regular(tiny, steps=20).tolist() == tiny.sampling_timesteps(20)
+    assert sampling.regular(tiny, steps=5, through=330).tolist() == [800, 600, 400, 330, 165, 0]
+    assert sampling.regular(tiny, steps=20, through=500).tolist() == tiny.sampling_timesteps(20)
     most = sampling.regular(tiny, steps=1000)
     assert len(most) == len(most.unique())
 

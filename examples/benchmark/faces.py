@@ -210,14 +210,18 @@ def together(bench: Bench) -> None:
         "near-copies, base / patched",
         "worst share nearer to a surrogate at 250 / 400 / 550",
         "drift median / mean",
+        "mean of those that were near-copies / of the others",
         "seconds, whole / training",
     )
     patched, instances, took = bench.unlearn("together", PLANTED)
     images = bench.draw(patched, bench.samples)
     share, (median, mean) = bench.reconstructions(patched, instances), bench.drift(images)
+    hit = (pairwise_rms(bench.drawn[:SEEDS], bench.planted) < NEAR_COPY).any(1)
+    moved = rms(images[:SEEDS], bench.drawn[:SEEDS])
+    apart = f"{moved[hit].mean():.3f} ({int(hit.sum())}) / {moved[~hit].mean():.3f}"
     seconds = f"{took['whole']:.0f} / {took['training']:.0f}"
     for k, (before, after) in enumerate(zip(bench.rates(bench.drawn), bench.rates(images), strict=True)):
-        row(k, f"{before} / {after}", shares(share), f"{median:.3f} / {mean:.3f}", seconds)
+        row(k, f"{before} / {after}", shares(share), f"{median:.3f} / {mean:.3f}", apart, seconds)
 
 
 def ablation(bench: Bench) -> None:

@@ -97,7 +97,7 @@ def speed(work: Path, seeds: int) -> None:
         row(f"verify --level {level} --no-cache (exit {done.returncode})", f"{time.perf_counter() - began:.1f}")
     h, count = first(work), 256
     noise = sampling.random_noise(count, h.base.latent_shape, 1, "bare")
-    rows, usual = torch.zeros(count, dtype=torch.long), context(h).usual
+    rows, usual = torch.zeros(count, dtype=torch.long), context(h).usual()
     ratios = []
     for _ in range(3):
         began = time.perf_counter()

@@ -35,11 +35,17 @@ def visited(family: Family, timestep: float, *, steps: int) -> float:
     return min(family.sampling_timesteps(steps), key=lambda t: abs(t - timestep))
 
 
-def regular(family: Family, *, steps: int) -> Tensor:
-    """The timesteps that sampling in `steps` visits, from noisy to clean, each at the nearest row of the schedule."""
-    visited = torch.tensor(family.sampling_timesteps(steps), dtype=torch.float64)
-    rows: Tensor = torch.unique_consecutive(family.schedule.nearest(visited))
-    return rows
+def regular(family: Family, *, steps: int, through: float | None = None) -> Tensor:
+    """The timesteps that sampling in `steps` visits, from noisy to clean, each at the nearest row of the schedule.
+
+    From `through` on they are evenly spaced rows instead, about as many: so any timestep can be visited.
+    """
+    visited: Tensor = family.schedule.nearest(torch.tensor(family.sampling_timesteps(steps), dtype=torch.float64))
+    visited = torch.unique_consecutive(visited)
+    if through is None:
+        return visited
+    below = _spread(family, steps, through, float(visited[0]), lambda k: 0.0)
+    return torch.cat([visited[visited > through], below])
 
 
 def irregular(family: Family, key: str, *, steps: int, start: float | None = None) -> Tensor:
@@ -48,12 +54,17 @@ def irregular(family: Family, key: str, *, steps: int, start: float | None = Non
     The first is the one that sampling in `steps` begins with, or `start`; the rest lie anywhere, each near its place
     among evenly spaced ones.
     """
-    chance, table = random.Random(key), family.schedule.timesteps
-    first = family.sampling_timesteps(steps)[0]
-    top = first if start is None else start
+    chance, first = random.Random(key), family.sampling_timesteps(steps)[0]
+    count, top = steps * chance.uniform(0.75, 1.25), first if start is None else start
+    return _spread(family, count, top, first, lambda k: chance.uniform(-0.5 if k else 0, 0.5))
+
+
+def _spread(family: Family, steps: float, top: float, first: float, moved: Callable[[int], float]) -> Tensor:
+    """`top` and rows below it, each moved from its place among evenly spaced ones: of `steps` from `first` on."""
+    table = family.schedule.timesteps
     row, whole = (int((table - t).abs().argmin()) for t in (top, first))
-    count = max(1, round((steps * chance.uniform(0.75, 1.25) - 1) * row / max(1, whole)))
-    places = {round(row * (k + chance.uniform(-0.5 if k else 0, 0.5)) / count) for k in range(count)} - {row}
+    count = max(1, round((steps - 1) * row / max(1, whole)))
+    places = {round(row * (k + moved(k)) / count) for k in range(count)} - {row}
     return torch.tensor([top, *table[sorted(places, reverse=True)].tolist()], dtype=torch.float64)
 
 

@@ -10,8 +10,8 @@ from unforget.core.types import Trajectory
 from unforget.errors import UsageError
 from unforget.families.spec import FamilySpec
 
-STEEPEST = 1.0
-"""How far a step is led on by the last two predictions, in their difference: steps of one length take a half."""
+STEEPEST = 0.5
+"""How far a step is led on by the last two predictions at most, in their difference: as far as by steps of one length."""
 
 
 class Step(NamedTuple):

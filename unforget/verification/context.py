@@ -114,10 +114,9 @@ class VerifyContext:
         references = self._drawn("base", self.retain_prompt_ids, self.policy.paired)
         return NearCopyDetector(self.backends, references, self.policy.false_positive_rate)
 
-    @cached_property
-    def usual(self) -> Trajectory:
-        """How an image comes from noise, but for what is the candidate's own."""
-        return Trajectory(sampling.regular(self.base, steps=self.policy.sampler_steps))
+    def usual(self, through: float | None = None) -> Trajectory:
+        """How an image comes from noise, or from timestep `through`, but for what is the candidate's own."""
+        return Trajectory(sampling.regular(self.base, steps=self.policy.sampler_steps, through=through))
 
     @cached_property
     def plan(self) -> Plan:
@@ -230,7 +229,7 @@ class VerifyContext:
     ) -> Tensor:  # fmt: skip
         """Images that a model makes from noise, or from noised images at timestep `start`, rounded to 8 bits."""
         made = sampling.draw(
-            family, x_t, steps=trajectory or self.usual, start=start,
+            family, x_t, steps=trajectory or self.usual(start), start=start,
             prompt_ids=torch.as_tensor(prompt_ids).reshape(-1), advance=self.advance,
         )  # fmt: skip
         return images.eight_bit(made)
@@ -257,16 +256,15 @@ class VerifyContext:
     def passes(self, prompt_ids: Sequence[int], timestep: float | None = None) -> int:
         """Network passes of an image under each prompt, from noise or from a timestep on."""
         start = None if timestep is None else self.start(timestep)
-        return passes.drawn(self.base, prompt_ids, len(self.usual.between(start).timesteps))
+        return passes.drawn(self.base, prompt_ids, len(self.usual(start).between(start).timesteps))
 
     def repeated(self, cases: Sequence[tuple[Instance, int]], draws: int, timesteps: Sequence[float | None]) -> Count:
         """Passes of so many draws of each case from each timestep, from noise where that is None."""
         return Count.of(sum(self.passes([id] * draws, t) for _, id in cases for t in timesteps))
 
     def start(self, timestep: float) -> float:
-        """The timestep nearest to the given one that sampling visits."""
-        timesteps = self.usual.timesteps
-        return float(timesteps[(timesteps - timestep).abs().argmin()])
+        """The timestep of the schedule that is nearest to the given one."""
+        return float(self.base.schedule.nearest(torch.tensor([timestep])))
 
     def is_target(self, shown: Tensor | EmbeddedImages, instance: Instance) -> Tensor:
         """Which images are near-copies of the target rather than of its surrogate, (N,) of bool."""

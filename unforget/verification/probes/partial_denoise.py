@@ -26,22 +26,29 @@ class PartialDenoise(NearCopies):
 
     def cost(self, context: VerifyContext) -> Count:
         finished = 2 * context.repeated(self.cases(context), self.draws, [self.handover])
-        return finished + Count(*(self._begun(context, first) for first in (context.start(BEGUN), None)))
+        return finished + Count(*(self._begun(context, first) for first in (self._noised(context), None)))
 
     def shared(self, context: VerifyContext) -> Iterator[tuple[Drawn, Count]]:
         yield from (base_draws(context, prompt_id) for _, prompt_id in self.cases(context))
 
     def _begun(self, context: VerifyContext, first: float | None) -> int:
         """Passes of the base from a timestep, or from noise, to where it hands over."""
-        visited = len(context.usual.between(first, context.start(self.handover)).timesteps)
+        start = context.start(self.handover)
+        visited = len(context.usual(start).between(first, start).timesteps)
         return sum(passes.drawn(context.base, [id] * self.draws, visited) for _, id in self.cases(context))
+
+    def _noised(self, context: VerifyContext) -> float:
+        """The timestep nearest to where the target is noised to, of those that are visited before the handover."""
+        visited = context.usual(context.start(self.handover)).timesteps
+        return float(visited[(visited - BEGUN).abs().argmin()])
 
     def examine(self, context: VerifyContext, instance: Instance, prompt_id: int) -> Iterator[Finding]:
         x_t, first = self._beginnings(context, instance, prompt_id)
         start, ids = context.start(self.handover), torch.full((len(x_t),), prompt_id)
+        way = context.usual(start)
         with torch.no_grad():
-            handed = context.base.denoise(x_t, steps=context.usual, start=first, stop=start, prompt_ids=ids)
-        visited = len(context.usual.between(first, start).timesteps)
+            handed = context.base.denoise(x_t, steps=way, start=first, stop=start, prompt_ids=ids)
+        visited = len(way.between(first, start).timesteps)
         context.advance(passes.drawn(context.base, ids.tolist(), visited))
         images = {role: context.run(family, handed, prompt_id, start=start) for role, family in context.models.items()}
         near = (context.is_target(made, instance).float().mean() for made in images.values())
@@ -56,7 +63,7 @@ class PartialDenoise(NearCopies):
         hits = context.is_target(context.base_draws(prompt_id), instance)
         if int(hits.sum()) >= self.draws // 4:
             return context.noise("sample", len(hits))[hits][: self.draws], None
-        start, noise = context.start(BEGUN), context.noise("complete", self.draws)
+        start, noise = self._noised(context), context.noise("complete", self.draws)
         return sampling.add_noise(context.base, instance.target[None], noise, start), start
 
     def reproduces(self, found: Finding) -> bool:
