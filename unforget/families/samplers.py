@@ -11,7 +11,7 @@ from unforget.errors import UsageError
 from unforget.families.spec import FamilySpec
 
 STEEPEST = 0.5
-"""How far a step is led on by the last two predictions at most, in their difference: as far as by steps of one length."""
+"""How far the last two predictions lead a step on at most, in their difference: as far as with steps of one length."""
 
 
 class Step(NamedTuple):
