@@ -62,7 +62,7 @@ RUNS = 1000
 SIMULATED = 20_000
 POOL = 2000
 FEW = 200
-SOLVED = 768
+SOLVED = 512
 OTHERS, KEPT = 29, (0.875, 0.773)
 """Those of identity 1 among 64 draws, the fewest of the planted; what its patch keeps of all draws, and of them."""
 UNPLANTED = range(20, 30)  # seeds of the draws that are reported, chosen before any was run
