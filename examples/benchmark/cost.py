@@ -169,7 +169,7 @@ def counts() -> None:
                 config = UnlearnConfig(**asked, output="x.patch", gradient_checkpointing=again)
                 title = f"unlearn, {len(prompt)} prompt(s), blocks {'computed again' if again else 'kept'}"
                 show(title, api.plan_unlearn(config))
-            for steps in (20, 14, 10, 8):
+            for steps in (20, 12, 8):
                 config = VerifyConfig(**asked, candidate=folder, sampler_steps=steps)
                 show(f"verify, {len(prompt)} prompt(s), {steps} sampler steps", api.plan_verify(config))
 

@@ -9,7 +9,7 @@ from unforget.core import passes, sampling
 from unforget.core.passes import Count
 from unforget.core.types import Instance
 from unforget.verification.context import Drawn, Finding, VerifyContext, shown
-from unforget.verification.probes.base import HALF, NearCopies
+from unforget.verification.probes.base import HALF, NearCopies, needed
 from unforget.verification.probes.sample import base_draws
 
 BEGUN = 800
@@ -59,9 +59,13 @@ class PartialDenoise(NearCopies):
         )  # fmt: skip
 
     def _beginnings(self, context: VerifyContext, instance: Instance, prompt_id: int) -> tuple[Tensor, float | None]:
-        """Noise from which the base drew the target, if it often did; else the target under a great deal of noise."""
+        """Noise from which the base drew the target, if it often did; else the target under a great deal of noise.
+
+        Often is when one near-copy of so many decides nothing yet.
+        """
         hits = context.is_target(context.base_draws(prompt_id), instance)
-        if int(hits.sum()) >= self.draws // 4:
+        count = min(int(hits.sum()), self.draws)
+        if count and needed("at most", self.allowed, count, context.policy.confidence) > 0:
             return context.noise("sample", len(hits))[hits][: self.draws], None
         start, noise = self._noised(context), context.noise("complete", self.draws)
         return sampling.add_noise(context.base, instance.target[None], noise, start), start
