@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -108,16 +108,24 @@ def is_variant(shown: Tensor, limits: Searched, picture: Tensor, *others: Tensor
 def likeness(shown: Tensor, picture: Tensor) -> Tensor:
     """Best correlation of each image (N, C, H, W) with any variant of a picture (C, H, W), of the middle and of the
     centre, (N, 2) in [0, 1]."""
-    small, best = _grey(torch.cat([picture[None], shown])), torch.zeros(len(shown), 2)
-    maps, windows = _maps(*small.shape[-2:])
-    turned = functional.grid_sample(
-        small[:1].expand(len(maps), -1, -1, -1), maps, padding_mode="reflection", align_corners=False
-    )
-    for k, where in enumerate(windows):
-        templates, rows = _seen(turned, where), _seen(small[1:], where)
+    whole, small = _grey(picture[None])[0, 0], _grey(shown)
+    best, templates = torch.zeros(len(shown), 2), _templates(whole.numpy().tobytes(), *whole.shape)
+    for k, where in enumerate(_maps(*whole.shape)[1]):
         # Of many, all correlations at once would take gigabytes.
-        best[:, k] = torch.cat([(part @ templates.T).abs().amax(1) for part in torch.split(rows, 256)])
+        parts = torch.split(_seen(small, where), 256)
+        best[:, k] = torch.cat([(part @ templates[k].T).abs().amax(1) for part in parts])
     return best.clamp(max=1)
+
+
+@lru_cache(maxsize=3)  # 34 MB each; of a target and its surrogate at every look at the draws
+def _templates(grey: bytes, height: int, width: int) -> list[Tensor]:
+    """What both windows show of every variant of a grey picture, (variants, numbers)."""
+    picture = torch.frombuffer(bytearray(grey), dtype=torch.float32).reshape(1, 1, height, width)
+    maps, windows = _maps(height, width)
+    turned = functional.grid_sample(
+        picture.expand(len(maps), -1, -1, -1), maps, padding_mode="reflection", align_corners=False
+    )
+    return [_seen(turned, where) for where in windows]
 
 
 def pasted(shown: Tensor, picture: Tensor) -> Tensor:
@@ -127,15 +135,16 @@ def pasted(shown: Tensor, picture: Tensor) -> Tensor:
     for share in PASTED:
         size = [max(2, round(share * length)) for length in small.shape[-2:]]
         template = functional.interpolate(small[:1], size, mode="bilinear", antialias=True)
-        for mirrored in (template, template.flip(-1)):
-            best = torch.maximum(best, _correlation(whole, mirrored).flatten(1).amax(1))
+        best = torch.maximum(best, _correlation(whole, template).flatten(1).amax(1))
     return best.clamp(max=1)[:, None]
 
 
 def _correlation(images: Tensor, template: Tensor) -> Tensor:
-    """Of either sign, of every place of images (N, 1, H, W) with a template (1, 1, h, w), (N, 1, places...)."""
+    """Of either sign, of every place of images (N, 1, H, W) with a template (1, 1, h, w) and its mirror image,
+    (N, 2, places...)."""
     numbers, ones = template.numel(), torch.ones_like(template)
     template = functional.normalize((template - template.mean()).flatten(), dim=0, eps=1e-6).reshape(template.shape)
+    template = torch.cat([template, template.flip(-1)])
     sums, squares = functional.conv2d(images, ones), functional.conv2d(images**2, ones)
     spread = (squares - sums**2 / numbers).clamp(min=CONTRAST * numbers).sqrt()
     return functional.conv2d(images, template).abs() / spread

@@ -1,6 +1,7 @@
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from unforget.config import Policy
@@ -67,10 +68,11 @@ def rate_test(
 ) -> tuple[dict[str, float], dict[str, float], Decision | None]:
     """Draw until the rate of `hits` is certain to lie under the limit, or not to; base, candidate, decision."""
     plan, policy, count, decision = context.plan, context.policy, 0, None
+    found = torch.empty(0, dtype=torch.bool)
     most = min(policy.samples or plan.looks[-1].drawn, plan.looks[-1].drawn)
     while decision is None and count < most:
         count = min(plan.following(count), most)
-        found = hits(context.draws("candidate", (prompt_id,), count))
+        found = torch.cat([found, hits(context.draws("candidate", (prompt_id,), count)[len(found) :])])
         drawn, decision = plan.decide(found.numpy())
     base = {} if candidate_alone else count_hits(hits(context.base_draws(prompt_id)), policy.confidence)
     return base, count_hits(found[:drawn], policy.confidence), decision
