@@ -105,7 +105,7 @@ def test_two_processes_do_what_one_does(here):
         assert (result.returncode, "failed: " in result.stdout) == (1, True), result.stderr
     reports = [json.loads((here / f"{n}.json").read_text()) for n in (1, 2)]
     for report in reports:
-        del report["seconds"], report["checksum"]
+        del report["seconds"], report["date"], report["checksum"]
     assert reports[0] == reports[1]
 
 
@@ -124,7 +124,6 @@ def test_sharded_weights_are_refused(cli, tiny_folder, picture, monkeypatch, ask
 def test_what_all_processes_see_is_an_error_of_each(here):
     result = launched(here, 2, "unlearn", "--model", "tiny", "-t", "no.png")
     assert result.returncode == 1  # the launcher's own
-    said = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert 1 <= len(said) <= 2  # the launcher may end one before it speaks
-    assert all(line.endswith("there is no file 'no.png'") for line in said)
-    assert sum("process 1: " in line for line in said) == len(said) - ("error: there is no file 'no.png'" in said)
+    # Both write to one pipe, in the middle of each other's lines, and the launcher may end one before it speaks.
+    said = result.stderr.count("there is no file 'no.png'")
+    assert said == 1 or (said == 2 and "process 1: " in result.stderr)
