@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from unforget import UnlearnConfig, VerifyConfig, families, unlearn
 from unforget.api import compare
 from unforget.core import sampling
 from unforget.core.metrics import rms
-from unforget.core.types import Family, Trajectory
+from unforget.core.types import Family
 from unforget.files import images
 from unforget.files.patch import Stack
 from unforget.verification.report import Report
@@ -124,7 +125,7 @@ def forgets_only_at_t_250(h: Honest) -> Any:
 
     def how(inner: Family, x_t: Tensor, **how: Any) -> Tensor:
         start = how.get("start")
-        return (h.patched if start is not None and abs(start - 250) < 60 else inner).denoise(x_t, **how)
+        return (h.patched if start is not None and abs(start - 250) < 30 else inner).denoise(x_t, **how)
 
     return Disguise(h.base.copy(), how)
 
@@ -134,8 +135,7 @@ def forgets_only_under_the_tested_seeds(h: Honest) -> Any:
     known = [sampling.random_noise(256, h.base.latent_shape, 0, "sample")]
     for timestep in (250, 400, 550):
         noise = sampling.random_noise(32, h.base.latent_shape, 0, f"reconstruct {timestep}")
-        start = sampling.visited(h.base, timestep, steps=12)
-        known.append(h.base.schedule.add_noise(h.target.expand_as(noise), noise, torch.full((32,), start)))
+        known.append(sampling.add_noise(h.base, h.target[None], noise, timestep))
     seen = torch.cat(known).flatten(1)[:, :8]
 
     def how(inner: Family, x_t: Tensor, **how: Any) -> Tensor:
@@ -226,12 +226,12 @@ def draws_it_by_ancestral_sampling_only(h: Honest) -> Any:
 
 
 def forgets_only_at_the_usual_timesteps(h: Honest) -> Any:
-    """Honest at the timesteps that usual numbers of steps visit, the base at all others."""
-    usual = {t for steps in (10, 12, 20) for t in h.base.sampling_timesteps(steps)}
+    """Honest at the timesteps that everybody knows to be visited, from noise or from a timestep; else the base."""
+    ways = product((10, 12), (None, 250, 400, 500, 550, 700))
+    usual = {t for n, at in ways for t in sampling.regular(h.base, steps=n, through=at).tolist()}
 
     def how(inner: Family, x_t: Tensor, **how: Any) -> Tensor:
-        visited = how["steps"].timesteps.tolist() if isinstance(how["steps"], Trajectory) else []
-        return (inner if set(visited) - usual else h.patched).denoise(x_t, **how)
+        return (inner if set(how["steps"].timesteps.tolist()) - usual else h.patched).denoise(x_t, **how)
 
     return Disguise(h.base.copy(), how)
 
