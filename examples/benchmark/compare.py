@@ -91,7 +91,7 @@ class Comparison:
         if not path.is_file():
             ends: list[float] = []
             few = {"recipe": recipe, "max_train_steps": TIMED, "cooldown_steps": 0, "stop_margin": None}
-            self.trained("timed", "0", lambda *_, **__: ends.append(time.process_time()), **few, **self.options)
+            self.trained("timed", "0", lambda *_, **__: ends.append(time.process_time()), **self.options | few)
             ends = ends[-TIMED // 2 :]  # of what came before, some are no updates
             path.parent.mkdir(exist_ok=True)
             write_json({"seconds": median(b - a for a, b in pairwise(ends))}, path)
