@@ -70,7 +70,7 @@ def test_training_lowers_the_forget_loss_and_logs_every_step(tiny, scene):
     flat = torch.zeros(tiny.latent_shape)  # what a network of this size can learn to say in so few steps
     scene = replace(scene, encoded=(Instance(flat - 0.4, flat + 0.4, "flat"),))
     swap = PosteriorSwap(weighting=CleanSpace(retain=0.01))
-    how = recipe(max_train_steps=60, learning_rate=1e-3, train="full", objective=swap)
+    how = recipe(max_train_steps=60, learning_rate=1e-3, train="full", objective=swap, stop_margin=1)
     rows, trainer = train(tiny, scene, how)
     first, last = (sum(r["forget"] for r in part) for part in (rows[:10], rows[-10:]))
     assert last < 0.8 * first
@@ -105,7 +105,7 @@ def resumed(model, prepared, how):
 
 @pytest.mark.parametrize("name", pixel_recipes())
 def test_every_recipe_moves_weights_and_goes_on_as_if_it_had_never_stopped(tiny, scene, name):
-    how = pixel_recipes()[name].model_copy(update={**FEW, "stop_margin": None})
+    how = pixel_recipes()[name].model_copy(update=FEW)
     prepared = replace(scene, encoded=(*scene.encoded, Instance(scene.retain.x_0[2], scene.retain.x_0[3], "u")),
                        prior_counts=torch.ones(2, 1))  # fmt: skip
     before = [w.detach().clone() for w in tiny.trainable(how.train)]

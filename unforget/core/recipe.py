@@ -11,7 +11,7 @@ class Recipe(Strategy):
     """How the weights are changed. Recorded in the patch."""
 
     # One of your own is taken by `model_copy` (`unforget.unlearn`), and written with all its fields.
-    objective: SerializeAsAny[Objective] = PosteriorSwap(weighting=CleanSpace(cap=20.0, retain=12.0))
+    objective: SerializeAsAny[Objective] = PosteriorSwap(weighting=CleanSpace(cap=400.0, retain=12.0))
     surgery: Surgery = Project()
     train: Scope = "bottleneck"
     saliency: float | None = Field(None, gt=0, le=1)  # share of those weights that move: the largest forget gradients
@@ -19,7 +19,7 @@ class Recipe(Strategy):
     update_share: float = Field(0.05, gt=0, le=1)  # most that an update may change of a projection's answer
     max_train_steps: int = Field(120, ge=1, le=100_000)
     warmup_steps: int = Field(5, ge=0)
-    cooldown_steps: int = Field(40, ge=0)
+    cooldown_steps: int = Field(100, ge=0)
     sequential: bool = False  # targets one after another, not side by side
     forget_batch_size: int = Field(8, ge=1, le=1024)
     retain_batch_size: int = Field(24, ge=1, le=1024)
@@ -29,4 +29,4 @@ class Recipe(Strategy):
     max_grad_norm: float = Field(1.0, gt=0)
     rank: int = Field(16, ge=1, le=1024)
     lora_alpha: int = Field(16, ge=1)
-    stop_margin: float | None = Field(0.4, ge=-1, le=1)
+    stop_margin: float | None = Field(None, ge=-1, le=1)

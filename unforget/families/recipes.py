@@ -21,7 +21,7 @@ from unforget.core.surgery import EraseDiff, FixedNorm, ForgetOnly, RetainOnly, 
 PAPER = Recipe(
     objective=Surrogate(one_noise=True), train="full", learning_rate=5e-6, max_train_steps=240, warmup_steps=0,
     cooldown_steps=0, sequential=True, forget_batch_size=1, retain_batch_size=8, neighbour_share=0,
-    forget_range=(1, 1000), stop_margin=None,
+    forget_range=(1, 1000),
 )  # fmt: skip
 """arXiv:2603.10445 on google/ddpm-celebahq-256; its learning rate belongs to a model of 114 M parameters."""
 
@@ -41,7 +41,7 @@ def latent_recipes(*, taper: Span, forget_range: Span, updates: int = 180) -> di
         objective=PosteriorSwap(weighting=CleanSpace(cap=1.0, retain=200.0), taper=taper, normalize_edit=True),
         train="lora", learning_rate=None, update_share=0.05, max_train_steps=updates,
         cooldown_steps=round(0.61 * updates), forget_batch_size=4, retain_batch_size=12, surrogate_share=0.5,
-        forget_range=forget_range, stop_margin=None,
+        forget_range=forget_range,
     )  # fmt: skip
     objective = Surrogate(one_noise=True, weighting=Linear(beta=2e-4))
     paper = PAPER.model_copy(
