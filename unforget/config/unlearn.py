@@ -92,7 +92,9 @@ class RecipeOptions(Config):
     )
     forget_range: Span | None = change("Timesteps low,high at which targets are noised.")
     max_grad_norm: float | None = change("Norm to which the gradient of a step is clipped.", gt=0)
-    stop_margin: float | None = change("Stop early once this margin between target and surrogate is held.", ge=-1, le=1)
+    stop_margin: float | None = change(
+        "Begin the last updates early, once this margin between target and surrogate is held.", ge=-1, le=1
+    )
 
     @field_validator("recipe", mode="before")
     @classmethod
