@@ -242,6 +242,8 @@ def ablation(bench: Bench) -> None:
         "target prior: 1": {"target_prior": 1},
         "posterior swap: the surrogate at every noised target": {"objective": "surrogate", "distil": True, **weighting},
         "surgery: add the gradients": {"surgery": "sum"},
+        "high noise counts for less: a cap of 20": {"weighting_cap": 20},
+        "the rate falls late: over the last 40 updates": {"cooldown_steps": 40},
     }
     for name, options in variants.items():
         patched, instances, took = bench.unlearn("ablation", PLANTED[:1], **options)
