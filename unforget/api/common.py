@@ -117,10 +117,10 @@ def _for_all(recipe: Recipe, targets: int, *, cooldown: bool) -> Recipe:
 
 
 def _without_surrogates(recipe: Recipe, config: UnlearnConfig) -> Recipe:
-    """Batches show none, and no margin stops the run, unless the user wants it by the nearest other image."""
+    """Batches show none."""
     if config.surrogate_share:
         raise UsageError("surrogate_share needs a surrogate, and none is given", "Give --surrogate, or leave it out.")
-    return recipe.model_copy(update={"surrogate_share": 0.0, "stop_margin": config.stop_margin})
+    return recipe.model_copy(update={"surrogate_share": 0.0})
 
 
 def _own(objective: BaseObjective, config: RecipeOptions) -> BaseObjective:
