@@ -89,10 +89,13 @@ def read(path: Path, family: Family, config: ImageConfig, progress: Progress) ->
 def recipe_of(config: UnlearnConfig, objective: BaseObjective | None = None) -> Recipe:
     """The recipe that a run follows: the named one of the model's family, with the changes of the configuration.
 
-    An objective of your own takes the place of the recipe's. UsageError if the two do not fit together, or if the
-    objective forgets a prompt and none is given.
+    For several targets the default is the family's recipe `several`, where it has one. An objective of your own takes
+    the place of the recipe's. UsageError if the two do not fit together, or if the objective forgets a prompt and none
+    is given.
     """
     spec = families.spec_of(config.model)
+    if config.recipe == "default" and len(config.target) > 1 and "several" in spec.recipes:
+        config = config.model_copy(update={"recipe": "several"})
     recipe = resolve_recipe(spec.recipes, config)
     if objective is not None:
         recipe = recipe.model_copy(update={"objective": _own(objective, config)})
