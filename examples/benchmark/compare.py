@@ -156,7 +156,7 @@ def show(cells: Sequence[dict[str, Any]]) -> None:
 
 
 def counted(copies: dict[str, list[int]]) -> str:
-    return ", ".join(f"{before} / {after}" for before, after in copies.values())
+    return ", ".join("{} / {}".format(*copies[name]) for name in ("ddim", "ancestral") if name in copies)
 
 
 def known(value: float | None, digits: int) -> str:
