@@ -14,7 +14,7 @@ from unforget.cli.progress import LONGEST, SHORTEST, _Lines
 def said(work, *, verbose=False, seconds=600):
     """(second, line) of all that is said while `work(lines, second)` goes on."""
     lines, found = _Lines(verbose), []
-    start = lines._said
+    lines._said = start = 0.0  # else 30 s are less by a rounding where the clock passes a power of two
     for second in range(1, seconds + 1):
         work(lines, second)
         if text := lines.look(start + second):
