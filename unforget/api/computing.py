@@ -1,5 +1,7 @@
 """How a run of `unlearn` computes, and the memory that this takes."""
 
+from dataclasses import replace
+
 from torch import nn
 
 from unforget.api.common import options, recipe_of
@@ -7,6 +9,7 @@ from unforget.config import UnlearnConfig
 from unforget.core import devices
 from unforget.core.types import LARGE
 from unforget.families.memory import Plan, blueprint, reckon
+from unforget.unlearning import preconditioner
 from unforget.unlearning.compute import Compute
 
 SPARE = 1.1
@@ -40,7 +43,9 @@ def _reckoned(config: UnlearnConfig, compute: Compute) -> Plan:
     """On a blueprint of its own, for it puts an adapter on the network."""
     recipe, found = recipe_of(config), blueprint(config.model, options(config))
     micro = min(max(recipe.forget_batch_size, recipe.retain_batch_size), compute.in_one_pass(found.image_shape))
-    return reckon(
+    plan = reckon(
         found, recipe.train, recipe.rank, micro_batch=micro, checkpointing=compute.gradient_checkpointing,
         half=compute.half(found.device),
     )  # fmt: skip
+    more = 0 if recipe.damping is None else preconditioner.memory(found.network)
+    return replace(plan, optimizer=plan.optimizer + more)

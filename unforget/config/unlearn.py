@@ -68,6 +68,10 @@ class RecipeOptions(Config):
         "Norm of the forget gradient as a share of the retain gradient's.", of=("surgery", "fixed-norm"), gt=0
     )
     train: Scope | None = change("Which weights are trained.")
+    damping: float | None = change(
+        "Divide gradients by the second moment of what retain images feed a layer, with this share of its mean added.",
+        gt=0,
+    )
     saliency: float | None = change(
         "Share of these weights that move: those that the loss at the targets moves most.", gt=0, le=1
     )

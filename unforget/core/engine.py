@@ -22,6 +22,8 @@ class Optimization:
     max_grad_norm: float = 1.0  # of the combined gradient, over all parameters at once
     micro_batch: int | None = None
     masks: list[Tensor] | None = None  # of each parameter, which of its numbers move; all if None
+    # By which the combined gradient of each parameter, as a matrix, is multiplied from the right; None: by nothing.
+    preconditioners: list[Tensor | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,11 +66,20 @@ def run(
         norm = float(nn.utils.clip_grad_norm_(parameters, optimization.max_grad_norm))
         step = Step(number, forget_loss, retain_loss, gram, weights, norm)
         if step.finite:
+            _precondition(parameters, optimization)
             optimizer.step()
             if optimization.scheduler is not None:
                 optimization.scheduler.step()
         optimizer.zero_grad()
         yield step
+
+
+def _precondition(parameters: list[nn.Parameter], optimization: Optimization) -> None:
+    for k, (p, inverse) in enumerate(zip(parameters, optimization.preconditioners or [], strict=False)):
+        if p.grad is not None and inverse is not None:
+            p.grad = (p.grad.flatten(1) @ inverse).view_as(p)
+            if optimization.masks:
+                p.grad *= optimization.masks[k]
 
 
 def gradient(

@@ -14,6 +14,8 @@ class Recipe(Strategy):
     objective: SerializeAsAny[Objective] = PosteriorSwap(weighting=CleanSpace(cap=400.0, retain=12.0))
     surgery: Surgery = Project()
     train: Scope = "bottleneck"
+    # Of the gradients, added to the second moment of what retain images feed a layer, in units of its mean; None: none.
+    damping: float | None = Field(None, gt=0)
     saliency: float | None = Field(None, gt=0, le=1)  # share of those weights that move: the largest forget gradients
     learning_rate: float | None = Field(1e-4, gt=0, le=1)  # None: by `update_share`
     update_share: float = Field(0.05, gt=0, le=1)  # most that an update may change of a projection's answer

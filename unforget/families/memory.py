@@ -55,7 +55,7 @@ class Plan:
     weights: int  # the network with its adapter, and the autoencoder where there is one
     base: int  # a frozen second copy, unless an adapter is trained
     gradients: int  # of both losses and their combination
-    optimizer: int  # two moments of every trained weight
+    optimizer: int  # two moments of every trained weight, and the preconditioner's matrices
     activations: int  # what autograd keeps of the largest pass
     embedding: int = 0  # while prompts are embedded, before all that is trained: text encoders, and what is beside them
 

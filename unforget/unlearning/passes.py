@@ -9,7 +9,7 @@ from unforget.core.passes import WITH_GRADIENTS, Count
 from unforget.core.recipe import Recipe
 from unforget.core.sampling import visited
 from unforget.surrogate.editors import EDITS, automatic_passes
-from unforget.unlearning import saliency
+from unforget.unlearning import preconditioner, saliency
 from unforget.unlearning.prepare import ALIKE, lookalikes, retain_turns
 from unforget.unlearning.trainer import CHECK_EVERY, DRAWS, MARGIN_AT, STEPS
 
@@ -55,12 +55,13 @@ def _steps(recipe: Recipe) -> Count:
 
 
 def _trained(recipe: Recipe, checkpointing: bool) -> Count:
-    """Of both batches what the surgery uses, what the objective asks the base of them, and the saliency once."""
+    """What surgery and objective ask of both batches in every update, and saliency and preconditioner once."""
     sizes = {"forget": recipe.forget_batch_size, "retain": recipe.retain_batch_size}
     answers = dict(zip(sizes, recipe.objective.base_passes(), strict=True))
     trained = WITH_GRADIENTS + checkpointing
     update = sum(sizes[side] * (trained + answers[side]) for side in recipe.surgery.uses)
     once = 0 if recipe.saliency is None else saliency.IMAGES * trained
+    once += 0 if recipe.damping is None else preconditioner.IMAGES
     return update * _steps(recipe) + Count.of(once)
 
 

@@ -15,6 +15,7 @@ from unforget.core.types import Family, Instance
 from unforget.errors import CannotRun, UsageError, is_full
 from unforget.unlearning.batches import batches, cases
 from unforget.unlearning.compute import Compute, adam, matched_rate, mixed
+from unforget.unlearning.preconditioner import preconditioners
 from unforget.unlearning.prepare import Prepared
 from unforget.unlearning.saliency import masks
 
@@ -104,6 +105,12 @@ class Trainer:
         )  # fmt: skip
         self.micro_batch = compute.in_one_pass(patched.image_shape)
         self.masks: list[Tensor] | None = None
+        self.preconditioners: list[Tensor | None] | None = None
+        if recipe.damping is not None:  # of the weights that the base has, whenever the run goes on
+            self.preconditioners = preconditioners(
+                patched.network, self.predict, self.weights, prepared.retain, base.schedule, recipe, seed=seed,
+                micro_batch=self.micro_batch,
+            )  # fmt: skip
         if resume is not None:
             self._restore(resume)
         elif recipe.saliency is not None:
@@ -146,7 +153,7 @@ class Trainer:
         }
         taken = {name: losses[name] for name in recipe.surgery.uses}
         optimization = engine.Optimization(
-            self.optimizer, self.scheduler, recipe.max_grad_norm, self.micro_batch, self.masks
+            self.optimizer, self.scheduler, recipe.max_grad_norm, self.micro_batch, self.masks, self.preconditioners
         )
         return engine.run(
             pairs, taken.get("forget"), taken.get("retain"), surgery=recipe.surgery, optimization=optimization,

@@ -1,0 +1,119 @@
+"""The second moments against what they are for: how far a change of a layer moves its answers."""
+
+import pytest
+import torch
+from torch import nn
+
+from unforget.core import engine, surgery
+from unforget.core.recipe import Recipe
+from unforget.core.types import Pool
+from unforget.unlearning import preconditioner
+from unforget.unlearning.preconditioner import WIDEST, preconditioners
+
+LAYERS = {
+    "linear": nn.Linear(5, 4),
+    "3x3": nn.Conv2d(3, 4, 3, padding=1),
+    "stride": nn.Conv2d(3, 4, 3, stride=2, padding=1),
+    "dilation": nn.Conv2d(3, 4, (3, 2), dilation=2, padding=(0, 3)),
+    "1x1": nn.Conv2d(3, 4, 1, bias=False),
+}
+
+
+def seen(layer: nn.Module) -> torch.Tensor:
+    return torch.randn(7, 6, 5) if isinstance(layer, nn.Linear) else torch.randn(7, 3, 8, 8)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_moment_says_how_far_a_change_moves_the_answers(name):
+    """tr(D C D^T), summed over images and places, is the square of what D adds to the answers: by the layer itself."""
+    torch.manual_seed(0)
+    layer, width = LAYERS[name], LAYERS[name].weight[0].numel()
+    x, moment, change = seen(layer), torch.zeros(width, width), torch.randn_like(layer.weight)
+    with torch.no_grad():
+        hook = layer.register_forward_pre_hook(preconditioner._adding(moment))
+        before = layer(x)
+        hook.remove()
+        layer.weight += change
+        moved = (layer(x) - before).square().sum()
+        layer.weight -= change
+    flat = change.flatten(1)
+    torch.testing.assert_close((flat @ moment @ flat.T).trace(), moved, rtol=1e-4, atol=0)
+
+
+def test_the_inverse_ends_at_the_identity():
+    """In units of the mean eigenvalue; without content it is the identity up to a number, which Adam does not see."""
+    root = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
+    moment = root @ root.T
+    scaled = moment / (moment.trace() / 6)
+    found = preconditioner._inverse(moment, 0.1)
+    torch.testing.assert_close(found @ (scaled + 0.1 * torch.eye(6)), 1.1 * torch.eye(6), atol=1e-4, rtol=0)
+    torch.testing.assert_close(preconditioner._inverse(1000 * moment, 0.1), found, atol=1e-4, rtol=0)
+    torch.testing.assert_close(preconditioner._inverse(moment, 1e6), torch.eye(6), atol=1e-4, rtol=0)
+    unseen = preconditioner._inverse(torch.zeros(6, 6), 0.1)
+    torch.testing.assert_close(unseen, 11 * torch.eye(6), atol=1e-4, rtol=0)
+
+
+class Odd(nn.Module):
+    """A layer of each kind that is no matrix over its inputs, one too wide, one never asked, one plain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(1, 4)
+        self.groups = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+        self.named = nn.Conv2d(4, 4, 3, padding="same")
+        self.wide = nn.Linear(WIDEST + 1, 1)
+        self.idle = nn.Linear(2, 2)
+        self.plain = nn.Conv2d(4, 4, 1)
+
+    def forward(self, x):
+        self.wide(x.new_zeros(1, WIDEST + 1))
+        return self.plain(self.named(self.groups(self.norm(x))))
+
+
+def test_what_is_no_matrix_is_left_as_it_is(tiny):
+    """Norms, biases, grouped convolutions, padding by name, wide layers; nor is one that nothing passes through."""
+    network = Odd()
+    weights = list(network.parameters())
+    retain = Pool.of(torch.randn(3, 4, 8, 8))
+    predict, how = lambda x_t, *_: network(x_t), Recipe(damping=0.1)
+    found = preconditioners(network, predict, weights, retain, tiny.schedule, how, seed=0, micro_batch=50)
+    matrices = {name for (name, _), m in zip(network.named_parameters(), found, strict=True) if m is not None}
+    assert matrices == {"plain.weight", "idle.weight"}
+    assert preconditioner.memory(network) == 4 * (4**2 + 2**2)
+    assert not any(m._forward_pre_hooks for m in network.modules())
+
+
+def test_passes_are_split_and_repeat(tiny):
+    """However many images go through at once, and whenever: a run that goes on finds the same matrices."""
+    weights, retain = tiny.trainable("bottleneck"), Pool.of(torch.rand(5, *tiny.latent_shape) * 2 - 1)
+
+    def found(seed: int, micro_batch: int):
+        recipe = Recipe(damping=0.1)
+        made = preconditioners(
+            tiny.network, tiny.predict, weights, retain, tiny.schedule, recipe, seed=seed, micro_batch=micro_batch
+        )
+        return [m for m in made if m is not None]
+
+    whole, again, split, other = found(0, 192), found(0, 192), found(0, 5), found(1, 192)
+    assert whole and all(torch.equal(a, b) for a, b in zip(whole, again, strict=True))
+    for a, b in zip(whole, split, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-3)
+    assert not all(torch.allclose(a, b, rtol=1e-3) for a, b in zip(whole, other, strict=True))
+
+
+def test_the_engine_multiplies_what_the_surgery_answers():
+    """From the right, after the clip, and what a mask holds still stays still."""
+    layer = nn.Linear(3, 2)
+    before, inverse = layer.weight.detach().clone(), torch.tensor([[2.0, 1, 0], [1, 3, 0], [0, 0, 0.5]])
+    mask = torch.tensor([[True, True, False], [False, True, True]])
+    x, up = torch.randn(4, 3), torch.randn(4, 2)
+    batch = engine.Noised(x, up, torch.zeros(4).long(), x, x, torch.zeros(4).long())
+
+    def loss(b: engine.Noised) -> torch.Tensor:
+        return (layer(b.x_0) - b.noise).square().mean()
+
+    gradient = torch.autograd.grad(loss(batch), layer.weight)[0] * mask
+    sgd = torch.optim.SGD([layer.weight], lr=0.1)
+    how = engine.Optimization(sgd, max_grad_norm=1e9, masks=[mask], preconditioners=[inverse])
+    list(engine.run([(batch, batch)], loss, loss, surgery=surgery.ForgetOnly(), optimization=how))
+    torch.testing.assert_close(layer.weight, before - 0.1 * (gradient @ inverse) * mask)
