@@ -5,10 +5,9 @@ import torch
 from torch import nn
 
 from unforget.core import engine, surgery
-from unforget.core.recipe import Recipe
 from unforget.core.types import Pool
 from unforget.unlearning import preconditioner
-from unforget.unlearning.preconditioner import WIDEST, preconditioners
+from unforget.unlearning.preconditioner import WIDEST, preconditioners, shown
 
 LAYERS = {
     "linear": nn.Linear(5, 4),
@@ -75,8 +74,8 @@ def test_what_is_no_matrix_is_left_as_it_is(tiny):
     network = Odd()
     weights = list(network.parameters())
     retain = Pool.of(torch.randn(3, 4, 8, 8))
-    predict, how = lambda x_t, *_: network(x_t), Recipe(damping=0.1)
-    found = preconditioners(network, predict, weights, retain, tiny.schedule, how, seed=0, micro_batch=50)
+    batch = shown(retain, tiny.schedule, (50, 650), seed=0)
+    found = preconditioners(network, lambda x_t, *_: network(x_t), weights, batch, 0.1, micro_batch=50)
     matrices = {name for (name, _), m in zip(network.named_parameters(), found, strict=True) if m is not None}
     assert matrices == {"plain.weight", "idle.weight"}
     assert preconditioner.memory(network) == 4 * (4**2 + 2**2)
@@ -88,10 +87,8 @@ def test_passes_are_split_and_repeat(tiny):
     weights, retain = tiny.trainable("bottleneck"), Pool.of(torch.rand(5, *tiny.latent_shape) * 2 - 1)
 
     def found(seed: int, micro_batch: int):
-        recipe = Recipe(damping=0.1)
-        made = preconditioners(
-            tiny.network, tiny.predict, weights, retain, tiny.schedule, recipe, seed=seed, micro_batch=micro_batch
-        )
+        batch = shown(retain, tiny.schedule, (50, 650), seed=seed)
+        made = preconditioners(tiny.network, tiny.predict, weights, batch, 0.1, micro_batch=micro_batch)
         return [m for m in made if m is not None]
 
     whole, again, split, other = found(0, 192), found(0, 192), found(0, 5), found(1, 192)

@@ -14,31 +14,35 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from unforget.core import distributed
-from unforget.core.recipe import Recipe
 from unforget.core.sampling import noised
 from unforget.core.schedule import Schedule
-from unforget.core.types import Pool, Predict
+from unforget.core.strategy import Span
+from unforget.core.types import Noised, Pool, Predict
 
 IMAGES = 192
-"""Noised retain images over which the second moments are taken."""
+"""Images over which the second moments are taken."""
 WIDEST = 4608
 """Inputs of a layer, at most: a 3x3 convolution of 512 channels. The matrix of a wider one costs too much."""
 
 
+def shown(retain: Pool, schedule: Schedule, span: Span, *, seed: int) -> Noised:
+    """Noised images to retain, over which the second moments are taken."""
+    images = retain[torch.arange(IMAGES) % len(retain)]
+    generator = torch.Generator().manual_seed(seed)
+    return noised(images.x_0, images.x_0, images.prompt_ids, schedule, generator, span)
+
+
 def preconditioners(
-    network: nn.Module, predict: Predict, weights: list[nn.Parameter], retain: Pool, schedule: Schedule, recipe: Recipe,
-    *, seed: int, micro_batch: int,
+    network: nn.Module, predict: Predict, weights: list[nn.Parameter], batch: Noised, damping: float, *,
+    micro_batch: int,
 ) -> list[Tensor | None]:  # fmt: skip
     """For each weight what its gradient, (outputs, inputs), is multiplied by from the right, (inputs, inputs).
 
-    None for what is no matrix: biases, norms, layers that are too wide. Timesteps are those of the forget range.
+    None for what is no matrix: biases, norms, layers that are too wide.
     """
     layers = {layer.weight: layer for layer in _layers(network)}
     moments = {w: w.new_zeros(_width(w), _width(w)) for w in weights if w in layers}
     hooks = [layers[w].register_forward_pre_hook(_adding(moment)) for w, moment in moments.items()]
-    turn, generator = torch.arange(IMAGES) % len(retain), torch.Generator().manual_seed(seed)
-    shown = retain[turn]
-    batch = noised(shown.x_0, shown.x_0, shown.prompt_ids, schedule, generator, recipe.forget_range)
     mine = batch[distributed.rank() :: distributed.world_size()]
     try:
         with torch.no_grad():
@@ -48,7 +52,7 @@ def preconditioners(
         for hook in hooks:
             hook.remove()
     distributed.all_reduce(list(moments.values()))
-    return [_inverse(moments[w], recipe.damping or 0.0) if w in moments else None for w in weights]
+    return [_inverse(moments[w], damping) if w in moments else None for w in weights]
 
 
 def memory(network: nn.Module) -> int:

@@ -15,7 +15,7 @@ from unforget.core.types import Family, Instance
 from unforget.errors import CannotRun, UsageError, is_full
 from unforget.unlearning.batches import batches, cases
 from unforget.unlearning.compute import Compute, adam, matched_rate, mixed
-from unforget.unlearning.preconditioner import preconditioners
+from unforget.unlearning.preconditioner import preconditioners, shown
 from unforget.unlearning.prepare import Prepared
 from unforget.unlearning.saliency import masks
 
@@ -107,10 +107,10 @@ class Trainer:
         self.masks: list[Tensor] | None = None
         self.preconditioners: list[Tensor | None] | None = None
         if recipe.damping is not None:  # of the weights that the base has, whenever the run goes on
+            batch = shown(prepared.retain, base.schedule, recipe.forget_range, seed=seed)
             self.preconditioners = preconditioners(
-                patched.network, self.predict, self.weights, prepared.retain, base.schedule, recipe, seed=seed,
-                micro_batch=self.micro_batch,
-            )  # fmt: skip
+                patched.network, self.predict, self.weights, batch, recipe.damping, micro_batch=self.micro_batch
+            )
         if resume is not None:
             self._restore(resume)
         elif recipe.saliency is not None:
