@@ -70,11 +70,12 @@ class Reconstruct(Reconstruction):
                 for noise, trajectory in self._noise(context, role, timestep)
             ])  # fmt: skip
             found = reconstruction_figures(images[role], instance, floor)
+            found["near_copies"] = float(context.is_target(images[role], instance).float().mean())
             sharp = sharpness(images[role])
             return {**found, "as_sharp": float(((low <= sharp) & (sharp <= high)).float().mean())}
 
         ids = image_id(instance.target), image_id(instance.surrogate)
-        key = [self.kind, timestep, self.draws, prompt, *ids, floor, low, high]
+        key = [self.kind, timestep, self.draws, prompt, *ids, floor, low, high, "near_copies"]
         base = context.control(prompt_id, key, lambda: figures("base"))
         candidate, start = figures("candidate"), context.start(timestep)
         return Finding(self.kind, instance.id, base, candidate, start, prompt, draws=self.draws, images=shown(images))
@@ -102,9 +103,10 @@ class Reconstruct(Reconstruction):
         yield changed(check, "informational", "neither is what the base makes of it") if unusual else check
 
     def reproduces(self, found: Finding) -> bool:
-        """Recalls it, or sides with it against a surrogate that is another image."""
-        sides = found.base["nearer_surrogate"] <= SIDES and found.base["to_surrogate"] != found.base["to_target"]
-        return found.base["recall"] > HALF or sides
+        """Recalls it, or makes near-copies and sides with it, against a surrogate that is another image."""
+        base = found.base
+        sides = base["nearer_surrogate"] <= SIDES and base["to_surrogate"] != base["to_target"]
+        return base["recall"] > HALF or (sides and base["near_copies"] > HALF)
 
 
 def reconstruction_figures(images: Tensor, instance: Instance, floor: float) -> dict[str, float]:
