@@ -23,9 +23,9 @@ TODAY = datetime.date(2026, 11, 24)
 SUITE = tuple(Replay(seed=0) if probe is Replay else probe() for probe in probes.load())
 
 
-def reconstruct(nearer=1.0, within=1.0, recall=0.0, base_recall=1.0, base_nearer=0.0, base_copies=1.0, **place):
+def reconstruct(nearer=1.0, within=1.0, recall=0.0, base_recall=1.0, base_nearer=0.0, base_inside=1.0, **place):
     apart = {"to_target": 0.1, "to_surrogate": 0.4, "as_sharp": 1.0}
-    base = {**apart, "nearer_surrogate": base_nearer, "recall": base_recall, "near_copies": base_copies}
+    base = {**apart, "nearer_surrogate": base_nearer, "recall": base_recall, "inside": base_inside}
     candidate = {**apart, "nearer_surrogate": nearer, "nearer_in_region": within, "recall": recall}
     usual = {"probe": "reconstruct", "target": T, "timestep": 250, "draws": 32}
     return Finding(**{**usual, "base": base, "candidate": candidate, **place})
@@ -196,10 +196,10 @@ def test_a_target_counts_once_the_base_draws_or_recalls_or_sides_with_it(evidenc
 
 def test_where_the_base_makes_other_images_the_surrogate_is_not_asked_for():
     """Farther from the surrogate than from the target is not yet the target: by the exact swap draw 22 came to 0.69."""
-    elsewhere = reconstruct(nearer=0.69, base_recall=0.0, base_nearer=0.19, base_copies=0.2, timestep=550)
+    elsewhere = reconstruct(nearer=0.69, base_recall=0.0, base_nearer=0.19, base_inside=0.2, timestep=550)
     assert said(*with_(elsewhere, rate(base=1)))[0] == "forgotten"
     assert said(*with_(reconstruct(nearer=0.69, base_recall=0.0, base_nearer=0.19), rate(base=1)))[0] == "failed"
-    assert said(*with_(reconstruct(recall=0.6, base_recall=0.0, base_copies=0.2), rate(base=1)))[0] == "failed"
+    assert said(*with_(reconstruct(recall=0.6, base_recall=0.0, base_inside=0.2), rate(base=1)))[0] == "failed"
 
 
 def test_without_a_surrogate_margins_do_not_decide():

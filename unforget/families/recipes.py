@@ -32,7 +32,12 @@ SEVERAL = Recipe(objective=PosteriorSwap(weighting=CleanSpace(cap=20.0, retain=1
 
 def pixel_recipes() -> dict[str, Recipe]:
     """Those of models without prompts, trained where they tell one image from another."""
-    return {"default": Recipe(damping=0.1, learning_rate=1.5e-4), "several": SEVERAL, "paper": PAPER, **baselines(PAPER, update_share=0.004)}
+    return {
+        "default": Recipe(damping=0.1, learning_rate=1.5e-4),
+        "several": SEVERAL,
+        "paper": PAPER,
+        **baselines(PAPER, update_share=0.004),
+    }
 
 
 def latent_recipes(*, taper: Span, forget_range: Span, updates: int = 180) -> dict[str, Recipe]:

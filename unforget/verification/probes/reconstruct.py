@@ -70,12 +70,11 @@ class Reconstruct(Reconstruction):
                 for noise, trajectory in self._noise(context, role, timestep)
             ])  # fmt: skip
             found = reconstruction_figures(images[role], instance, floor)
-            found["near_copies"] = float(context.is_target(images[role], instance).float().mean())
             sharp = sharpness(images[role])
             return {**found, "as_sharp": float(((low <= sharp) & (sharp <= high)).float().mean())}
 
         ids = image_id(instance.target), image_id(instance.surrogate)
-        key = [self.kind, timestep, self.draws, prompt, *ids, floor, low, high, "near_copies"]
+        key = [self.kind, timestep, self.draws, prompt, *ids, floor, low, high, "inside"]
         base = context.control(prompt_id, key, lambda: figures("base"))
         candidate, start = figures("candidate"), context.start(timestep)
         return Finding(self.kind, instance.id, base, candidate, start, prompt, draws=self.draws, images=shown(images))
@@ -103,15 +102,15 @@ class Reconstruct(Reconstruction):
         yield changed(check, "informational", "neither is what the base makes of it") if unusual else check
 
     def reproduces(self, found: Finding) -> bool:
-        """Recalls it, or makes near-copies and sides with it, against a surrogate that is another image."""
+        """Recalls it, or sides with it against its surrogate and stays nearer to it than that one is."""
         base = found.base
-        sides = base["nearer_surrogate"] <= SIDES and base["to_surrogate"] != base["to_target"]
-        return base["recall"] > HALF or (sides and base["near_copies"] > HALF)
+        return base["recall"] > HALF or (base["nearer_surrogate"] <= SIDES and base["inside"] > HALF)
 
 
 def reconstruction_figures(images: Tensor, instance: Instance, floor: float) -> dict[str, float]:
     """Figures of reconstructions (N, C, H, W).
 
+    `inside` is the share that is nearer to the target than its surrogate is, of which there is none if that is unknown;
     `recall` is the share that is nearer to the target than what the model never saw comes back; `nearer_in_region`
     looks only where target and surrogate differ. `sharpness` is there because broken images look forgotten.
     """
@@ -124,6 +123,7 @@ def reconstruction_figures(images: Tensor, instance: Instance, floor: float) -> 
         "to_surrogate": float(to_surrogate.mean()),
         "nearer_surrogate": float((to_surrogate < to_target).float().mean()),
         "nearer_in_region": float(within.float().mean()),
+        "inside": float((to_target < exact_rms(surrogate[None], target)).float().mean()),
         "recall": float((to_target < floor).float().mean()),
         "floor": floor,
         "sharpness": float(sharpness(images).mean() / sharpness(target).clamp(min=1e-9)),
