@@ -323,12 +323,11 @@ def test_masked_weights_do_not_move():
 @pytest.mark.parametrize("spec", FAMILIES, ids=lambda s: s.name)
 def test_every_row_has_every_baseline_that_fits_it(spec):
     by_prompt = {"esd", "concept-ablation"} if spec.prompted else set()
-    several = set() if spec.autoencoder else {"several"}
-    assert set(spec.recipes) == set(pixel_recipes()) - {"several"} | several | by_prompt
+    assert set(spec.recipes) == set(pixel_recipes()) | by_prompt
     for name, recipe in spec.recipes.items():
         assert recipe.train in spec.scopes
         assert Recipe.model_validate(recipe.model_dump()) == recipe, name
-        if name not in ("default", "several", "paper", "random-surrogate"):
+        if name not in ("default", "paper", "random-surrogate"):
             assert recipe.learning_rate is None  # by `update_share`
 
 

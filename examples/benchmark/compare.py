@@ -109,7 +109,7 @@ class Comparison:
         path = self.path(recipe, rate, case)
         if path.is_file():
             return
-        chosen = pixel_recipes()["several" if recipe == "default" and "+" in case else recipe]  # as the command has it
+        chosen = pixel_recipes()[recipe]
         steps = max(1, int(self.seconds / self.pace(recipe)))
         options: dict[str, Any] = {
             "recipe": recipe, "max_train_steps": steps,

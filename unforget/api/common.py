@@ -89,13 +89,10 @@ def read(path: Path, family: Family, config: ImageConfig, progress: Progress) ->
 def recipe_of(config: UnlearnConfig, objective: BaseObjective | None = None) -> Recipe:
     """The recipe that a run follows: the named one of the model's family, with the changes of the configuration.
 
-    For several targets the default is the family's recipe `several`, where it has one. An objective of your own takes
-    the place of the recipe's. UsageError if the two do not fit together, or if the objective forgets a prompt and none
-    is given.
+    An objective of your own takes the place of the recipe's. UsageError if the two do not fit together, or if the
+    objective forgets a prompt and none is given.
     """
     spec = families.spec_of(config.model)
-    if config.recipe == "default" and len(config.target) > 1 and "several" in spec.recipes:
-        config = config.model_copy(update={"recipe": "several"})
     recipe = resolve_recipe(spec.recipes, config)
     if objective is not None:
         recipe = recipe.model_copy(update={"objective": _own(objective, config)})
@@ -111,12 +108,11 @@ def recipe_of(config: UnlearnConfig, objective: BaseObjective | None = None) -> 
 
 
 def _for_all(recipe: Recipe, targets: int, *, cooldown: bool) -> Recipe:
-    """Updates for so many targets: one after another as many for each; of ours, side by side, a third more for each."""
+    """As many updates for each of so many targets, one after another or, by our objective, side by side."""
     if not (recipe.sequential or recipe.objective.kind == "posterior-swap"):
         return recipe
-    times = targets if recipe.sequential else (targets + 2) / 3
     names = ("max_train_steps", *(["cooldown_steps"] if cooldown else []))
-    return recipe.model_copy(update={name: round(getattr(recipe, name) * times) for name in names})
+    return recipe.model_copy(update={name: getattr(recipe, name) * targets for name in names})
 
 
 def _without_surrogates(recipe: Recipe, config: UnlearnConfig) -> Recipe:

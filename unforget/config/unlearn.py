@@ -22,7 +22,7 @@ class RecipeOptions(Config):
     PANEL: ClassVar[str] = "Recipe"
 
     recipe: str = option(
-        "Recipe to begin with: default (ours; of several targets without prompts: several), paper (arXiv:2603.10445), "
+        "Recipe to begin with: default (ours), paper (arXiv:2603.10445), "
         "or a baseline: random-surrogate, naive, neggrad, erasediff, salun, siss, retrack; where there are prompts, "
         "esd, concept-ablation. docs/recipes.md has papers and equations.",
         "default",

@@ -26,18 +26,10 @@ PAPER = Recipe(
 """arXiv:2603.10445 on google/ddpm-celebahq-256; its learning rate belongs to a model of 114 M parameters."""
 
 
-SEVERAL = Recipe(objective=PosteriorSwap(weighting=CleanSpace(cap=20.0, retain=12.0)), cooldown_steps=40)
-"""The default for several targets: each has but a share of the batch, and needs higher rates for longer."""
-
-
 def pixel_recipes() -> dict[str, Recipe]:
     """Those of models without prompts, trained where they tell one image from another."""
-    return {
-        "default": Recipe(damping=0.1, learning_rate=1.5e-4),
-        "several": SEVERAL,
-        "paper": PAPER,
-        **baselines(PAPER, update_share=0.004),
-    }
+    ours = Recipe(damping=0.1, learning_rate=1.5e-4)
+    return {"default": ours, "paper": PAPER, **baselines(PAPER, update_share=0.004)}
 
 
 def latent_recipes(*, taper: Span, forget_range: Span, updates: int = 180) -> dict[str, Recipe]:
