@@ -394,5 +394,5 @@ def test_a_rate_by_its_effect_takes_the_place_of_a_given_one_and_gives_way_to_it
 
     assert rates("flags")[0] is None
     assert rates("flags", learning_rate=1e-3)[0] == 1e-3
-    assert rates("faces")[0] == 1e-4
+    assert rates("faces")[0] == 1.5e-4
     assert rates("faces", update_share=0.02) == (None, 0.02)
