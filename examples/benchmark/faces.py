@@ -242,6 +242,7 @@ def ablation(bench: Bench) -> None:
         "target prior: 1": {"target_prior": 1},
         "posterior swap: the surrogate at every noised target": {"objective": "surrogate", "distil": True, **weighting},
         "surgery: add the gradients": {"surgery": "sum"},
+        "preconditioner: none, and the rate 1e-4": {"damping": 1e6, "learning_rate": 1e-4},
         "high noise counts for less: a cap of 20": {"weighting_cap": 20},
         "the rate falls late: over the last 40 updates": {"cooldown_steps": 40},
     }
