@@ -1,11 +1,14 @@
 """The second moments against what they are for: how far a change of a layer moves its answers."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from unforget.core import engine, surgery
 from unforget.core.types import Pool
+from unforget.errors import CannotRun
 from unforget.unlearning import preconditioner
 from unforget.unlearning.preconditioner import WIDEST, preconditioners, shown
 
@@ -50,6 +53,13 @@ def test_the_inverse_ends_at_the_identity():
     torch.testing.assert_close(preconditioner._inverse(moment, 1e6), torch.eye(6), atol=1e-4, rtol=0)
     unseen = preconditioner._inverse(torch.zeros(6, 6), 0.1)
     torch.testing.assert_close(unseen, 11 * torch.eye(6), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("value", "damping"), [(math.nan, 0.1), (math.inf, 0.1), (1.0, 1e-12)])
+def test_what_cannot_be_inverted_is_said(value, damping):
+    """A model that answers no numbers; one direction alone, with next to no damping."""
+    with pytest.raises(CannotRun, match="cannot be inverted"):
+        preconditioner._inverse(torch.full((300, 300), value), damping)
 
 
 class Odd(nn.Module):

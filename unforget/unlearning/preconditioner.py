@@ -18,6 +18,7 @@ from unforget.core.sampling import noised
 from unforget.core.schedule import Schedule
 from unforget.core.strategy import Span
 from unforget.core.types import Noised, Pool, Predict
+from unforget.errors import CannotRun, is_full
 
 IMAGES = 192
 """Images over which the second moments are taken."""
@@ -38,7 +39,7 @@ def preconditioners(
 ) -> list[Tensor | None]:  # fmt: skip
     """For each weight what its gradient, (outputs, inputs), is multiplied by from the right, (inputs, inputs).
 
-    None for what is no matrix: biases, norms, layers that are too wide.
+    None for what is no matrix: biases, norms, layers that are too wide. CannotRun if a matrix has no inverse.
     """
     layers = {layer.weight: layer for layer in _layers(network)}
     moments = {w: w.new_zeros(_width(w), _width(w)) for w in weights if w in layers}
@@ -94,4 +95,10 @@ def _inverse(moment: Tensor, damping: float) -> Tensor:
     """Of the moment in units of its mean eigenvalue, with the damping added; close to the identity if that is large."""
     unit = torch.eye(len(moment), device=moment.device)
     scaled = moment / moment.diagonal().mean().clamp(min=torch.finfo(moment.dtype).tiny)
-    return (1 + damping) * torch.cholesky_inverse(torch.linalg.cholesky(scaled + damping * unit))
+    try:
+        return (1 + damping) * torch.cholesky_inverse(torch.linalg.cholesky(scaled + damping * unit))
+    except RuntimeError as error:  # of torch.linalg
+        if is_full(error):
+            raise
+        sentence = "what retain images feed a layer cannot be inverted, or is not a number"
+        raise CannotRun(sentence, "Raise --damping, or look at what the model draws.") from None
