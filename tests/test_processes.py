@@ -95,14 +95,15 @@ def test_two_processes_do_what_one_does(here):
         assert not list(here.glob("**/*.partial"))
     one, two = (Patch.load(here / f"{n}.patch") for n in (1, 2))
     for name, tensor in one.tensors.items():
-        torch.testing.assert_close(two.tensors[name], tensor, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(two.tensors[name], tensor, rtol=1e-4, atol=5e-6)  # updates are of 1e-3
     assert two.provenance.targets == one.provenance.targets
 
     for n in (1, 2):
         result = launched(
             here, n, "verify", "--model", "tiny", "--patch", "1.patch", "--nonce", "1", "--report", f"{n}.json"
         )
-        assert (result.returncode, "failed: " in result.stdout) == (1, True), result.stderr
+        assert "does not reproduce it" in result.stdout
+        assert result.returncode == (4 if n == 1 else 1), result.stderr  # torchrun's own, where a process has one
     reports = [json.loads((here / f"{n}.json").read_text()) for n in (1, 2)]
     for report in reports:
         del report["seconds"], report["date"], report["checksum"]
