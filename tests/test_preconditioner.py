@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from unforget import UnlearnConfig, api
 from unforget.core import engine, surgery
 from unforget.core.types import Pool
 from unforget.errors import CannotRun
@@ -124,3 +125,15 @@ def test_the_engine_multiplies_what_the_surgery_answers():
     how = engine.Optimization(sgd, max_grad_norm=1e9, masks=[mask], preconditioners=[inverse])
     list(engine.run([(batch, batch)], loss, loss, surgery=surgery.ForgetOnly(), optimization=how))
     torch.testing.assert_close(layer.weight, before - 0.1 * (gradient @ inverse) * mask)
+
+
+def test_the_memory_plan_counts_the_matrices():
+    """Of `faces` they are 40 MiB, beside moments of 8."""
+
+    def optimizer(**given):
+        config = UnlearnConfig(model="faces", target=("a.png",), output="x.patch", device="cpu", **given)
+        return api.memory_plan(config)["optimizer"] * 1024
+
+    plain = optimizer(recipe="paper", train="bottleneck")
+    assert optimizer(recipe="paper", train="bottleneck", damping=0.1) - plain == pytest.approx(40.1, abs=2)
+    assert optimizer() - plain == pytest.approx(40.1, abs=2)
