@@ -9,13 +9,14 @@ opens the export by stock diffusers. The budget is seconds of one core for train
 recipe takes, which is measured once and kept in DIR/paces (run with OMP_NUM_THREADS=1). A recipe that stops by itself
 may stop earlier. `option=value`, in JSON, changes an option of `unlearn` in all cells, which then are named by it.
 
-Each cell is a JSON file in DIR/cells, written when it is done; what is there is not done again, and table and figure
-are of all that are there with the same seconds and draws. Columns: near-copies (RMS under 0.16) of targets and of
-look-alikes by DDIM and by an ancestral sampler; recall, the share of the draws back from t = 250, 400, 500, 550 that is
-nearer to the target than 95 % of pictures that no model saw come to themselves; the least share of them that is nearer
-to the surrogate; SSCD to what the base draws back from t = 500 (the paper's protocol, forgotten below 0.4); drift, RMS
-of draws of the same noise, median / mean, and their LPIPS, SSIM and KID; distance to the oracle, base / patched: of
-one-step answers at the target, and two-way. What features.py has no network for is left empty (`--assets`).
+Each cell is a JSON file in DIR/cells, written when it is done. What is there is not done again, nor is training where
+only the draws differ. Table and figure are of all that are there with the same seconds and draws. Columns: near-copies
+(RMS under 0.16) of targets and of look-alikes by DDIM and by an ancestral sampler; recall, the share of the draws back
+from t = 250, 400, 500, 550 that is nearer to the target than 95 % of pictures that no model saw come to themselves; the
+least share of them that is nearer to the surrogate; SSCD to what the base draws back from t = 500 (the paper's way,
+forgotten below 0.4); drift, RMS of draws of the same noise, median / mean, and their LPIPS, SSIM and KID; distance to
+the oracle, base / patched: of one-step answers at the target, and two-way. What features.py has no network for is left
+empty (`--assets`).
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Comparison:
 
     def __init__(self, work: Path, seconds: float, judged: str, options: dict[str, Any]) -> None:
         self.work, self.seconds, self.judged, self.options = work, seconds, judged, options
-        (work / "cells").mkdir(parents=True, exist_ok=True)
+        for folder in ("cells", "runs"):
+            (work / folder).mkdir(parents=True, exist_ok=True)
         self.base = Model(ROOT / "unforget" / "families" / "models" / "faces")
 
     def targets(self, case: str) -> list[Path]:
@@ -79,7 +81,7 @@ class Comparison:
         clock, targets = Clock(), self.targets(case)
         config = UnlearnConfig(
             model="faces", target=tuple(targets), surrogate=tuple(self.surrogate(t) for t in targets),
-            output=self.work / f"{name}.patch", force=True, **options,
+            output=self.work / "runs" / f"{name}.patch", force=True, **options,
         )  # fmt: skip
         made = unlearn(config, Progress(stage=clock, advance=advance))
         clock("end")
@@ -91,33 +93,50 @@ class Comparison:
         if not path.is_file():
             ends: list[float] = []
             few = {"recipe": recipe, "max_train_steps": TIMED, "cooldown_steps": 0, "stop_margin": None}
-            self.trained("timed", "0", lambda *_, **__: ends.append(time.process_time()), **self.options | few)
-            ends = ends[-TIMED // 2 :]  # of what came before, some are no updates
+
+            def advance(_: int = 1, **figures: Any) -> None:
+                if figures:  # of an update; drawing tells none
+                    ends.append(time.process_time())
+
+            self.trained("timed", "0", advance, **self.options | few)
             path.parent.mkdir(exist_ok=True)
-            write_json({"seconds": median(b - a for a, b in pairwise(ends))}, path)
+            write_json({"seconds": median(b - a for a, b in pairwise(ends[-TIMED // 2 :]))}, path)
         return float(json.loads(path.read_text())["seconds"])
 
     def path(self, recipe: str, rate: str, case: str) -> Path:
-        return self.work / "cells" / f"{self.named(recipe)}@{rate}-{case}-{self.seconds:g}s-{self.judged}.json"
+        return self.work / "cells" / f"{self.run(recipe, rate, case)}-{self.judged}.json"
+
+    def run(self, recipe: str, rate: str, case: str) -> str:
+        return f"{self.named(recipe)}@{rate}-{case}-{self.seconds:g}s"
 
     def named(self, recipe: str) -> str:
         """The recipe with the options that are changed."""
         return recipe + "".join(f",{k}={v}".replace(" ", "") for k, v in self.options.items())
 
-    def cell(self, recipe: str, rate: str, case: str, judge: Judge) -> None:
-        """Train, export and judge, unless that was done."""
-        path = self.path(recipe, rate, case)
-        if path.is_file():
-            return
+    def exported(self, recipe: str, rate: str, case: str) -> tuple[Path, dict[str, Any]]:
+        """The folder of a trained and exported run, and how it went; unless that was done before."""
+        name = self.run(recipe, rate, case)
+        folder, done = self.work / "runs" / f"{name}.exported", self.work / "runs" / f"{name}.json"
+        if done.is_file():
+            return folder, json.loads(done.read_text())
         chosen = pixel_recipes()[recipe]
         steps = max(1, int(self.seconds / self.pace(recipe)))
         options: dict[str, Any] = {
             "recipe": recipe, "max_train_steps": steps,
             "cooldown_steps": round(chosen.cooldown_steps * steps / chosen.max_train_steps),
         } | ({} if rate == "own" else {"learning_rate": float(rate)}) | self.options  # fmt: skip
-        patch, went = self.trained(path.stem, case, **options)
-        folder = self.work / f"{path.stem}.exported"
+        patch, went = self.trained(name, case, **options)
         export(ExportConfig(model="faces", patch=patch, output=folder, force=True))
+        went["patch_bytes"] = patch.stat().st_size
+        write_json(went, done)
+        return folder, went
+
+    def cell(self, recipe: str, rate: str, case: str, judge: Judge) -> None:
+        """Train, export and judge, unless that was done."""
+        path = self.path(recipe, rate, case)
+        if path.is_file():
+            return
+        folder, went = self.exported(recipe, rate, case)
         targets = self.targets(case)
         twins = [PLANTED[LOOKALIKE[k]] for k in LOOKALIKE if case == str(k)]
         found = judge.figures(
@@ -125,7 +144,7 @@ class Comparison:
             [read(t) for t in twins], at_oracle=case == "0",
         )  # fmt: skip
         given = {"recipe": self.named(recipe), "rate": rate, "case": case}
-        write_json({**given, **went, "patch_bytes": patch.stat().st_size, **found}, path)
+        write_json({**given, **went, **found}, path)
 
     def cells(self) -> list[dict[str, Any]]:
         """All that were made with these seconds and draws."""
@@ -189,7 +208,7 @@ def draw_figure(cells: Sequence[dict[str, Any]], returns: int, path: Path) -> No
     axes.xaxis.set_minor_formatter(ticker.NullFormatter())
     axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
     axes.axhline(5, color="grey", linewidth=0.8, linestyle=":")
-    axes.legend(fontsize="small", ncols=2)
+    figure.legend(loc="outside upper center", fontsize="small", ncols=3)
     figure.savefig(path, dpi=130, metadata={"Software": None})
 
 
