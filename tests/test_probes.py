@@ -280,6 +280,18 @@ def test_neighbours_are_what_is_neither_target_nor_surrogate(context):
     assert found[0].candidate["kept"] == 0.5
 
 
+def test_no_target_is_a_neighbour_of_another(context):
+    context.detector.radii = (Radius(0.3, 0.01, 100),)
+    (instance,), stranger = context.instances, pictures(1, 11)[0]
+    twin = Instance(*pictures(2, 12), "twin")
+    context.instances = (instance, twin)
+    made = torch.stack([twin.target, twin.surrogate, stranger, stranger])
+    context.base.denoise = lambda x, **how: made[torch.arange(len(x)) % 4]
+    context.candidate.denoise = lambda x, **how: made[torch.arange(len(x)) % 4].roll(1, 0)
+    found = Neighbours(draws=8)._of(instance, context, 1.0, 1.0)
+    assert (found[0].draws, found[0].candidate["kept"]) == (4, 0.5)
+
+
 @pytest.mark.parametrize(
     ("kept", "seen", "outcome"),
     [(12, 20, "failed"), (15, 20, "passed"), (2, 3, "informational")],

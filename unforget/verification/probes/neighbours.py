@@ -15,7 +15,7 @@ from unforget.verification.report import Check
 
 
 class Neighbours(Probe):
-    """What the base makes of the heavily noised target that is neither the target nor its surrogate: is it retained?
+    """What the base makes of the heavily noised target that is no target and no surrogate: is it retained?
 
     Few of a model's draws are like one target. From here many are, and each must stay what it is.
     """
@@ -45,8 +45,9 @@ class Neighbours(Probe):
             context.reconstruct(model, instance.target, noise, turns, self.timestep)
             for model in context.models.values()
         )
-        drawn, pair = context.detector.embed(base), (instance.target, *known_surrogate(instance))
-        others = ~torch.stack([context.detector.is_copy(drawn, picture) for picture in pair]).any(0)
+        drawn = context.detector.embed(base)  # of several targets that are alike, one is no neighbour of the other
+        pictures = [picture for i in context.instances for picture in (i.target, *known_surrogate(i))]
+        others = ~torch.stack([context.detector.is_copy(drawn, picture) for picture in pictures]).any(0)
         base, candidate = base[others], candidate[others]
         if not len(base):
             return []
