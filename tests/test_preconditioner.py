@@ -1,17 +1,21 @@
 """The second moments against what they are for: how far a change of a layer moves its answers."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from unforget import UnlearnConfig, api
+from unforget import UnlearnConfig
+from unforget.api import computing
 from unforget.core import engine, surgery
 from unforget.core.types import Pool
 from unforget.errors import CannotRun
 from unforget.unlearning import preconditioner
-from unforget.unlearning.preconditioner import WIDEST, preconditioners, shown
+from unforget.unlearning.compute import Compute
+from unforget.unlearning.preconditioner import WIDEST, init_lora, preconditioners, shown
 
 LAYERS = {
     "linear": nn.Linear(5, 4),
@@ -109,6 +113,26 @@ def test_passes_are_split_and_repeat(tiny):
     assert not all(torch.allclose(a, b, rtol=1e-3) for a, b in zip(whole, other, strict=True))
 
 
+def test_a_lora_begins_where_retain_images_hardly_look(tiny):
+    """Two of eight directions of inputs are large: A hardly answers them, keeps its size, and no answer moves."""
+    torch.manual_seed(0)
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights="gaussian")
+    network = inject_adapter_in_model(config, nn.Sequential(nn.Linear(8, 4)))
+    large = torch.tensor([30.0, 30, 1, 1, 1, 1, 1, 1])
+    x = torch.randn(60, 8) * large
+    a, b = (getattr(network[0], f"lora_{k}")["default"].weight for k in "AB")
+    plain, seen, answer = a.detach().clone(), (x[:, None] @ a.T).norm(), network(x)
+    batch = engine.Noised(x, x, torch.zeros(60).long(), x, x, torch.zeros(60).long())
+    found = preconditioners(network, lambda x_t, *_: network(x_t), [a, b], batch, 0.1, micro_batch=7)
+    assert all(m is not None and m.device.type == "cpu" for m in found)
+    init_lora(network, [a, b], found)
+    direction = plain @ found[0]
+    torch.testing.assert_close(a.detach(), direction * (plain.norm() / direction.norm()))
+    assert (x[:, None] @ a.T).norm() < seen / 10
+    assert not b.any()
+    assert torch.equal(network(x), answer)
+
+
 def test_the_engine_multiplies_what_the_surgery_answers():
     """From the right, after the clip, and what a mask holds still stays still."""
     layer = nn.Linear(3, 2)
@@ -127,13 +151,17 @@ def test_the_engine_multiplies_what_the_surgery_answers():
     torch.testing.assert_close(layer.weight, before - 0.1 * (gradient @ inverse) * mask)
 
 
-def test_the_memory_plan_counts_the_matrices():
-    """Of `faces` they are 40 MiB, beside moments of 8."""
+def test_the_memory_plan_counts_the_matrices(monkeypatch):
+    """Of `faces` they are 40 MiB; they wait on the host, so on a card they are none."""
 
-    def optimizer(**given):
+    def plan(**given):
         config = UnlearnConfig(model="faces", target=("a.png",), output="x.patch", device="cpu", **given)
-        return api.memory_plan(config)["optimizer"] * 1024
+        return computing._reckoned(config, Compute())
 
-    plain = optimizer(recipe="paper", train="bottleneck")
-    assert optimizer(recipe="paper", train="bottleneck", damping=0.1) - plain == pytest.approx(40.1, abs=2)
-    assert optimizer() - plain == pytest.approx(40.1, abs=2)
+    without, given, own = plan(recipe="paper"), plan(recipe="paper", train="bottleneck", damping=0.1), plan()
+    assert without.preconditioner == 0
+    assert given.preconditioner == own.preconditioner == pytest.approx(40.1 * 2**20, rel=0.02)
+    assert own.peak - replace(own, preconditioner=0).peak == own.preconditioner
+    blueprint = computing.blueprint
+    monkeypatch.setattr(computing, "blueprint", lambda name, how: blueprint(name, replace(how, device="cuda")))
+    assert plan(cpu_offload=False).preconditioner == 0

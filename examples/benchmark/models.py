@@ -183,7 +183,7 @@ def configured(name: str, folder: Path) -> Path:
 
 def main() -> None:
     table(
-        "model", "pixels", "weights, B", "prompts, GiB", "layer by layer", "memory, GiB", "all kept",
+        "model", "pixels", "weights, B", "prompts, GiB", "layer by layer", "memory, GiB", "all kept", "on the host",
         "`unlearn`, passes", "`verify`, passes",
     )  # fmt: skip
     for name in (n for n in MODELS if not sys.argv[1:] or any(word in n for word in sys.argv[1:])):
@@ -200,12 +200,14 @@ def main() -> None:
         size = sum(p.numel() for p in found.network.parameters()) / 1e9
         _, come = offload.resident(found.network)
         spared = come - come // found.spec.blocks(found.network.config)
-        training = [sum(v for k, v in p["memory_gib"].items() if k not in ("peak", "embedding")) for p in plans]
+        elsewhere = ("peak", "embedding", "preconditioner")
+        training = [sum(v for k, v in p["memory_gib"].items() if k not in elsewhere) for p in plans]
         embedding = f"{(found.encoders + found.beside) / GIB + 0.5:.1f}" if found.encoders else ""
         peaks = [f"{peak:.1f}" for peak in (training[0] - spared / GIB, *training)]
         said = [embedding, *(peaks if prompted else ["", "", peaks[-1]])]
         counts = [f"{plan['passes']['in all'][0]:,}" for plan in (plans[0], judged)]
-        row(name, str(found.image_shape[-1]), f"{size:.2f}", *said, *counts)
+        matrices = plans[0]["memory_gib"]["preconditioner"]
+        row(name, str(found.image_shape[-1]), f"{size:.2f}", *said, f"{matrices:.1f}" if matrices else "", *counts)
 
 
 if __name__ == "__main__":

@@ -47,5 +47,5 @@ def _reckoned(config: UnlearnConfig, compute: Compute) -> Plan:
         found, recipe.train, recipe.rank, micro_batch=micro, checkpointing=compute.gradient_checkpointing,
         half=compute.half(found.device),
     )  # fmt: skip
-    more = 0 if recipe.damping is None else preconditioner.memory(found.network)
-    return replace(plan, optimizer=plan.optimizer + more)
+    here = recipe.damping is not None and found.device.type == "cpu"
+    return replace(plan, preconditioner=preconditioner.memory(found.network) if here else 0)

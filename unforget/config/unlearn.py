@@ -69,7 +69,8 @@ class RecipeOptions(Config):
     )
     train: Scope | None = change("Which weights are trained.")
     damping: float | None = change(
-        "Divide gradients by the second moment of what retain images feed a layer, with this share of its mean added.",
+        "Divide gradients, and what a LoRA begins with, by the second moment of what retain images feed a layer, "
+        "with this share of its mean added.",
         gt=0,
     )
     saliency: float | None = change(

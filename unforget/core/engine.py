@@ -77,7 +77,7 @@ def run(
 def _precondition(parameters: list[nn.Parameter], optimization: Optimization) -> None:
     for k, (p, inverse) in enumerate(zip(parameters, optimization.preconditioners or [], strict=False)):
         if p.grad is not None and inverse is not None:
-            p.grad = (p.grad.flatten(1) @ inverse).view_as(p)
+            p.grad = (p.grad.flatten(1) @ inverse.to(p.device)).view_as(p)
             if optimization.masks:
                 p.grad *= optimization.masks[k]
 

@@ -55,14 +55,15 @@ class Plan:
     weights: int  # the network with its adapter, and the autoencoder where there is one
     base: int  # a frozen second copy, unless an adapter is trained
     gradients: int  # of both losses and their combination
-    optimizer: int  # two moments of every trained weight, and the preconditioner's matrices
+    optimizer: int  # two moments of every trained weight
     activations: int  # what autograd keeps of the largest pass
     embedding: int = 0  # while prompts are embedded, before all that is trained: text encoders, and what is beside them
+    preconditioner: int = 0  # its matrices, which wait on the host: none on a card
 
     @property
     def peak(self) -> int:
         """All together, for they meet in the backward pass, or what embedding takes if that is more."""
-        trained = self.weights + self.base + self.gradients + self.optimizer + self.activations
+        trained = self.weights + self.base + self.gradients + self.optimizer + self.activations + self.preconditioner
         return self.runtime + max(trained, self.embedding)
 
     def gib(self) -> dict[str, float]:

@@ -32,7 +32,9 @@ def pixel_recipes() -> dict[str, Recipe]:
     return {"default": ours, "paper": PAPER, **baselines(PAPER, update_share=0.004)}
 
 
-def latent_recipes(*, taper: Span, forget_range: Span, updates: int = 180) -> dict[str, Recipe]:
+def latent_recipes(
+    *, taper: Span, forget_range: Span, updates: int = 180, damping: float | None = None
+) -> dict[str, Recipe]:
     """Those of text-to-image models on latents, at noise levels where their images are told apart.
 
     A prompt says at pure noise what will be drawn, so forgetting reaches up to there. The paper's is that for Stable
@@ -42,7 +44,7 @@ def latent_recipes(*, taper: Span, forget_range: Span, updates: int = 180) -> di
         objective=PosteriorSwap(weighting=CleanSpace(cap=1.0, retain=200.0), taper=taper, normalize_edit=True),
         train="lora", learning_rate=None, update_share=0.05, max_train_steps=updates,
         cooldown_steps=round(0.61 * updates), forget_batch_size=4, retain_batch_size=12, surrogate_share=0.5,
-        forget_range=forget_range,
+        forget_range=forget_range, damping=damping,
     )  # fmt: skip
     objective = Surrogate(one_noise=True, weighting=Linear(beta=2e-4))
     paper = PAPER.model_copy(

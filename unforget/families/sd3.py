@@ -99,7 +99,7 @@ SPEC = FamilySpec(
     title="Stable Diffusion 3",
     pipeline_class="StableDiffusion3Pipeline",
     network_class="SD3Transformer2DModel",
-    recipes=latent_recipes(taper=(710, 790), forget_range=(97, 1000)),
+    recipes=latent_recipes(taper=(710, 790), forget_range=(97, 1000), damping=0.1),
     formats=("diffusers", "lora", "peft", "transformer", "single-file"),
     architecture=architecture,
     reference="https://github.com/Stability-AI/sd3-ref",

@@ -3,7 +3,9 @@
 A layer W answers W x. A change D of it moves that by D x, over retain images by tr(D C D^T) in the mean square, where C
 is the second moment of x, the mean of x x^T. Of all changes that cost as much, the gradient times C^-1 lowers the loss
 most: the input factor of K-FAC (arXiv:1503.05671). Editors of facts spare what they do not edit in the same way (MEMIT,
-arXiv:2210.07229).
+arXiv:2210.07229). A LoRA looks where its random A looks, so that is turned away from them as well.
+
+The matrices of a large network fill a card, so they wait on the host.
 """
 
 from collections.abc import Callable
@@ -42,7 +44,7 @@ def preconditioners(
     None for what is no matrix: biases, norms, layers that are too wide. CannotRun if a matrix has no inverse.
     """
     layers = {layer.weight: layer for layer in _layers(network)}
-    moments = {w: w.new_zeros(_width(w), _width(w)) for w in weights if w in layers}
+    moments = {w: torch.zeros(_width(w), _width(w)) for w in weights if w in layers}
     hooks = [layers[w].register_forward_pre_hook(_adding(moment)) for w, moment in moments.items()]
     mine = batch[distributed.rank() :: distributed.world_size()]
     try:
@@ -52,12 +54,27 @@ def preconditioners(
     finally:
         for hook in hooks:
             hook.remove()
-    distributed.all_reduce(list(moments.values()))
-    return [_inverse(moments[w], damping) if w in moments else None for w in weights]
+
+    def inverse(weight: nn.Parameter) -> Tensor:
+        moment = moments.pop(weight).to(weight.device)  # the host holds each matrix once
+        distributed.all_reduce([moment])
+        return _inverse(moment, damping).cpu()
+
+    return [inverse(w) if w in moments else None for w in weights]
+
+
+@torch.no_grad()
+def init_lora(network: nn.Module, weights: list[nn.Parameter], inverses: list[Tensor | None]) -> None:
+    """Multiply each A of a LoRA, (rank, inputs), as its gradients are, and keep its norm. B is 0: no answer changes."""
+    factors = {part.weight for m in network.modules() for part in getattr(m, "lora_A", nn.ModuleDict()).values()}
+    for w, inverse in zip(weights, inverses, strict=True):
+        if w in factors and inverse is not None:
+            turned = w @ inverse.to(w.device)
+            w.copy_(turned * (w.norm() / turned.norm()))
 
 
 def memory(network: nn.Module) -> int:
-    """Bytes of them all, for the weights that are trained."""
+    """Bytes of them all, on the host, for the weights that are trained."""
     return sum(4 * _width(layer.weight) ** 2 for layer in _layers(network) if layer.weight.requires_grad)
 
 
@@ -86,7 +103,7 @@ def _adding(moment: Tensor) -> Callable[[Any, tuple[Tensor, ...]], None]:
             x = functional.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride).mT
         rows = x.flatten(0, -2)
         with torch.autocast(rows.device.type, enabled=False):
-            moment.addmm_(rows.T, rows)
+            moment.add_((rows.T @ rows).to(moment.device))
 
     return add
 

@@ -15,7 +15,7 @@ from unforget.core.types import Family, Instance
 from unforget.errors import CannotRun, UsageError, is_full
 from unforget.unlearning.batches import batches, cases
 from unforget.unlearning.compute import Compute, adam, matched_rate, mixed
-from unforget.unlearning.preconditioner import preconditioners, shown
+from unforget.unlearning.preconditioner import init_lora, preconditioners, shown
 from unforget.unlearning.prepare import Prepared
 from unforget.unlearning.saliency import masks
 
@@ -111,6 +111,7 @@ class Trainer:
             self.preconditioners = preconditioners(
                 patched.network, self.predict, self.weights, batch, recipe.damping, micro_batch=self.micro_batch
             )
+            init_lora(patched.network, self.weights, self.preconditioners)
         if resume is not None:
             self._restore(resume)
         elif recipe.saliency is not None:
