@@ -14,6 +14,8 @@ from unforget.verification.similarity import Backend, pairwise
 
 REPEATED = 0.25
 """Two others within this share of the median distance, and an image is one that the model repeats."""
+SAME = 1e-4
+"""Two within this share of that are one image twice."""
 CAP = 0.5
 """A near-copy lies nearer to its image than this share of the way to any image that may be drawn instead."""
 
@@ -105,7 +107,8 @@ def calibrate(distances: Tensor, false_positive_rate: float) -> Radius:
     """
     unrepeated = ~repeated(distances)
     pairs = distances[once(distances) & unrepeated & unrepeated[:, None]]
-    pairs = pairs[pairs > 0].double().sort().values  # neither unseen (NaN) nor one image twice
+    # Neither unseen (NaN) nor one image twice: of that rounding leaves more than 0 on some processors.
+    pairs = pairs[pairs > SAME * _near(distances)].double().sort().values
     if len(pairs) < 2:
         return Radius(_near(distances), 1.0, len(pairs))
     rank = min(max(math.isqrt(len(pairs)), int(false_positive_rate * len(pairs))), len(pairs) - 1)
