@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 import socket
+from functools import partial
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported
@@ -20,7 +21,7 @@ from typer.testing import CliRunner
 from unforget import families
 from unforget.api import verifying
 from unforget.cli import app
-from unforget.config import UnlearnConfig
+from unforget.config import UnlearnConfig, VerifyConfig
 from unforget.families.ddpm import SPEC as DDPM
 from unforget.families.model import DiffusionModel
 from unforget.files import images
@@ -179,6 +180,15 @@ def work(tmp_path_factory) -> Path:
     assert result.exit_code == 0, result.output
     (folder / "result.json").write_text(result.stdout)
     return folder
+
+
+@pytest.fixture
+def few() -> dict[str, object]:
+    """What programs build, by its names: with few updates and draws, after which nothing is forgotten."""
+    steps = {"sampler_steps": 2}
+    learn = partial(UnlearnConfig, max_train_steps=2, retain_count=8, num_validation_images=1, **steps)
+    judge = partial(VerifyConfig, max_rate=0.4, paired=16, controls=8, draws=2, **steps)
+    return {"UnlearnConfig": learn, "VerifyConfig": judge}
 
 
 def rewrite(path: Path, **changes) -> None:

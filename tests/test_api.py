@@ -2,7 +2,6 @@
 
 import inspect
 import runpy
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -45,14 +44,10 @@ def test_every_command_names_its_errors_and_documents_its_result(command):
 
 
 @pytest.mark.slow
-def test_the_program_of_the_examples_runs(tmp_path, monkeypatch):
-    """With few updates and draws, after which nothing is forgotten."""
+def test_the_program_of_the_examples_runs(tmp_path, monkeypatch, few):
     program = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "api.py"))
-    few = {"sampler_steps": 2}
-    learn = partial(unforget.UnlearnConfig, max_train_steps=2, retain_count=8, num_validation_images=1, **few)
-    judge = partial(unforget.VerifyConfig, max_rate=0.4, paired=16, controls=8, draws=2, **few)
-    monkeypatch.setitem(program["main"].__globals__, "UnlearnConfig", learn)
-    monkeypatch.setitem(program["main"].__globals__, "VerifyConfig", judge)
+    for name, kind in few.items():
+        monkeypatch.setitem(program["main"].__globals__, name, kind)
     assert program["main"](tmp_path / "out") in (1, 4)
     assert (tmp_path / "out" / "3.patch").is_file()
 

@@ -12,6 +12,7 @@ import typer
 from conftest import PLANTED
 from typer.testing import CliRunner
 
+import unforget
 from unforget.cli import app
 
 pytestmark = pytest.mark.slow
@@ -78,8 +79,10 @@ def shows_programs(page: Path) -> bool:
 
 
 @pytest.mark.parametrize("page", filter(shows_programs, PAGES), ids=lambda p: p.name)
-def test_the_commands_of_a_page_run_in_order(page, desk, tmp_path, monkeypatch):
+def test_the_commands_of_a_page_run_in_order(page, desk, tmp_path, monkeypatch, few):
     monkeypatch.chdir(desk if commands(page) else tmp_path)
+    for name, kind in few.items():
+        monkeypatch.setattr(unforget, name, kind)
     for command in filter(runs_here, dict.fromkeys(commands(page))):
         run(command)
     for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.S):

@@ -126,7 +126,9 @@ def test_other_options_of_the_recipe_apply(config):
 
 
 @pytest.mark.slow
-def test_the_example_runs(example, tmp_path, capsys):
+def test_the_example_runs(example, tmp_path, capsys, monkeypatch, few):
+    for name, kind in few.items():
+        monkeypatch.setattr(example, name, kind)
     assert example.main(tmp_path, 3) in (0, 1, 4)
     assert "3 steps with Fade(" in capsys.readouterr().out
     assert (tmp_path / "3.patch").is_file()
