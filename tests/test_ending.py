@@ -19,7 +19,7 @@ from test_reports import rich
 
 from unforget.cli.console import tame_libraries
 from unforget.cli.ending import LONGEST, line
-from unforget.errors import CannotRun, Interrupted, Terminated, UsageError, launched, printable
+from unforget.errors import CannotRun, Interrupted, Terminated, UsageError, is_full, launched, printable
 from unforget.files.patch import HEADER, Patch
 from unforget.files.storage import checksummed, digest, write_tensors
 from unforget.reports.html import page
@@ -180,10 +180,15 @@ def test_a_bug_is_exit_code_three_with_its_traceback_in_a_file(cli, tmp_path, mo
     assert stat.S_IMODE(first.stat().st_mode) == 0o600
 
 
+def test_what_a_processor_cannot_compute_is_no_lack_of_memory():
+    assert not is_full(RuntimeError("could not create a primitive descriptor for a matmul primitive"))
+
+
 @pytest.mark.parametrize(("error", "code", "sentence"), [
     (MemoryError(), 3, "out of memory"), (RuntimeError("CUDA out of memory. Tried"), 3, "out of memory"),
     (RuntimeError("std::bad_alloc"), 3, "out of memory"), (KeyboardInterrupt(), 130, "interrupted"),
     (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 3, "out of memory"),
+    (RuntimeError("could not create a primitive"), 3, "out of memory"),
     (OSError(errno.ENOSPC, "No space left on device", "/home/me/x.patch"), 3, "No space left on device: 'x.patch'"),
     (BrokenPipeError(errno.EPIPE, "Broken pipe"), 3, "Broken pipe"), (Terminated("told to stop"), 143, "told to stop"),
     (Interrupted("stopped", ""), 130, "stopped"), (CannotRun("a\nb", "c"), 3, "a b"),

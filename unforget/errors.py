@@ -67,7 +67,11 @@ class NothingChanged(UnforgetError):
     code = ExitCode.FAILED
 
 
-_FULL = re.compile(r"out of memory|allocate memory|ALLOC_FAILED|bad_alloc", re.IGNORECASE)
+_FULL = re.compile(
+    r"out of memory|allocate memory|ALLOC_FAILED|bad_alloc"
+    r"|could not (create|execute) a primitive(?! desc)",  # oneDNN's, of a convolution that gets no room
+    re.IGNORECASE,
+)
 
 
 def is_full(error: BaseException) -> bool:
