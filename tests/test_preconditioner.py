@@ -113,7 +113,7 @@ def test_passes_are_split_and_repeat(tiny):
     assert not all(torch.allclose(a, b, rtol=1e-3) for a, b in zip(whole, other, strict=True))
 
 
-def test_a_lora_begins_where_retain_images_hardly_look(tiny):
+def test_a_lora_begins_where_retain_images_hardly_look():
     """Two of eight directions of inputs are large: A hardly answers them, keeps its size, and no answer moves."""
     torch.manual_seed(0)
     config = LoraConfig(r=2, target_modules=["0"], init_lora_weights="gaussian")

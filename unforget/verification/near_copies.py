@@ -107,7 +107,7 @@ def calibrate(distances: Tensor, false_positive_rate: float) -> Radius:
     """
     unrepeated = ~repeated(distances)
     pairs = distances[once(distances) & unrepeated & unrepeated[:, None]]
-    # Neither unseen (NaN) nor one image twice: of that rounding leaves more than 0 on some processors.
+    # Neither unseen (NaN) nor one image twice, whose distance is not 0 on processors that round otherwise.
     pairs = pairs[pairs > SAME * _near(distances)].double().sort().values
     if len(pairs) < 2:
         return Radius(_near(distances), 1.0, len(pairs))
